@@ -1,0 +1,32 @@
+"""Sharded training in JAX: one Flax model, one program, any mesh.
+
+import shardtrain as st
+mesh = st.make_mesh("data=2,height=2,channel=2")
+trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0)), optax.sgd(0.1), mesh=mesh)
+trainer.fit(batches, steps=500)
+"""
+
+from shardtrain import nn, ops, plan
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout
+from shardtrain.mesh import describe, make_mesh
+from shardtrain.nn import models
+from shardtrain.plan import census
+from shardtrain.train import Trainer, TrainState, data, losses, metrics
+
+__all__ = [
+    "Layout",
+    "TrainState",
+    "Trainer",
+    "UserError",
+    "census",
+    "data",
+    "describe",
+    "losses",
+    "make_mesh",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "plan",
+]

@@ -1,0 +1,32 @@
+"""What differs between the jax versions we work on (0.10 to 0.12), and nothing else."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+
+def auto_mesh(devices: np.ndarray, names: Sequence[str]) -> Mesh:
+    """A mesh whose axes are all `Auto`: `jax.make_mesh` gives `Explicit` ones by default, under which
+    pooling gradients and convolutions with sharded kernels have gaps (jax 0.10 to 0.12)."""
+    return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
+
+
+def manual_axes(mesh: jax.sharding.AbstractMesh) -> frozenset[str]:
+    """The axes over which an enclosing `shard_map` is manual."""
+    return frozenset(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Manual)
+
+
+def explicit_axes(mesh: jax.sharding.AbstractMesh) -> frozenset[str]:
+    """The axes of sharding-in-types, which our islands do not take."""
+    return frozenset(
+        n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
+    )
+
+
+def where(equation: object) -> str:
+    """`file:line` of the user's code that made a jaxpr equation."""
+    from jax._src import source_info_util  # the public API has no name for it
+
+    return source_info_util.summarize(equation.source_info)  # type: ignore[attr-defined]

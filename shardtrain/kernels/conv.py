@@ -1,0 +1,40 @@
+"""Convolution on one device, channels last, no padding: what an island computes on its own block."""
+
+from collections.abc import Sequence
+
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+
+def direct(
+    x: Float[Array, "batch *spatial channels_in"],
+    kernel: Float[Array, "*window channels_per_group channels_out"],
+    *,
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "batch *spatial_out channels_out"]:
+    """`lax.conv_general_dilated` without padding; a window of one pixel is a matrix product."""
+    rank = x.ndim - 2
+    if groups == 1 and all(k == 1 for k in kernel.shape[:-2]):
+        x = lax.slice(x, (0,) * x.ndim, x.shape, (1, *strides, 1))
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        matrix = kernel.reshape(kernel.shape[-2:])
+        return lax.dot_general(
+            x, matrix, contract, precision=precision, preferred_element_type=preferred_element_type
+        )
+    letters = "DHW"[3 - rank :]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        "VALID",
+        rhs_dilation=dilation,
+        feature_group_count=groups,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )

@@ -1,0 +1,184 @@
+"""Which mesh axes cut which dimension of an array.
+
+The names match by default: the `data` axis cuts the batch, `height` the rows, `channel` the features. A
+`Layout` other than the default on some layers is what the field calls hybrid parallelism.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+from shardtrain.mesh import AXES, SPATIAL, size
+
+Axes = tuple[str, ...]
+AnyMesh = Mesh | AbstractMesh
+
+DIMENSIONS = ("batch", *SPATIAL, "channels")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh axes that cut each dimension of a layer's activations, and how its parameters are kept.
+
+    Every field takes one axis name or several. An axis that the mesh does not have, or has with size 1,
+    cuts nothing, so one layout serves every mesh.
+
+    Attributes:
+        batch, depth, height, width: axes that cut this dimension of inputs and outputs, even or not.
+        channels: axes that cut the features of inputs, outputs and kernels. Features are cut evenly or,
+            where the number does not divide, kept whole (`partition_table` shows it).
+        parameters: axes over which parameters and optimizer state are spread at rest: gathered when used,
+            gradients reduce-scattered (ZeRO-3, fully sharded data parallel).
+
+    Raises:
+        UserError: an unknown axis, or one axis for two dimensions.
+
+    Example:
+        >>> Layout(batch=("data", "height"), height=()).batch
+        ('data', 'height')
+    """
+
+    batch: Axes = ("data",)
+    depth: Axes = ("depth",)
+    height: Axes = ("height",)
+    width: Axes = ("width",)
+    channels: Axes = ("channel",)
+    parameters: Axes = ()
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            axes = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, field.name, axes)
+            for axis in axes:
+                if axis not in AXES:
+                    raise UserError(
+                        f"layout: {field.name}={axis!r} is no mesh axis; they are {', '.join(AXES)}"
+                    )
+                rival = owner.get(axis)
+                # Parameters may well be spread over the axis that cuts the batch: they are gathered first.
+                if rival and not (field.name == "parameters" and rival != "channels"):
+                    raise UserError(
+                        f"layout: the axis {axis!r} is asked to cut both {rival} and {field.name}; "
+                        f"set one of them to ()"
+                    )
+                owner[axis] = field.name
+
+    def cut(self, dimension: str, mesh: AnyMesh | None) -> Axes:
+        """The axes of `mesh` that really cut `dimension` (those larger than 1)."""
+        if mesh is None:
+            return ()
+        return tuple(axis for axis in getattr(self, dimension) if size(mesh, axis) > 1)
+
+    def channel_cut(self, features: int, mesh: AnyMesh | None) -> Axes:
+        """The axes that cut `features` channels: none where they do not divide."""
+        axes = self.cut("channels", mesh)
+        return axes if axes and features % size(mesh, axes) == 0 else ()  # type: ignore[arg-type]
+
+    def activation(self, shape: Sequence[int], mesh: AnyMesh | None) -> P:
+        """How an activation `(batch, *spatial, channels)` lies on `mesh`."""
+        dims = ("batch", *spatial_names(len(shape) - 2), "channels")
+        cuts = [self.cut(dim, mesh) for dim in dims[:-1]] + [self.channel_cut(shape[-1], mesh)]
+        return spec(cuts)
+
+    def parameter(self, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None) -> P:
+        """How a parameter lies on `mesh` at rest.
+
+        Args:
+            shape: the parameter's shape.
+            channel: the dimension that goes with the cut channels, None if there is none.
+            mesh: the mesh.
+
+        Returns:
+            The channel dimension cut by `channels` if it divides, and the largest dimension that divides
+            cut by `parameters`. A parameter with no such dimension stays whole, which `partition_table`
+            shows.
+        """
+        cuts: list[Axes] = [()] * len(shape)
+        if channel is not None:
+            cuts[channel] = self.channel_cut(shape[channel], mesh)
+        spread = self.cut("parameters", mesh)
+        if spread and mesh is not None:
+            shards = size(mesh, spread)
+            left = [extent // size(mesh, cut) for extent, cut in zip(shape, cuts, strict=True)]
+            fits = [d for d in range(len(shape)) if left[d] % shards == 0 and left[d]]
+            if fits:
+                best = max(fits, key=lambda d: (not cuts[d], left[d]))
+                cuts[best] = cuts[best] + spread
+        return spec(cuts)
+
+
+def spatial_names(rank: int) -> tuple[str, ...]:
+    """Names of `rank` spatial dimensions: `("width",)`, `("height", "width")`, `("depth", ...)`."""
+    if not 0 <= rank <= 3:
+        raise UserError(f"{rank} spatial dimensions: arrays are (batch, up to 3 spatial, channels)")
+    return SPATIAL[3 - rank :]
+
+
+def spec(cuts: Iterable[Axes]) -> P:
+    """A PartitionSpec from the axes of every dimension."""
+    return P(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in cuts))
+
+
+def axes_of(entry: str | Axes | None) -> Axes:
+    """One entry of a PartitionSpec as a tuple of axes."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def active_mesh() -> AbstractMesh | None:
+    """The mesh of the enclosing `jax.set_mesh`, None without one or if nothing on it is cut.
+
+    Raises:
+        UserError: for a mesh with `Explicit` axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return None
+    if explicit := compat.explicit_axes(mesh):
+        raise UserError(
+            f"the mesh has Explicit axes {sorted(explicit)}, which shardtrain's operators do not take; "
+            f"make it with shardtrain.make_mesh or axis_types=(AxisType.Auto, ...)"
+        )
+    return mesh
+
+
+def resolve(
+    default: Layout, table: Mapping[str, Layout | Mapping[str, str | Axes]], paths: Sequence[str]
+) -> dict[str, Layout]:
+    """The layout of every module path: `default`, changed by the last pattern that matches.
+
+    Args:
+        default: for paths that no pattern matches.
+        table: shell patterns on module paths (`"stages.2.*"`, `"head"`) to a `Layout`, or to the fields
+            that differ from the default (`{"height": (), "batch": ("data", "height")}`).
+        paths: all module paths of the model.
+
+    Raises:
+        UserError: a pattern that matches nothing, or a field that a layout does not have.
+    """
+    layouts = dict.fromkeys(paths, default)
+    for pattern, change in table.items():
+        matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        if not matched:
+            raise UserError(
+                f"layout: the pattern {pattern!r} matches no layer; the layers are {', '.join(paths[:12])}"
+                + (", ..." if len(paths) > 12 else "")
+            )
+        if not isinstance(change, Layout):
+            known = {field.name for field in dataclasses.fields(Layout)}
+            if unknown := set(change) - known:
+                raise UserError(
+                    f"layout: {pattern!r} sets {sorted(unknown)}; a layout has {', '.join(sorted(known))}"
+                )
+            change = dataclasses.replace(default, **change)  # type: ignore[arg-type]
+        layouts.update(dict.fromkeys(matched, change))
+    return layouts

@@ -1,0 +1,159 @@
+"""Named axes to a `jax.sharding.Mesh`, on one host or many.
+
+A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, because they say what is cut:
+`data` the batch, `depth`/`height`/`width` the pixels, `channel` the features, `pipe` the layers,
+`replica` nothing (copies of the weights that may disagree).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.table import Table
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+AXES = ("replica", "pipe", "data", "depth", "height", "width", "channel")
+"""Slowest first. Devices are laid out in this order, host by host, so that the axes that talk most
+(channel and space, many times a layer) are neighbours inside a host, and `data`, `pipe` and `replica`,
+which talk once a step or a microbatch, go across hosts."""
+
+SPATIAL = ("depth", "height", "width")
+
+
+def parse(spec: str) -> dict[str, int]:
+    """Reads `"data=2,height=-1"` into `{"data": 2, "height": -1}`.
+
+    Raises:
+        UserError: for a part that is not `axis=number`, an unknown or repeated axis, a size of 0.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        name, equals, number = (s.strip() for s in part.partition("="))
+        if not equals or not number.lstrip("-").isdecimal():
+            raise UserError(
+                f"mesh {spec!r}: {part!r} is not axis=number; write for example 'data=4,height=2'"
+            )
+        if name in sizes:
+            raise UserError(f"mesh {spec!r} names the axis {name!r} twice; multiply the two numbers")
+        sizes[name] = int(number)
+    return sizes
+
+
+def _fit(sizes: dict[str, int], available: int) -> str:
+    """The asked mesh shrunk until it fits: its largest axis is halved (or dropped to 1) again and again."""
+    fit = {name: abs(size) if size != -1 else 1 for name, size in sizes.items()}
+    while math.prod(fit.values()) > available:
+        name = max(fit, key=lambda n: fit[n])
+        fit[name] = fit[name] // 2 if fit[name] % 2 == 0 else 1
+    rest = available // math.prod(fit.values())
+    if "data" in fit and rest > 1:
+        fit["data"] *= rest
+    return ",".join(f"{name}={size}" for name, size in fit.items() if size > 1) or "data=1"
+
+
+def make_mesh(spec: str = "", /, *, devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+    """A mesh of named axes over the devices of this job.
+
+    Args:
+        spec: `"data=2,height=2,channel=2"`; one size may be -1 and takes the devices that are left.
+        devices: the devices to use; all of the job by default.
+        **axes: the same as keywords, `make_mesh(data=2, height=-1)`.
+
+    Returns:
+        A `jax.sharding.Mesh` with just the named axes, in the order of `AXES`, all of them `Auto`. Devices
+        are taken host by host, so the axes that stand last in `AXES` stay inside a host where they fit.
+
+    Raises:
+        UserError: unknown axes, sizes that are not positive, more devices than there are, or a `-1` that
+            does not come out even; the message names the numbers and a mesh that would fit.
+
+    Example:
+        >>> mesh = make_mesh("data=2,height=2,channel=2")
+        >>> dict(mesh.shape)
+        {'data': 2, 'height': 2, 'channel': 2}
+    """
+    sizes = parse(spec)
+    for name, size in axes.items():
+        if name in sizes:
+            raise UserError(f"the axis {name!r} is given both in {spec!r} and as a keyword; give it once")
+        sizes[name] = size
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    for name, size in sizes.items():
+        if name not in AXES:
+            raise UserError(f"mesh {text!r}: there is no axis {name!r}; the axes are {', '.join(AXES)}")
+        if size < 1 and size != -1:
+            raise UserError(f"mesh {text!r}: {name}={size} is no size; use 1 or more, or -1 for the rest")
+    pool = sorted(devices if devices is not None else jax.devices(), key=lambda d: (d.process_index, d.id))
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        raise UserError(f"mesh {text!r} has {len(free)} sizes of -1; only one axis can take the rest")
+    if free:
+        if fixed > len(pool) or len(pool) % fixed:
+            raise UserError(
+                f"mesh {text!r}: {len(pool)} devices do not divide by {fixed}, so {free[0]}=-1 has no size; "
+                f"{_fit(sizes, len(pool))} would fit"
+            )
+        sizes[free[0]] = len(pool) // fixed
+        fixed = len(pool)
+    if fixed > len(pool):
+        raise UserError(
+            f"mesh {text!r} needs {fixed} devices, there are {len(pool)}; {_fit(sizes, len(pool))} would fit"
+        )
+    used = pool[:fixed]
+    if fixed < len(pool):
+        idle = {d.process_index for d in pool} - {d.process_index for d in used}
+        if idle:
+            raise UserError(
+                f"mesh {text!r} uses {fixed} of {len(pool)} devices and leaves the processes "
+                f"{sorted(idle)} without any; {_fit(sizes | {'data': -1}, len(pool))} would fit, "
+                f"or start fewer processes"
+            )
+        log.warning("mesh %s uses %d of %d devices", text or "data=1", fixed, len(pool))
+    names = [name for name in AXES if name in sizes] or ["data"]
+    shape = [sizes.get(name, 1) for name in names]
+    _warn_across_hosts(names, shape, used)
+    return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
+
+
+def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequence[jax.Device]) -> None:
+    grid = np.array([d.process_index for d in used]).reshape(shape)
+    for position, name in enumerate(names):
+        crosses = (grid != grid.take([0], axis=position)).any()
+        if crosses and name in (*SPATIAL, "channel"):
+            log.warning(
+                "mesh axis %s=%d crosses hosts: its traffic leaves the fast links", name, shape[position]
+            )
+
+
+def size(mesh: Mesh | jax.sharding.AbstractMesh, axes: str | Sequence[str]) -> int:
+    """Number of shards that `axes` cut together; axes the mesh does not have count as 1."""
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape.get(name, 1) for name in names)
+
+
+def text(mesh: Mesh) -> str:
+    """The mesh as a user writes it: `"data=2,height=2"`."""
+    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def describe(mesh: Mesh) -> Table:
+    """A table of which device holds which coordinates, with its host (process) number.
+
+    Example:
+        >>> rich.print(describe(make_mesh("data=2,height=2")))  # doctest: +SKIP
+    """
+    table = Table(title=f"mesh {text(mesh)}")
+    for column in ("device", "host", *mesh.axis_names):
+        table.add_column(column, justify="right")
+    for place in np.ndindex(mesh.devices.shape):
+        device = mesh.devices[place]
+        table.add_row(f"{device.platform}:{device.id}", str(device.process_index), *map(str, place))
+    return table

@@ -1,0 +1,162 @@
+"""Which layer lies where: layouts are assigned to a model's layers, checked, and shown as a table."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from rich.table import Table
+
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
+from shardtrain.mesh import SPATIAL, size
+from shardtrain.nn import layers
+
+LayoutTable = Mapping[str, Layout | Mapping[str, str | Axes]]
+
+_TWINS: dict[type, type] = {
+    nnx.Conv: layers.Conv,
+    nnx.Linear: layers.Linear,
+    nnx.BatchNorm: layers.BatchNorm,
+    nnx.GroupNorm: layers.GroupNorm,
+    nnx.LayerNorm: layers.LayerNorm,
+    nnx.Dropout: layers.Dropout,
+}
+
+
+def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The layers of a model by path (`"stages.0.conv1"`): ours, and any that hold variables themselves."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        own = any(isinstance(value, nnx.Variable) for value in vars(module).values())
+        if isinstance(module, layers.Partitioned) or own:
+            found[".".join(map(str, path))] = module
+    return found
+
+
+def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable) -> None:
+    """Sets every layer's layout and refuses what `mesh` cannot do with it.
+
+    Args:
+        model: any NNX model.
+        mesh: the mesh it will run on.
+        default: the layout of layers that no pattern names.
+        table: patterns on layer paths to what differs, see `shardtrain.layout.resolve`.
+
+    Raises:
+        UserError: a pattern that matches nothing; a dimension that cannot be cut as asked; a plain `nnx`
+            layer that would be wrong or replicated on this mesh; a mesh axis that cuts nothing.
+    """
+    found = leaves(model)
+    layouts = resolve(default, table, list(found))
+    for path, module in found.items():
+        if isinstance(module, layers.Partitioned):
+            module.layout = layouts[path]
+            _check_asked(path, module, default, mesh)
+        elif layouts[path] != default:
+            raise UserError(
+                f"layout: {path!r} is a plain {type(module).__name__}, which has no layout; "
+                f"use the layer of the same name from shardtrain.nn"
+            )
+        else:
+            _check_plain(path, module, mesh)
+    _check_axes_used(found, layouts, mesh)
+
+
+def _check_asked(path: str, module: layers.Partitioned, default: Layout, mesh: AnyMesh) -> None:
+    """A cut that a table asks for by name must be possible; the default cuts what divides."""
+    asked = module.layout.cut("channels", mesh)
+    if module.layout.channels != default.channels and asked:
+        for features in module.features():
+            if features % size(mesh, asked):
+                raise UserError(
+                    f"layout: {path!r} has {features} channels, which do not divide by {'*'.join(asked)}="
+                    f"{size(mesh, asked)}; use channels=() for this layer or another number of features"
+                )
+    if isinstance(module, layers.Conv):
+        module.channel_plan(mesh)  # refuses groups that cannot be cut
+
+
+def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
+    cut = [axis for axis in (*SPATIAL, "channel") if size(mesh, axis) > 1]
+    for plain, ours in _TWINS.items():
+        if cut and isinstance(module, plain):
+            name = f"nnx.{plain.__name__}"
+            raise UserError(
+                f"layer {path!r} is a plain {name}, which XLA gets wrong or keeps whole on a mesh with "
+                f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__}, which takes the same arguments"
+            )
+
+
+def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layout], mesh: AnyMesh) -> None:
+    used = set()
+    for path, module in found.items():
+        layout = layouts[path]
+        used |= {*layout.batch, *layout.parameters}
+        if isinstance(module, layers.Partitioned):
+            for name in module.spatial() or ():
+                used |= set(layout.cut(name, mesh))
+            if any(layout.channel_cut(features, mesh) for features in module.features()):
+                used |= set(layout.channels)
+    for layout in layouts.values():
+        if absent := [axis for axis in layout.parameters if axis not in mesh.shape]:
+            raise UserError(
+                f"parameters={absent[0]!r}: the mesh has no such axis; it has {', '.join(mesh.axis_names)}"
+            )
+    idle = [axis for axis in mesh.axis_names if size(mesh, axis) > 1 and axis not in used]
+    if idle:
+        sizes = sorted({f for m in found.values() if isinstance(m, layers.Partitioned) for f in m.features()})
+        hint = f" (its layers have {', '.join(map(str, sizes))} channels)" if idle == ["channel"] else ""
+        raise UserError(
+            f"the mesh axis {idle[0]}={size(mesh, idle[0])} cuts nothing in this model{hint}, so all of it would "
+            f"be repeated {size(mesh, idle[0])} times; leave {idle[0]} out or use a size that divides"
+        )
+
+
+def parameter_spec(model: nnx.Module, mesh: AnyMesh, default: Layout) -> dict[tuple, P]:
+    """How every variable of the model lies on `mesh` at rest, by path in its state.
+
+    Variables that no layer of ours places (plain `nnx` layers, random keys) are spread over the
+    `parameters` axes if they are parameters, and whole otherwise.
+    """
+    specs: dict[tuple, P] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, layers.Partitioned):
+            specs |= {(*path, name): kept for name, kept in module.kept(mesh).items()}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path not in specs:
+            shape = jax.numpy.shape(variable.get_value())
+            spread = isinstance(variable, nnx.Param)
+            specs[path] = default.parameter(shape, None, mesh) if spread else P()
+    return specs
+
+
+def partition_table(model: nnx.Module, mesh: AnyMesh, default: Layout | None = None) -> Table:
+    """A table of every parameter: shape, how it is cut, bytes on each device, what moves its channels.
+
+    Example:
+        >>> rich.print(partition_table(trainer.model, trainer.mesh))  # doctest: +SKIP
+    """
+    specs = parameter_spec(model, mesh, default or Layout())
+    modules = dict(nnx.iter_modules(model))
+    table = Table(title="parameters on " + ",".join(f"{n}={s}" for n, s in mesh.shape.items()))
+    table.add_column("parameter", no_wrap=True)
+    for column in ("shape", "cut by", "KiB/device", "channels move by"):
+        table.add_column(column, justify="right" if column == "KiB/device" else "left")
+    total = whole = 0.0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = variable.get_value()
+        cuts = [axes_of(entry) for entry in specs[path]]
+        kib = value.nbytes / 1024 / math.prod(size(mesh, axes) for axes in cuts if axes)
+        total, whole = total + kib, whole + value.nbytes / 1024
+        cut = " ".join("*".join(axes) or "-" for axes in cuts) if any(cuts) else "whole"
+        module = modules[path[:-1]]
+        contracts = path[-1] == "kernel" and isinstance(module, layers.Conv | layers.Linear)
+        moves = module.channel_plan(mesh).collective if contracts else None
+        table.add_row(
+            ".".join(map(str, path)), "x".join(map(str, value.shape)), cut, f"{kib:.1f}", moves or ""
+        )
+    table.add_section()
+    table.add_row("all", "", "", f"{total:.1f}", f"of {whole:.1f} KiB in all")
+    return table

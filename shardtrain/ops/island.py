@@ -1,0 +1,97 @@
+"""An island: one `shard_map` that does one operator with its communication written out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, spec
+from shardtrain.mesh import size
+
+GATHERED = "gathered_parameter"
+"""Name of parameters gathered from the `parameters` axes, for remat policies: they are gathered again in
+the backward pass instead of being kept whole between the passes."""
+
+
+def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any, *args: Any) -> Any:
+    """Runs `local` on every device's shards; under a manual outer axis only the other axes are the island's.
+
+    Raises:
+        UserError: a spec names an axis over which an enclosing `shard_map` is manual already.
+    """
+    manual = compat.manual_axes(mesh)
+    named = {a for s in jax.tree.leaves((in_specs, out_specs)) for entry in s for a in axes_of(entry)}
+    if named & manual:
+        raise UserError(
+            f"an operator cut on {sorted(named & manual)} was called inside a shard_map that is manual over it; "
+            f"make the outer shard_map manual over its own axis only, such as axis_names={{'pipe'}}"
+        )
+    names = frozenset(mesh.axis_names) - manual
+    return jax.shard_map(local, axis_names=names, in_specs=in_specs, out_specs=out_specs)(*args)
+
+
+def grouped(mesh: AnyMesh | None) -> bool:
+    """Whether the op may stand in a branch that only some devices take: under a manual outer axis."""
+    return mesh is not None and bool(compat.manual_axes(mesh))
+
+
+def pad_to(x: Array, extents: Sequence[int], fill: float = 0.0) -> Array:
+    """`x` padded at the end of every dimension to `extents`."""
+    widths = [(0, extent - have) for extent, have in zip(extents, x.shape, strict=True)]
+    return jnp.pad(x, widths, constant_values=fill) if any(high for _, high in widths) else x
+
+
+def crop_to(x: Array, extents: Sequence[int]) -> Array:
+    """`x` cropped at the end of every dimension to `extents`."""
+    return x if x.shape == tuple(extents) else lax.slice(x, (0,) * x.ndim, extents)
+
+
+def even(extent: int, axes: Axes, mesh: AnyMesh | None) -> int:
+    """The extent, raised to a multiple of the shards that `axes` cut it into."""
+    shards = size(mesh, axes) if mesh is not None else 1
+    return -(-extent // shards) * shards
+
+
+def at_rest(layout: Layout, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None) -> P:
+    """How a parameter enters the island: as it is kept, less axes that are manual outside already."""
+    outside = compat.manual_axes(mesh) if mesh is not None else frozenset()
+    entries = layout.parameter(shape, channel, mesh)
+    return spec([tuple(a for a in axes_of(entry) if a not in outside) for entry in entries])
+
+
+def gather(parameter: Array, kept: P, layout: Layout, vary: Axes) -> Array:
+    """A parameter's shard made whole over the `parameters` axes; the gradient is reduce-scattered.
+
+    Args:
+        parameter: this device's shard.
+        kept: its PartitionSpec.
+        layout: names the axes it is spread over.
+        vary: axes over which the data differ: the gradient is summed over them on the small shard.
+    """
+    spread = _spread(kept, layout)
+    if not any(spread):
+        return parameter
+    missing = tuple(a for a in vary if not any(a in axes_of(entry) for entry in kept))
+    parameter = lax.pcast(parameter, missing, to="varying") if missing else parameter
+    for dim, axes in enumerate(spread):
+        if axes:
+            parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True)
+    return checkpoint_name(parameter, GATHERED)
+
+
+def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
+    """As `gather`, for an operator that sums the gradient itself: every device then cuts out its part."""
+    for dim, axes in enumerate(_spread(kept, layout)):
+        if axes:
+            parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True, to="invarying")
+    return parameter
+
+
+def _spread(kept: P, layout: Layout) -> list[Axes]:
+    return [tuple(a for a in axes_of(entry) if a in layout.parameters) for entry in kept]

@@ -1,0 +1,167 @@
+"""Pooling, cut on batch, space and channels."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.mesh import size
+from shardtrain.ops import island
+from shardtrain.ops.halo import exchange
+from shardtrain.ops.window import Window, pads_of, tuple_of
+
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+def max_pool(
+    x: Float[Array, "batch *spatial channels"],
+    window: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial_out channels"]:
+    """The largest value in every window; the gradient goes to the first of equal values.
+
+    Args:
+        x: input, channels last.
+        window: its rows in each spatial dimension.
+        strides: 1 by default, as in Flax.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs; padding never wins.
+        layout: which mesh axes cut what; by name by default.
+
+    Raises:
+        UserError: a window that does not fit.
+
+    Example:
+        >>> max_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
+        (2, 4, 4, 3)
+    """
+    return _pool(x, _windows(x, window, strides, padding), "max", layout or Layout())
+
+
+def avg_pool(
+    x: Float[Array, "batch *spatial channels"],
+    window: Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    count_include_pad: bool = True,
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial_out channels"]:
+    """The mean of every window.
+
+    Args:
+        x, window, strides, padding, layout: as in `max_pool`.
+        count_include_pad: whether padding counts in the mean, as zeros.
+
+    Raises:
+        UserError: a window that does not fit.
+
+    Example:
+        >>> avg_pool(jnp.ones((2, 8, 8, 3)), (3, 3), strides=(2, 2), padding="SAME").shape
+        (2, 4, 4, 3)
+    """
+    windows = _windows(x, window, strides, padding)
+    total = _pool(x, windows, "sum", layout or Layout())
+    if count_include_pad:
+        return total / math.prod(w.size for w in windows)
+    counts = np.ones((1, *total.shape[1:-1], 1))
+    for dim, w in enumerate(windows):
+        starts = np.arange(w.extent_out) * w.stride - w.pad[0]
+        inside = np.minimum(starts + w.size, w.extent) - np.maximum(starts, 0)
+        counts = counts * inside.reshape([-1 if d == dim + 1 else 1 for d in range(counts.ndim)])
+    return total / jnp.asarray(np.maximum(counts, 1), total.dtype)
+
+
+def global_avg_pool(
+    x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
+) -> Float[Array, "batch channels"]:
+    """The mean over all pixels.
+
+    Example:
+        >>> global_avg_pool(jnp.ones((2, 8, 8, 3))).shape
+        (2, 3)
+    """
+    # A reduction of a global array is what XLA partitions well, uneven extents included.
+    cut = (layout or Layout()).activation((x.shape[0], x.shape[-1]), mesh := active_mesh())
+    y = x.mean(axis=tuple(range(1, x.ndim - 1)))
+    return y if mesh is None else lax.with_sharding_constraint(y, cut)
+
+
+def flatten(
+    x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
+) -> Float[Array, "batch features"]:
+    """All pixels and channels of an example in one row, whole on each device that has the example.
+
+    The one operator that undoes the cut of pixels and channels; put it where images are small.
+
+    Example:
+        >>> flatten(jnp.ones((2, 4, 4, 3))).shape
+        (2, 48)
+    """
+    mesh, layout = active_mesh(), layout or Layout()
+    if mesh is not None:
+        x = lax.with_sharding_constraint(x, spec([layout.cut("batch", mesh)] + [()] * (x.ndim - 1)))
+    return x.reshape(x.shape[0], -1)
+
+
+def _windows(
+    x: Array, window: Sequence[int], strides: int | Sequence[int] | None, padding: Padding
+) -> tuple[Window, ...]:
+    rank = x.ndim - 2
+    sizes = tuple_of(window, rank, "window")
+    steps = tuple_of(strides, rank, "strides")
+    pads = pads_of(padding, x.shape[1:-1], sizes, steps)
+    windows = tuple(
+        Window(extent, span, step, pad)
+        for extent, span, step, pad in zip(x.shape[1:-1], sizes, steps, pads, strict=True)
+    )
+    for name, w in zip(spatial_names(rank), windows, strict=True):
+        if w.extent_out < 1:
+            raise UserError(
+                f"a pooling window of {w.size} rows does not fit the {name} of {w.extent} with padding {w.pad}"
+            )
+        if max(w.pad) >= w.size:
+            raise UserError(f"padding {w.pad} makes windows of {w.size} rows that hold no input at all")
+    return windows
+
+
+@functools.partial(jax.jit, static_argnames=("windows", "kind", "layout"))
+def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> Array:
+    mesh = active_mesh()
+    fill, combine = (-np.inf, lax.max) if kind == "max" else (0.0, lax.add)
+    names = spatial_names(len(windows))
+    cuts = [layout.cut(name, mesh) for name in names]
+    windows = tuple(
+        Window(w.extent, w.size, w.stride, w.pad, size(mesh, axes) if mesh else 1, axes)
+        for w, axes in zip(windows, cuts, strict=True)
+    )
+
+    def local(x: Array) -> Array:
+        for dim, window in enumerate(windows):
+            x = exchange(x, dim + 1, window, fill=fill, grouped=island.grouped(mesh))
+        return lax.reduce_window(
+            x,
+            np.asarray(fill, x.dtype),  # a constant: else jax does not see that it is a max pool
+            combine,
+            (1, *(w.size for w in windows), 1),
+            (1, *(w.stride for w in windows), 1),
+            "VALID",
+        )
+
+    if mesh is None:
+        return local(x)
+    batch, channels = layout.cut("batch", mesh), layout.channel_cut(x.shape[-1], mesh)
+    cut = spec([batch, *cuts, channels])
+    blocks = [w.block_in * w.shards for w in windows]
+    x_even = island.pad_to(x, (island.even(x.shape[0], batch, mesh), *blocks, x.shape[-1]), fill)
+    y = island.run(local, mesh, (cut,), cut, x_even)
+    return island.crop_to(y, (x.shape[0], *(w.extent_out for w in windows), x.shape[-1]))

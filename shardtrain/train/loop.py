@@ -1,0 +1,59 @@
+"""The training loop."""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from shardtrain.train.metrics import Observer, Row
+
+if TYPE_CHECKING:
+    from shardtrain.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    trainer: "Trainer", batches: Iterable[tuple[Any, Any]], steps: int, observers: Sequence[Observer]
+) -> list[Row]:
+    """Trains until `trainer.state.step` is `steps` or the batches end.
+
+    The order matters: the metrics of a step are read only when the next one is under way, so that the
+    devices never wait for the host.
+    """
+    rows: list[Row] = []
+    done = int(trainer.state.step)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    clock = time.perf_counter()
+
+    def read(step: int, sums: dict[str, jax.Array]) -> None:
+        nonlocal clock
+        values = {key: float(np.asarray(value)) for key, value in jax.device_get(sums).items()}
+        now = time.perf_counter()
+        examples = values.pop("examples")
+        row = {key: value / max(examples, 1) for key, value in values.items()}
+        row |= {"images_per_second": examples / (now - clock), "seconds": now - clock}
+        clock = now
+        rows.append(row)
+        for observe in observers:
+            observe(step, row)
+
+    for inputs, targets in itertools.islice(batches, steps - done):
+        batch = trainer.place(inputs, targets)
+        step = trainer.compiled_step(batch)
+        if pending is None:
+            clock = time.perf_counter()  # compiling is no step
+        trainer.state, sums = step(trainer.state, batch)
+        done += 1
+        if pending is not None:
+            read(*pending)
+        pending = (done, sums)
+    if pending is not None:
+        read(*pending)
+    if done < steps:
+        log.warning("the batches ended after step %d of %d", done, steps)
+    return rows

@@ -1,0 +1,141 @@
+"""What a run says of itself: a live line in the terminal, JSON lines, TensorBoard, a picture."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Row = dict[str, float]
+
+
+class Observer(Protocol):
+    """Sees every step as it ends: the number of the update (from 1) and its metrics."""
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class Terminal:
+    """A progress bar with the metrics of the moment; into a pipe, a line now and then.
+
+    Args:
+        steps: updates in all.
+        start: updates done before.
+        console: where to; stderr by default, so that results can be piped.
+    """
+
+    def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.steps = steps
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=steps, completed=start, metrics="compiling")
+
+    def __enter__(self) -> "Terminal":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        shown = [f"{key} {metrics[key]:.4f}" for key in metrics if key in ("loss", "accuracy")]
+        line = "  ".join([*shown, f"{metrics['images_per_second']:,.0f} images/s"])
+        self.bar.update(self.task, completed=step, metrics=line)
+        every = max(1, self.steps // 10)
+        if not self.console.is_terminal and (step % every == 0 or step in (1, self.steps)):
+            self.console.print(f"step {step}/{self.steps}  {line}", highlight=False)
+
+
+class Recorder:
+    """Writes every step to `metrics.jsonl` and to TensorBoard event files in `tensorboard/`.
+
+    Args:
+        folder: of the run.
+        start: updates done before; rows of later ones, from a run that went on past its checkpoint, are
+            dropped.
+    """
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        from tensorboardX import SummaryWriter  # takes a second to import, and only a run needs it
+
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read(self.path) if row["step"] <= start] if start else []
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        self.board.close()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for key, value in metrics.items():
+            self.board.add_scalar(key, value, step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or, after a crash, as it was before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Draws loss and accuracy against the step as a PNG: every step thin, their running mean thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    keys = [key for key in ("loss", "accuracy") if rows and key in rows[0]]
+    figure, axes = plt.subplots(
+        1, max(1, len(keys)), figsize=(5 * max(1, len(keys)), 3.6), layout="constrained"
+    )
+    for key, axis in zip(keys, np.atleast_1d(axes), strict=False):
+        steps = np.array([row["step"] for row in rows])
+        values = np.array([row[key] for row in rows])
+        span = max(1, len(values) // 25)
+        smooth = np.convolve(values, np.ones(span) / span, "valid")
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+        axis.plot(steps[span - 1 :], smooth, color="tab:blue", label=f"mean of {span} steps")
+        if key == "loss" and (values > 0).all():
+            axis.set_yscale("log")
+        axis.set(xlabel="step", ylabel=f"training {key}")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    os.replace(part, path)
+    plt.close(figure)

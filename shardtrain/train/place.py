@@ -1,0 +1,124 @@
+"""Host arrays to the mesh: each process brings the rows that its devices hold."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, spatial_names, spec
+from shardtrain.mesh import size
+from shardtrain.ops.island import even
+from shardtrain.train.step import Batch
+
+
+def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
+    """The rows of a global batch that this process's devices hold, and so must load.
+
+    Raises:
+        UserError: a batch that does not divide by the axes that cut it, or rows that are not contiguous.
+    """
+    cut = layout.cut("batch", mesh)
+    shards = size(mesh, cut)
+    if batch_size % shards:
+        raise UserError(
+            f"a batch of {batch_size} does not divide by {'*'.join(cut)}={shards}; "
+            f"use {batch_size // shards * shards or shards} or {(batch_size // shards + 1) * shards}"
+        )
+    sharding = NamedSharding(mesh, spec([cut]))
+    held = {
+        s.indices(batch_size)[:2] for (s,) in sharding.addressable_devices_indices_map((batch_size,)).values()
+    }
+    start, stop = min(a for a, _ in held), max(b for _, b in held)
+    if sum(b - a for a, b in held) != stop - start:
+        raise UserError(
+            "this process's devices hold rows of the batch that are not contiguous; let the axes that cut "
+            "the batch lie across the processes, as make_mesh does"
+        )
+    return range(start, stop)
+
+
+def place(
+    inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, *, batch_only: bool
+) -> Batch:
+    """A host batch as global arrays: rows filled up to `batch_size`, pixels to whole blocks.
+
+    Args:
+        inputs: arrays `(rows, *spatial, channels)`, this process's rows; others are cut on the batch alone.
+        targets: arrays `(rows, ...)`, or None.
+        batch_size: of the global batch.
+        mesh, layout: where to.
+        batch_only: cut no pixels, for models that have no layers which could take them.
+
+    Raises:
+        UserError: arrays that disagree on the rows, or more rows than fit.
+    """
+    share = local_rows(mesh, layout, batch_size)
+    leaves = [np.asarray(x) for x in jax.tree.leaves((inputs, targets))]
+    counts = {x.shape[0] if x.ndim else -1 for x in leaves}
+    if len(counts) != 1 or -1 in counts:
+        raise UserError(f"a batch's arrays disagree on its rows: shapes {[x.shape for x in leaves]}")
+    rows = counts.pop()
+    if rows > len(share):
+        raise UserError(
+            f"a batch of {rows} rows came after batches of {len(share)}; keep the first batch the largest"
+        )
+
+    def put(x: Any, cuts: Sequence[tuple[str, ...]]) -> jax.Array:
+        x = np.asarray(x)
+        extents = [even(n, cut, mesh) for n, cut in zip(x.shape[1:], cuts[1:], strict=True)]
+        widths = [
+            (0, len(share) - x.shape[0]),
+            *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
+        ]
+        x = np.pad(x, widths) if any(high for _, high in widths) else x
+        sharding = NamedSharding(mesh, spec(cuts))
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            return x[(slice(first - share.start, last - share.start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *extents), sharding, block)
+
+    def put_input(x: Any) -> jax.Array:
+        shape = np.shape(x)
+        if batch_only or not 3 <= len(shape) <= 5:
+            return put(x, [batch] + [()] * (len(shape) - 1))
+        names = spatial_names(len(shape) - 2)
+        return put(x, [batch, *(layout.cut(n, mesh) for n in names), layout.channel_cut(shape[-1], mesh)])
+
+    batch = layout.cut("batch", mesh)
+    real = np.arange(len(share)) < rows
+    return Batch(
+        jax.tree.map(put_input, inputs),
+        jax.tree.map(lambda x: put(x, [batch] + [()] * (np.ndim(x) - 1)), targets),
+        put(real, [batch]),
+        tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves(inputs)),
+    )
+
+
+def fetch(outputs: Any, rows: int, mesh: Mesh) -> Any:
+    """The first `rows` rows of global outputs on every host."""
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(lambda y: np.asarray(jax.device_put(y, whole))[:rows], outputs)
+
+
+def rows_of(inputs: Any) -> int:
+    """Rows of a host batch."""
+    leaves = jax.tree.leaves(inputs)
+    if not leaves or not np.ndim(leaves[0]):
+        raise UserError("a batch has no rows; give arrays whose leading dimension is the batch")
+    return np.shape(leaves[0])[0]
+
+
+def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
+    """Size of the global batch of which this process brings `rows`, rounded up to what the mesh divides."""
+    shards = size(mesh, layout.cut("batch", mesh))
+    mine = len(local_rows(mesh, layout, shards))
+    return math.ceil(rows / mine) * shards

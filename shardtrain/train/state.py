@@ -1,0 +1,121 @@
+"""The state of a run in one tree of named arrays, and where each lies on the mesh."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardtrain.layout import Layout
+from shardtrain.nn import partition
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run is, law 7: nothing outside this tree changes from step to step.
+
+    Attributes:
+        step: updates done; with the seed it is also the position in the data.
+        params: parameters by name (`"blocks.0.conv1.kernel"`).
+        model_state: the model's other variables by name: running statistics, random streams.
+        opt_state: the optimizer's state, a tree of the same names.
+    """
+
+    step: Array
+    params: dict[str, Array]
+    model_state: dict[str, Array]
+    opt_state: Any
+
+
+class Variables:
+    """A model's variables as flat dictionaries by name, and back into the model.
+
+    Args:
+        model: the model; its values are read once.
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        model.train()
+        self.train_graph, self._params, self._state = nnx.split(model, nnx.Param, ...)
+        model.eval()
+        self.eval_graph = nnx.split(model, nnx.Param, ...)[0]
+        model.train()
+
+    def values(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Parameters and other variables by name; random keys as their raw words."""
+        return _flatten(self._params), _flatten(self._state)
+
+    def model(
+        self, params: Mapping[str, Array], model_state: Mapping[str, Array], *, train: bool
+    ) -> nnx.Module:
+        """The model with these values; usable inside `jit`."""
+        graph = self.train_graph if train else self.eval_graph
+        return nnx.merge(graph, _fill(self._params, params), _fill(self._state, model_state))
+
+    @staticmethod
+    def state_of(model: nnx.Module) -> dict[str, Array]:
+        """The model's variables that are no parameters, after a call may have changed them."""
+        return _flatten(nnx.split(model, nnx.Param, ...)[2])
+
+    def is_random(self) -> dict[str, bool]:
+        """Which of the other variables are random streams."""
+        return {name(p): isinstance(v, nnx.RngState) for p, v in nnx.to_flat_state(self._state)}
+
+    def specs(self, model: nnx.Module, mesh: Mesh, layout: Layout) -> tuple[dict[str, P], dict[str, P]]:
+        """How parameters and other variables lie on the mesh."""
+        by_path = partition.parameter_spec(model, mesh, layout)
+        params, state = (
+            {name(path): by_path[path] for path, _ in nnx.to_flat_state(tree)}
+            for tree in (self._params, self._state)
+        )
+        return params, state
+
+
+def name(path: tuple) -> str:
+    """`("blocks", 0, "conv1", "kernel")` as `"blocks.0.conv1.kernel"`."""
+    return ".".join(map(str, path))
+
+
+def _flatten(state: nnx.State) -> dict[str, Array]:
+    values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {key: jax.random.key_data(v) if _is_key(v) else v for key, v in values.items()}
+
+
+def _fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+    def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        old, new = variable.get_value(), values[name(path)]
+        return variable.replace(
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+        )
+
+    return nnx.from_flat_state([(path, filled(path, v)) for path, v in nnx.to_flat_state(template)])
+
+
+def _is_key(value: Any) -> bool:
+    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def opt_state_specs(
+    optimizer: optax.GradientTransformation, params: Mapping[str, Array], specs: Mapping[str, P]
+) -> Any:
+    """How the optimizer's state lies on the mesh: like the parameter where it has its shape, else whole."""
+    shapes = jax.eval_shape(optimizer.init, dict(params))
+    return optax.tree.map_params(
+        optimizer,
+        lambda leaf, param, spec: spec if leaf.shape == param.shape else P(),
+        shapes,
+        dict(params),
+        dict(specs),
+        transform_non_params=lambda leaf: P(),
+    )
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """The tree of PartitionSpecs as NamedShardings."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))

@@ -1,0 +1,155 @@
+"""One training step and one evaluation step, as functions of global arrays."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from shardtrain.errors import UserError
+from shardtrain.nn.context import examples
+from shardtrain.ops.conv import CONTRACTION
+from shardtrain.ops.island import GATHERED, crop_to
+from shardtrain.train.state import TrainState, Variables
+
+PerExample = Callable[[Any, Any], Array]
+
+REMAT = ("contractions", "nothing")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the mesh.
+
+    Attributes:
+        inputs: for the model; pixels are padded to whole blocks, see `extents`.
+        targets: for the loss.
+        real: False for rows that fill up a ragged batch.
+        extents: the true extents of the inputs' leaves after the batch, static.
+    """
+
+    inputs: Any
+    targets: Any
+    real: Array
+    extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+
+    def cropped(self) -> Any:
+        """The inputs in their true extents. The crop moves nothing: it is the tiling XLA itself uses."""
+        leaves, tree = jax.tree.flatten(self.inputs)
+        whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
+        return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
+
+
+jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real"], ["extents"])
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a step computes; see `shardtrain.train.Trainer` for the meaning of the fields."""
+
+    variables: Variables
+    optimizer: optax.GradientTransformation
+    loss: PerExample
+    metrics: Mapping[str, PerExample]
+    accumulate: int
+    dtype: DTypeLike | None
+    remat: str | Callable[..., bool] | None
+    spread: bool
+
+    def _sums(self, outputs: Any, targets: Any, real: Array) -> dict[str, Array]:
+        """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
+        outputs = jax.tree.map(lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32)), outputs)
+        sums = {"examples": real.sum().astype(jnp.float32)}
+        for key, function in {"loss": self.loss, **self.metrics}.items():
+            value = function(outputs, targets)
+            if value.shape != real.shape:
+                raise UserError(
+                    f"{key} returned shape {value.shape} for {real.shape[0]} examples; return one value per "
+                    f"example, the mean over the batch is taken here"
+                )
+            sums[key] = jnp.where(real, value, 0).sum()
+        return sums
+
+    def _cast(self, tree: Any) -> Any:
+        if self.dtype is None:
+            return tree
+        return jax.tree.map(
+            lambda x: x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    def _policy(self) -> Callable[..., bool] | None:
+        """What the backward pass may keep of the forward pass."""
+        policies = jax.checkpoint_policies
+        if callable(self.remat):
+            return self.remat
+        if self.remat == "contractions":
+            return policies.save_only_these_names(CONTRACTION)
+        if self.remat == "nothing":
+            return policies.nothing_saveable
+        # Parameters gathered from their shards are gathered again rather than kept whole.
+        return policies.save_anything_except_these_names(GATHERED) if self.spread else None
+
+    def _gradients(
+        self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array, index: Array
+    ) -> Any:
+        """Gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
+
+        def summed_loss(params: dict) -> tuple[Array, Any]:
+            model: Any = self.variables.model(self._cast(params), model_state, train=True)
+            with examples(index, real):
+                outputs = model(self._cast(inputs))
+            sums = self._sums(outputs, targets, real)
+            return sums["loss"], (sums, Variables.state_of(model))
+
+        policy = self._policy()
+        function = summed_loss if policy is None else jax.checkpoint(summed_loss, policy=policy)
+        return jax.grad(function, has_aux=True)(params)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One update.
+
+        With `accumulate=m`, microbatch `i` holds the examples `i, i+m, i+2m, ...`: every device cuts it out
+        of the rows that it has already.
+        """
+        inputs, targets, real = batch.cropped(), batch.targets, batch.real
+        rows, parts = real.shape[0], self.accumulate
+        if parts == 1:
+            grads, (sums, model_state) = self._gradients(
+                state.params, state.model_state, inputs, targets, real, jnp.arange(rows)
+            )
+        else:
+            split = jax.tree.map(
+                lambda x: jnp.swapaxes(x.reshape(rows // parts, parts, *x.shape[1:]), 0, 1),
+                (inputs, targets, real, jnp.arange(rows)),
+            )
+            random = self.variables.is_random()
+
+            def one(carry: Any, micro: Any) -> tuple[Any, Any]:
+                grads, sums, moving = carry
+                # Each microbatch starts from the same random streams: dropout draws by example.
+                before = {k: state.model_state[k] if random[k] else v for k, v in moving.items()}
+                new, (more, after) = self._gradients(state.params, before, *micro)
+                return (jax.tree.map(jnp.add, grads, new), jax.tree.map(jnp.add, sums, more), after), None
+
+            first = jax.tree.map(lambda x: x[0], split)
+            grads, (sums, _) = jax.eval_shape(self._gradients, state.params, state.model_state, *first)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+            (grads, sums, model_state), _ = lax.scan(one, (*zeros, state.model_state), split)
+        count = jnp.maximum(sums["examples"], 1)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        sums["grad_norm"] = optax.global_norm(grads) * count
+        return TrainState(state.step + 1, params, model_state, opt_state), sums  # type: ignore[arg-type]
+
+    def eval_step(self, params: dict, model_state: dict, batch: Batch) -> tuple[Any, dict[str, Array]]:
+        """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
+        model: Any = self.variables.model(self._cast(params), model_state, train=False)
+        with examples(jnp.arange(batch.real.shape[0]), batch.real):
+            outputs = model(self._cast(batch.cropped()))
+        sums = {} if batch.targets is None else self._sums(outputs, batch.targets, batch.real)
+        return outputs, sums

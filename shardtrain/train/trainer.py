@@ -1,0 +1,286 @@
+"""The trainer: a model, an optimizer and a mesh as one compiled program."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from rich.table import Table
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Axes, Layout
+from shardtrain.mesh import make_mesh, text
+from shardtrain.nn import partition
+from shardtrain.nn.layers import Partitioned
+from shardtrain.train import check, checkpoint, loop, losses, place
+from shardtrain.train.metrics import Observer, Row, Terminal
+from shardtrain.train.state import TrainState, Variables, opt_state_specs, shardings
+from shardtrain.train.step import REMAT, Batch, PerExample, Program
+
+
+class Trainer:
+    """Trains one Flax NNX model on one mesh, with the numbers of one device.
+
+    The whole step (forward, backward, update) is one jitted program. State and batches are global arrays,
+    placed by the layers' layouts.
+
+    Args:
+        model: any `nnx.Module` that maps inputs to outputs. Plain `nnx` layers train data parallel and with
+            sharded parameters; for cut pixels and channels use the layers of `shardtrain.nn`.
+        optimizer: any optax transformation.
+        mesh: from `make_mesh`; all devices data parallel by default.
+        loss: `(outputs, targets) -> one value per example`; the mean over real examples is taken here.
+        metrics: more such functions by name; accuracy by default where the loss is `cross_entropy`.
+        layout: patterns on layer paths to layouts that differ from the default, see `Layout`.
+        parameters: mesh axes over which parameters and optimizer state are spread.
+        accumulate: microbatches per update; equal to the big batch (batch norm aside, whose statistics are
+            those of a microbatch).
+        dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
+        remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
+            convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
+        clip_norm: clip gradients to this global norm.
+
+    Raises:
+        UserError: whatever this model cannot do on this mesh, at construction; operators that XLA cannot
+            be trusted with, when the first batch is seen.
+
+    Example:
+        >>> mesh = make_mesh("data=2,height=2,channel=2")
+        >>> trainer = Trainer(models.ResNet(8, 10, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1), mesh=mesh)
+        >>> history = trainer.fit(batches, steps=100)
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: optax.GradientTransformation,
+        *,
+        mesh: Mesh | None = None,
+        loss: PerExample = losses.cross_entropy,
+        metrics: Mapping[str, PerExample] | None = None,
+        layout: partition.LayoutTable | None = None,
+        parameters: str | Axes = (),
+        accumulate: int = 1,
+        dtype: DTypeLike | None = None,
+        remat: str | Callable[..., bool] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        if isinstance(remat, str) and remat not in REMAT:
+            raise UserError(
+                f"remat={remat!r}; there are None, {', '.join(map(repr, REMAT))} and jax's policies"
+            )
+        if accumulate < 1:
+            raise UserError(f"accumulate={accumulate}; use 1 for no accumulation, or more")
+        if clip_norm is not None and clip_norm <= 0:
+            raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
+        self.mesh = make_mesh(data=-1) if mesh is None else mesh
+        self.layout = Layout(parameters=parameters)  # type: ignore[arg-type]
+        partition.assign(model, self.mesh, self.layout, layout or {})
+        if metrics is None:
+            metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
+        if clip_norm is not None:
+            optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+        self.accumulate = accumulate
+        self._variables = Variables(model)
+        self._program = Program(
+            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, bool(self.layout.parameters)
+        )
+        modules = partition.leaves(model)
+        self._plain_norms = [
+            p for p, m in modules.items() if isinstance(m, nnx.BatchNorm) and not isinstance(m, Partitioned)
+        ]
+        self._batch_only = not any(isinstance(m, Partitioned) for m in modules.values())
+        self._batch_size: int | None = None
+        self._steps: dict[Any, Any] = {}
+        self._specs = self._state_specs(model, optimizer)
+        self.state = self._initial_state(optimizer)
+
+    def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
+        params, _ = self._variables.values()
+        param_specs, state_specs = self._variables.specs(model, self.mesh, self.layout)
+        return TrainState(P(), param_specs, state_specs, opt_state_specs(optimizer, params, param_specs))  # type: ignore[arg-type]
+
+    def _initial_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        where = shardings(self.mesh, self._specs)
+        # A copy: the step donates its state, and the caller's model keeps its own arrays.
+        params, model_state = jax.tree.map(
+            lambda x, s: jax.device_put(np.array(x), s),
+            self._variables.values(),
+            (where.params, where.model_state),
+        )
+        opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
+        step = jax.device_put(np.zeros((), np.int32), where.step)
+        return TrainState(step, params, model_state, opt_state)
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model with the weights of now, in evaluation mode."""
+        return self._variables.model(self.state.params, self.state.model_state, train=False)
+
+    def rows(self, batch_size: int) -> range:
+        """The rows of a global batch that this process must bring (all of them in a job of one process)."""
+        return place.local_rows(self.mesh, self.layout, batch_size)
+
+    def place(self, inputs: Any, targets: Any) -> Batch:
+        """A host batch on the mesh; the first batch says how large the others may be at most.
+
+        Raises:
+            UserError: a first batch that does not divide by the mesh and `accumulate`.
+        """
+        rows = place.rows_of(inputs)
+        if self._batch_size is None:
+            size = place.global_batch_size(rows, self.mesh, self.layout)
+            mine = len(self.rows(size))
+            if mine != rows or (size // self._shards()) % self.accumulate:
+                step = self._shards() * self.accumulate
+                near = max(1, round(rows * size / mine / step)) * step
+                raise UserError(
+                    f"a batch of {rows} does not divide by the {self._shards()} shards of the batch "
+                    f"on mesh {text(self.mesh)} times accumulate={self.accumulate}; use {near}"
+                )
+            self._batch_size = size
+        batch = self._placed(inputs, targets, self._batch_size)
+        if self._plain_norms and rows < len(self.rows(self._batch_size)):
+            raise UserError(
+                f"a batch of {rows} rows is smaller than the first, and {self._plain_norms[0]!r} is a plain "
+                f"nnx.BatchNorm, which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
+            )
+        return batch
+
+    def _shards(self) -> int:
+        return place.global_batch_size(1, self.mesh, self.layout)
+
+    def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
+        return place.place(inputs, targets, batch_size, self.mesh, self.layout, batch_only=self._batch_only)
+
+    def compiled_step(self, batch: Batch) -> Any:
+        """The compiled training step for batches of this shape; its `as_text()` is what `census` reads."""
+        return self._compiled("train", self._program.train_step, (self.state,), batch, 0)
+
+    def _compiled(self, kind: str, function: Callable, args: tuple, batch: Batch, donate: int | None) -> Any:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (*args, batch)
+        )
+        leaves, tree = jax.tree.flatten(shapes[-1])
+        key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
+        if key not in self._steps:
+            where = shardings(self.mesh, self._specs)
+            out = (where, None) if kind == "train" else None
+            with jax.set_mesh(self.mesh):
+                jitted = jax.jit(function, donate_argnums=() if donate is None else donate, out_shardings=out)
+                traced = jitted.trace(*shapes)
+                check.refuse_outside_islands(traced.jaxpr, self.mesh)
+                self._steps[key] = traced.lower().compile()
+        return self._steps[key]
+
+    def compiled_text(self) -> str:
+        """The compiled training step as HLO text, which `census` reads.
+
+        Raises:
+            UserError: before the first step, when there is no program yet.
+        """
+        programs = [program for (kind, *_), program in self._steps.items() if kind == "train"]
+        if not programs:
+            raise UserError(
+                "there is no compiled step yet; call fit first, or compiled_step(trainer.place(...))"
+            )
+        return programs[-1].as_text()
+
+    def fit(
+        self,
+        batches: Iterable[tuple[Any, Any]],
+        *,
+        steps: int,
+        observers: Sequence[Observer] = (),
+        progress: bool = True,
+    ) -> list[Row]:
+        """Trains until `steps` updates are done in all.
+
+        Args:
+            batches: `(inputs, targets)` of host arrays, in a job of several processes this process's
+                `rows` of each; the last may be ragged.
+            steps: updates in all, those before a restore included.
+            observers: called after every step with its number and metrics.
+            progress: show a progress bar.
+
+        Returns:
+            A row for every step: mean loss and metrics over real examples, `grad_norm`,
+            `images_per_second`, `seconds`.
+
+        Raises:
+            UserError: batches that do not divide by the mesh; see the class.
+
+        Example:
+            >>> losses = [row["loss"] for row in trainer.fit(batches, steps=20, progress=False)]
+        """
+        done = int(self.state.step)
+        if not progress or jax.process_index():
+            return loop.run(self, batches, steps, observers)
+        with Terminal(steps, done) as terminal:
+            return loop.run(self, batches, steps, (terminal, *observers))
+
+    def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+        """Means of the loss and the metrics over all real examples, in evaluation mode.
+
+        Raises:
+            UserError: no batches at all.
+
+        Example:
+            >>> trainer.evaluate([(images, labels)])["accuracy"]
+        """
+        totals: dict[str, Array] = {}
+        size: int | None = None
+        for inputs, targets in batches:
+            size = size or place.global_batch_size(place.rows_of(inputs), self.mesh, self.layout)
+            _, sums = self._evaluated(self._placed(inputs, targets, size))
+            totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
+        if not totals:
+            raise UserError("evaluate: there are no batches")
+        values = {key: float(value) for key, value in jax.device_get(totals).items()}
+        examples = values.pop("examples")
+        return {key: value / max(examples, 1) for key, value in values.items()}
+
+    def predict(self, inputs: Any) -> Any:
+        """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
+
+        Example:
+            >>> trainer.predict(images).argmax(-1)
+        """
+        rows = place.rows_of(inputs)
+        size = place.global_batch_size(rows, self.mesh, self.layout)
+        outputs, _ = self._evaluated(self._placed(inputs, None, size))
+        return place.fetch(outputs, rows, self.mesh)
+
+    def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
+        args = (self.state.params, self.state.model_state)
+        kind = "evaluate" if batch.targets is not None else "predict"
+        return self._compiled(kind, self._program.eval_step, args, batch, None)(*args, batch)
+
+    def save(self, folder: str | Path) -> Path:
+        """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
+        return checkpoint.save(Path(folder), int(self.state.step), dataclasses.asdict(self.state))
+
+    def restore(self, folder: str | Path) -> int:
+        """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
+
+        Returns:
+            The number of updates it had done.
+
+        Raises:
+            UserError: no checkpoint there, or one of another model.
+        """
+        self.state = TrainState(**checkpoint.restore(Path(folder), dataclasses.asdict(self.state)))
+        return int(self.state.step)
+
+    def partition_table(self) -> Table:
+        """What lies where: a table of the parameters, their cuts and their bytes on each device."""
+        return partition.partition_table(self.model, self.mesh, self.layout)
