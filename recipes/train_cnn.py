@@ -42,7 +42,7 @@ class Flags:
     data: str = "digits"
     """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
     .npz files."""
-    steps: int = 300
+    steps: int = 200
     """Updates in all."""
     batch_size: int = 128
     """Examples for one update, over all devices."""
@@ -53,7 +53,7 @@ class Flags:
     lr: float = 0.1
     """Peak learning rate: warm-up over the first tenth of the steps, then a cosine to zero."""
     weight_decay: float = 5e-4
-    """Decay of kernels (not of biases and norms); decoupled for adamw and lamb, added to the gradient for sgd."""
+    """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
     clip_norm: float | None = None
     """Clip gradients to this global norm."""
     accumulate: int = 1

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
 def auto_mesh(devices: np.ndarray, names: Sequence[str]) -> Mesh:
@@ -13,12 +12,12 @@ def auto_mesh(devices: np.ndarray, names: Sequence[str]) -> Mesh:
     return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
-def manual_axes(mesh: jax.sharding.AbstractMesh) -> frozenset[str]:
+def manual_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     """The axes over which an enclosing `shard_map` is manual."""
     return frozenset(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Manual)
 
 
-def explicit_axes(mesh: jax.sharding.AbstractMesh) -> frozenset[str]:
+def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     """The axes of sharding-in-types, which our islands do not take."""
     return frozenset(
         n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit

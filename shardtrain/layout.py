@@ -46,18 +46,17 @@ class Layout:
         ('data', 'height')
     """
 
-    batch: Axes = ("data",)
-    depth: Axes = ("depth",)
-    height: Axes = ("height",)
-    width: Axes = ("width",)
-    channels: Axes = ("channel",)
-    parameters: Axes = ()
+    batch: str | Axes = ("data",)
+    depth: str | Axes = ("depth",)
+    height: str | Axes = ("height",)
+    width: str | Axes = ("width",)
+    channels: str | Axes = ("channel",)
+    parameters: str | Axes = ()
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            axes = (value,) if isinstance(value, str) else tuple(value)
+            axes = axes_of(getattr(self, field.name))
             object.__setattr__(self, field.name, axes)
             for axis in axes:
                 if axis not in AXES:
@@ -77,7 +76,7 @@ class Layout:
         """The axes of `mesh` that really cut `dimension` (those larger than 1)."""
         if mesh is None:
             return ()
-        return tuple(axis for axis in getattr(self, dimension) if size(mesh, axis) > 1)
+        return tuple(axis for axis in axes_of(getattr(self, dimension)) if size(mesh, axis) > 1)
 
     def channel_cut(self, features: int, mesh: AnyMesh | None) -> Axes:
         """The axes that cut `features` channels: none where they do not divide."""

@@ -8,10 +8,11 @@ A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, becau
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from rich.table import Table
 
 from shardtrain import compat
@@ -58,7 +59,7 @@ def _fit(sizes: dict[str, int], available: int) -> str:
     return ",".join(f"{name}={size}" for name, size in fit.items() if size > 1) or "data=1"
 
 
-def make_mesh(spec: str = "", /, *, devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+def make_mesh(spec: str = "", /, *, devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     """A mesh of named axes over the devices of this job.
 
     Args:
@@ -123,7 +124,7 @@ def make_mesh(spec: str = "", /, *, devices: Sequence[jax.Device] | None = None,
     return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
 
 
-def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequence[jax.Device]) -> None:
+def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequence[Any]) -> None:
     grid = np.array([d.process_index for d in used]).reshape(shape)
     for position, name in enumerate(names):
         crosses = (grid != grid.take([0], axis=position)).any()
@@ -133,7 +134,7 @@ def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequenc
             )
 
 
-def size(mesh: Mesh | jax.sharding.AbstractMesh, axes: str | Sequence[str]) -> int:
+def size(mesh: Mesh | AbstractMesh, axes: str | Sequence[str]) -> int:
     """Number of shards that `axes` cut together; axes the mesh does not have count as 1."""
     names = (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape.get(name, 1) for name in names)
@@ -154,6 +155,6 @@ def describe(mesh: Mesh) -> Table:
     for column in ("device", "host", *mesh.axis_names):
         table.add_column(column, justify="right")
     for place in np.ndindex(mesh.devices.shape):
-        device = mesh.devices[place]
+        device: Any = mesh.devices[place]
         table.add_row(f"{device.platform}:{device.id}", str(device.process_index), *map(str, place))
     return table

@@ -95,8 +95,8 @@ class Conv(_Contraction, nnx.Conv):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.strides = tuple_of(self.strides, len(self.kernel_size), "strides")
-        self.kernel_dilation = tuple_of(self.kernel_dilation, len(self.kernel_size), "kernel_dilation")
+        tuple_of(self.strides, len(self.kernel_size), "strides")  # refuses here what the call would
+        tuple_of(self.kernel_dilation, len(self.kernel_size), "kernel_dilation")
         if max(tuple_of(self.input_dilation, len(self.kernel_size), "input_dilation")) > 1:
             raise UserError("nn.Conv: input_dilation is not partitioned; use nnx.ConvTranspose on one device")
         if isinstance(self.padding, str) and self.padding.upper() not in ("SAME", "VALID", "CAUSAL"):
@@ -107,7 +107,8 @@ class Conv(_Contraction, nnx.Conv):
             raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
 
     def pixels(self) -> tuple[float, float]:
-        return math.prod(s for s, k in zip(self.strides, self.kernel_size, strict=True) if k > 1), 1
+        strides = tuple_of(self.strides, len(self.kernel_size), "strides")
+        return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
 
     def spatial(self) -> tuple[str, ...] | None:
         return spatial_names(len(self.kernel_size))

@@ -85,7 +85,7 @@ def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
             name = f"nnx.{plain.__name__}"
             raise UserError(
                 f"layer {path!r} is a plain {name}, which XLA gets wrong or keeps whole on a mesh with "
-                f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__}, which takes the same arguments"
+                f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__} with the same arguments"
             )
 
 
@@ -93,14 +93,14 @@ def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layo
     used = set()
     for path, module in found.items():
         layout = layouts[path]
-        used |= {*layout.batch, *layout.parameters}
+        used |= {*axes_of(layout.batch), *axes_of(layout.parameters)}
         if isinstance(module, layers.Partitioned):
             for name in module.spatial() or ():
                 used |= set(layout.cut(name, mesh))
             if any(layout.channel_cut(features, mesh) for features in module.features()):
-                used |= set(layout.channels)
+                used |= set(axes_of(layout.channels))
     for layout in layouts.values():
-        if absent := [axis for axis in layout.parameters if axis not in mesh.shape]:
+        if absent := [axis for axis in axes_of(layout.parameters) if axis not in mesh.shape]:
             raise UserError(
                 f"parameters={absent[0]!r}: the mesh has no such axis; it has {', '.join(mesh.axis_names)}"
             )
@@ -109,8 +109,8 @@ def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layo
         sizes = sorted({f for m in found.values() if isinstance(m, layers.Partitioned) for f in m.features()})
         hint = f" (its layers have {', '.join(map(str, sizes))} channels)" if idle == ["channel"] else ""
         raise UserError(
-            f"the mesh axis {idle[0]}={size(mesh, idle[0])} cuts nothing in this model{hint}, so all of it would "
-            f"be repeated {size(mesh, idle[0])} times; leave {idle[0]} out or use a size that divides"
+            f"the mesh axis {idle[0]}={size(mesh, idle[0])} cuts nothing in this model{hint}, so all of it "
+            f"would be repeated {size(mesh, idle[0])} times; leave {idle[0]} out or use a size that divides"
         )
 
 
@@ -152,8 +152,9 @@ def partition_table(model: nnx.Module, mesh: AnyMesh, default: Layout | None = N
         total, whole = total + kib, whole + value.nbytes / 1024
         cut = " ".join("*".join(axes) or "-" for axes in cuts) if any(cuts) else "whole"
         module = modules[path[:-1]]
-        contracts = path[-1] == "kernel" and isinstance(module, layers.Conv | layers.Linear)
-        moves = module.channel_plan(mesh).collective if contracts else None
+        moves = None
+        if path[-1] == "kernel" and isinstance(module, layers.Conv | layers.Linear):
+            moves = module.channel_plan(mesh).collective
         table.add_row(
             ".".join(map(str, path)), "x".join(map(str, value.shape)), cut, f"{kib:.1f}", moves or ""
         )

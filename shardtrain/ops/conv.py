@@ -45,9 +45,9 @@ def conv(
     kernel: Float[Array, "*window channels_per_group channels_out"],
     bias: Float[Array, " channels_out"] | None = None,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: int | Sequence[int] | None = 1,
     padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
     layout: Layout | None = None,
     channel_mode: ChannelMode | None = None,
@@ -99,8 +99,8 @@ def conv(
         )
     if x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
         raise UserError(
-            f"conv: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do not "
-            f"agree; the kernel's last but one dimension is channels_in / groups, its last divides by groups"
+            f"conv: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do "
+            f"not agree; the kernel's last two dimensions are channels_in / groups and channels_out"
         )
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
@@ -212,9 +212,9 @@ def channel_plan(
         shards = size(mesh, cut_in or cut_out)  # type: ignore[arg-type]
         if not cut_in or not cut_out or groups % shards:
             raise UserError(
-                f"conv: groups={groups} with {channels[0]} -> {channels[1]} channels cannot be cut {shards}-fold "
-                f"on the channel axis; use groups that divide by {shards}, or this layer's layout with "
-                f"channels=()"
+                f"conv: groups={groups} with {channels[0]} -> {channels[1]} channels cannot be cut "
+                f"{shards}-fold on the channel axis; use groups that divide by {shards}, or a layout with "
+                f"channels=() for this layer"
             )
         return ChannelPlan((), cut_out, "gather")  # whole groups stay on a device
     if cut_in and not cut_out:

@@ -6,17 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, spec
 from shardtrain.mesh import size
-
-GATHERED = "gathered_parameter"
-"""Name of parameters gathered from the `parameters` axes, for remat policies: they are gathered again in
-the backward pass instead of being kept whole between the passes."""
 
 
 def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any, *args: Any) -> Any:
@@ -29,8 +24,8 @@ def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any,
     named = {a for s in jax.tree.leaves((in_specs, out_specs)) for entry in s for a in axes_of(entry)}
     if named & manual:
         raise UserError(
-            f"an operator cut on {sorted(named & manual)} was called inside a shard_map that is manual over it; "
-            f"make the outer shard_map manual over its own axis only, such as axis_names={{'pipe'}}"
+            f"an operator cut on {sorted(named & manual)} was called inside a shard_map that is manual over "
+            f"it; make the outer shard_map manual over its own axis only, such as axis_names={{'pipe'}}"
         )
     names = frozenset(mesh.axis_names) - manual
     return jax.shard_map(local, axis_names=names, in_specs=in_specs, out_specs=out_specs)(*args)
@@ -82,7 +77,7 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes) -> Array:
     for dim, axes in enumerate(spread):
         if axes:
             parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True)
-    return checkpoint_name(parameter, GATHERED)
+    return parameter
 
 
 def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
@@ -94,4 +89,4 @@ def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
 
 
 def _spread(kept: P, layout: Layout) -> list[Axes]:
-    return [tuple(a for a in axes_of(entry) if a in layout.parameters) for entry in kept]
+    return [tuple(a for a in axes_of(entry) if a in axes_of(layout.parameters)) for entry in kept]

@@ -127,7 +127,8 @@ def _windows(
     for name, w in zip(spatial_names(rank), windows, strict=True):
         if w.extent_out < 1:
             raise UserError(
-                f"a pooling window of {w.size} rows does not fit the {name} of {w.extent} with padding {w.pad}"
+                f"a pooling window of {w.size} rows does not fit the {name} of {w.extent} with padding "
+                f"{w.pad}; use padding='SAME' or a smaller window"
             )
         if max(w.pad) >= w.size:
             raise UserError(f"padding {w.pad} makes windows of {w.size} rows that hold no input at all")

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,10 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Row = dict[str, float]
 
 
-class Observer(Protocol):
-    """Sees every step as it ends: the number of the update (from 1) and its metrics."""
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None: ...
+Observer = Callable[[int, Mapping[str, float]], None]
+"""Sees every step as it ends: the number of the update (from 1) and its metrics."""
 
 
 class Terminal:

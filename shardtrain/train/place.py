@@ -25,14 +25,14 @@ def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
     cut = layout.cut("batch", mesh)
     shards = size(mesh, cut)
     if batch_size % shards:
+        near = sorted({max(1, batch_size // shards) * shards, (batch_size // shards + 1) * shards})
         raise UserError(
             f"a batch of {batch_size} does not divide by {'*'.join(cut)}={shards}; "
-            f"use {batch_size // shards * shards or shards} or {(batch_size // shards + 1) * shards}"
+            f"use {' or '.join(map(str, near))}"
         )
     sharding = NamedSharding(mesh, spec([cut]))
-    held = {
-        s.indices(batch_size)[:2] for (s,) in sharding.addressable_devices_indices_map((batch_size,)).values()
-    }
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    held = {index[0].indices(batch_size)[:2] for index in indices if index is not None}
     start, stop = min(a for a, _ in held), max(b for _, b in held)
     if sum(b - a for a, b in held) != stop - start:
         raise UserError(
@@ -80,7 +80,8 @@ def place(
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # jax's type allows it, its callers do not
             first, last, _ = index[0].indices(batch_size)
             return x[(slice(first - share.start, last - share.start), *index[1:])]
 

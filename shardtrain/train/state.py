@@ -42,9 +42,9 @@ class Variables:
 
     def __init__(self, model: nnx.Module) -> None:
         model.train()
-        self.train_graph, self._params, self._state = nnx.split(model, nnx.Param, ...)
+        self.train_graph, self._params, self._state = _split(model)
         model.eval()
-        self.eval_graph = nnx.split(model, nnx.Param, ...)[0]
+        self.eval_graph, _, _ = _split(model)
         model.train()
 
     def values(self) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -61,7 +61,7 @@ class Variables:
     @staticmethod
     def state_of(model: nnx.Module) -> dict[str, Array]:
         """The model's variables that are no parameters, after a call may have changed them."""
-        return _flatten(nnx.split(model, nnx.Param, ...)[2])
+        return _flatten(_split(model)[2])
 
     def is_random(self) -> dict[str, bool]:
         """Which of the other variables are random streams."""
@@ -75,6 +75,11 @@ class Variables:
             for tree in (self._params, self._state)
         )
         return params, state
+
+
+def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """The model's graph, its parameters, and its other variables."""
+    return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
 
 
 def name(path: tuple) -> str:

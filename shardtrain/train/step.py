@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from shardtrain.errors import UserError
 from shardtrain.nn.context import examples
 from shardtrain.ops.conv import CONTRACTION
-from shardtrain.ops.island import GATHERED, crop_to
+from shardtrain.ops.island import crop_to
 from shardtrain.train.state import TrainState, Variables
 
 PerExample = Callable[[Any, Any], Array]
@@ -58,7 +58,7 @@ class Program:
     accumulate: int
     dtype: DTypeLike | None
     remat: str | Callable[..., bool] | None
-    spread: bool
+    spread: tuple[str, ...]
 
     def _sums(self, outputs: Any, targets: Any, real: Array) -> dict[str, Array]:
         """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
@@ -90,8 +90,12 @@ class Program:
             return policies.save_only_these_names(CONTRACTION)
         if self.remat == "nothing":
             return policies.nothing_saveable
-        # Parameters gathered from their shards are gathered again rather than kept whole.
-        return policies.save_anything_except_these_names(GATHERED) if self.spread else None
+        return self._all_but_gathered if self.spread else None
+
+    def _all_but_gathered(self, primitive: Any, *_: Any, **params: Any) -> bool:
+        """Parameters are gathered again in the backward pass rather than kept whole between the passes."""
+        axes = params.get("axis_name", ())
+        return not (primitive.name.startswith("all_gather") and set(axes) <= set(self.spread))
 
     def _gradients(
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array, index: Array

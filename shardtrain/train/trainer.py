@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from rich.table import Table
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Axes, Layout
+from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import make_mesh, text
 from shardtrain.nn import partition
 from shardtrain.nn.layers import Partitioned
@@ -83,7 +83,7 @@ class Trainer:
         if clip_norm is not None and clip_norm <= 0:
             raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
-        self.layout = Layout(parameters=parameters)  # type: ignore[arg-type]
+        self.layout = Layout(parameters=parameters)
         partition.assign(model, self.mesh, self.layout, layout or {})
         if metrics is None:
             metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
@@ -92,7 +92,7 @@ class Trainer:
         self.accumulate = accumulate
         self._variables = Variables(model)
         self._program = Program(
-            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, bool(self.layout.parameters)
+            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, axes_of(self.layout.parameters)
         )
         modules = partition.leaves(model)
         self._plain_norms = [
