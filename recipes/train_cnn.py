@@ -51,7 +51,10 @@ class Flags:
     optimizer: str = "sgd"
     """sgd (momentum 0.9), adam, adamw, lamb."""
     lr: float = 0.1
-    """Peak learning rate: warm-up over the first tenth of the steps, then a cosine to zero."""
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that a later
+    --resume with more --steps is to lengthen."""
     weight_decay: float = 5e-4
     """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
     clip_norm: float | None = None
@@ -93,7 +96,10 @@ def make_model(flags: Flags, dataset: st.data.Dataset) -> nnx.Module:
 def make_optimizer(flags: Flags) -> optax.GradientTransformation:
     """The optimizer that --optimizer names, with its schedule."""
     warmup = max(1, flags.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(flags.lr / 10, flags.lr, warmup, max(flags.steps, warmup + 1))
+    rate: Any = flags.lr
+    if flags.schedule == "cosine":
+        steps = max(flags.steps, warmup + 1)
+        rate = optax.warmup_cosine_decay_schedule(flags.lr / 10, flags.lr, warmup, steps)
 
     def kernels(params: dict[str, jax.Array]) -> dict[str, bool]:
         return {name: name.endswith("kernel") for name in params}

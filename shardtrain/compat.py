@@ -1,6 +1,7 @@
 """What differs between the jax versions we work on (0.10 to 0.12), and nothing else."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -24,8 +25,10 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     )
 
 
-def where(equation: object) -> str:
+def where(equation: Any) -> str:
     """`file:line` of the user's code that made a jaxpr equation."""
     from jax._src import source_info_util  # the public API has no name for it
 
-    return source_info_util.summarize(equation.source_info)  # type: ignore[attr-defined]
+    frames = list(source_info_util.user_frames(equation.source_info.traceback))
+    users = [f for f in frames if "/flax/" not in f.file_name] or frames
+    return f"{users[0].file_name}:{users[0].start_line}" if users else "unknown place"

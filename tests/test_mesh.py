@@ -33,7 +33,10 @@ def test_axes_come_in_the_order_of_their_traffic():
         ("data=-2", "data=-2 is no size"),
         ("data=16", "needs 16 devices, there are 8; data=8 would fit"),
         ("data=2,height=4,channel=2", "needs 16 devices, there are 8; data=2,height=2,channel=2 would fit"),
-        ("data=-1,height=3", "8 devices do not divide by 3, so data=-1 has no size; data=2,height=3 would fit"),
+        (
+            "data=-1,height=3",
+            "8 devices do not divide by 3, so data=-1 has no size; data=2,height=3 would fit",
+        ),
         ("data=-1,height=-1", "2 sizes of -1"),
     ],
 )
@@ -48,7 +51,13 @@ def test_given_twice():
 
 
 def test_every_mesh_that_an_error_proposes_fits():
-    for spec in ("data=16", "data=3,height=3,channel=3", "channel=100", "height=5,width=5", "data=-1,width=9"):
+    for spec in (
+        "data=16",
+        "data=3,height=3,channel=3",
+        "channel=100",
+        "height=5,width=5",
+        "data=-1,width=9",
+    ):
         with pytest.raises(UserError) as error:
             make_mesh(spec)
         proposed = str(error.value).split("; ")[1].removesuffix(" would fit")
@@ -74,7 +83,9 @@ def grid(monkeypatch, spec, devices):
         "shardtrain.compat.auto_mesh", lambda grid, names: made.update(grid=grid, names=names) or real
     )
     make_mesh(spec, devices=devices)
-    return made["names"], [[d.process_index for d in row.flat] for row in made["grid"]]
+    return made["names"], [
+        [d.process_index for d in row] for row in made["grid"].reshape(made["grid"].shape[0], -1)
+    ]
 
 
 def test_chatty_axes_stay_inside_a_host(monkeypatch, caplog):

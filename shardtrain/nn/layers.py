@@ -54,7 +54,7 @@ class _Contraction(Partitioned):
     use_bias: bool
     kernel: nnx.Param[Array]
 
-    def pixels(self) -> tuple[float, float]:
+    def pixels(self) -> tuple[int, int]:
         """Input pixels for every output pixel, as the choice of what to move counts them."""
         return 1, 1
 
@@ -106,7 +106,7 @@ class Conv(_Contraction, nnx.Conv):
         if self.conv_general_dilated is not lax.conv_general_dilated:
             raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
 
-    def pixels(self) -> tuple[float, float]:
+    def pixels(self) -> tuple[int, int]:
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
         return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
 

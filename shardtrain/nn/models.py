@@ -158,7 +158,7 @@ class ResNet(nnx.Module):
         *,
         stem: Literal["large", "small"] | None = None,
         width: int | None = None,
-        norm: Literal["batch", "group"] = "batch",
+        norm: str = "batch",
         remat: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,

@@ -187,7 +187,7 @@ def channel_plan(
     layout: Layout,
     mesh: AnyMesh | None,
     channels: tuple[int, int],
-    pixels: tuple[float, float],
+    pixels: tuple[int, int],
     groups: int = 1,
     mode: ChannelMode | None = None,
 ) -> ChannelPlan:

@@ -36,10 +36,10 @@ def grouped(mesh: AnyMesh | None) -> bool:
     return mesh is not None and bool(compat.manual_axes(mesh))
 
 
-def pad_to(x: Array, extents: Sequence[int], fill: float = 0.0) -> Array:
-    """`x` padded at the end of every dimension to `extents`."""
+def pad_to(x: Array, extents: Sequence[int]) -> Array:
+    """`x` padded with zeros at the end of every dimension to `extents`."""
     widths = [(0, extent - have) for extent, have in zip(extents, x.shape, strict=True)]
-    return jnp.pad(x, widths, constant_values=fill) if any(high for _, high in widths) else x
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
 def crop_to(x: Array, extents: Sequence[int]) -> Array:

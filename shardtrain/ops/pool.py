@@ -163,6 +163,6 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
     batch, channels = layout.cut("batch", mesh), layout.channel_cut(x.shape[-1], mesh)
     cut = spec([batch, *cuts, channels])
     blocks = [w.block_in * w.shards for w in windows]
-    x_even = island.pad_to(x, (island.even(x.shape[0], batch, mesh), *blocks, x.shape[-1]), fill)
+    x_even = island.pad_to(x, (island.even(x.shape[0], batch, mesh), *blocks, x.shape[-1]))
     y = island.run(local, mesh, (cut,), cut, x_even)
     return island.crop_to(y, (x.shape[0], *(w.extent_out for w in windows), x.shape[-1]))

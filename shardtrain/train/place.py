@@ -104,10 +104,11 @@ def place(
     )
 
 
-def fetch(outputs: Any, rows: int, mesh: Mesh) -> Any:
-    """The first `rows` rows of global outputs on every host."""
+def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) -> Any:
+    """This process's first `rows` rows of global outputs, as numpy arrays."""
+    start = local_rows(mesh, layout, batch_size).start
     whole = NamedSharding(mesh, P())
-    return jax.tree.map(lambda y: np.asarray(jax.device_put(y, whole))[:rows], outputs)
+    return jax.tree.map(lambda y: np.asarray(jax.device_put(y, whole))[start : start + rows], outputs)
 
 
 def rows_of(inputs: Any) -> int:

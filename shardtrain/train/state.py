@@ -25,11 +25,13 @@ class TrainState:
         params: parameters by name (`"blocks.0.conv1.kernel"`).
         model_state: the model's other variables by name: running statistics, random streams.
         opt_state: the optimizer's state, a tree of the same names.
+
+    Trees of the same form hold shapes, shardings or PartitionSpecs in the arrays' places.
     """
 
-    step: Array
-    params: dict[str, Array]
-    model_state: dict[str, Array]
+    step: Any
+    params: dict[str, Any]
+    model_state: dict[str, Any]
     opt_state: Any
 
 

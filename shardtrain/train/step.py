@@ -34,7 +34,7 @@ class Batch:
 
     inputs: Any
     targets: Any
-    real: Array
+    real: Any
     extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
 
     def cropped(self) -> Any:
@@ -147,7 +147,7 @@ class Program:
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        sums["grad_norm"] = optax.global_norm(grads) * count
+        sums["grad_norm"] = optax.tree.norm(grads) * count
         return TrainState(state.step + 1, params, model_state, opt_state), sums  # type: ignore[arg-type]
 
     def eval_step(self, params: dict, model_state: dict, batch: Batch) -> tuple[Any, dict[str, Array]]:

@@ -92,7 +92,14 @@ class Trainer:
         self.accumulate = accumulate
         self._variables = Variables(model)
         self._program = Program(
-            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, axes_of(self.layout.parameters)
+            self._variables,
+            optimizer,
+            loss,
+            metrics,
+            accumulate,
+            dtype,
+            remat,
+            axes_of(self.layout.parameters),
         )
         modules = partition.leaves(model)
         self._plain_norms = [

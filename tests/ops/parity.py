@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from hypothesis import Phase, settings
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import Layout, make_mesh
@@ -51,14 +51,15 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape)
 
 
-def pulled(f: Callable[..., Any], args: Sequence[Any], cotangents: Any) -> Any:
-    """What `f` returns and the gradients of all `args`, as one compiled program."""
+def pulled(f: Callable[..., Any], args: Sequence[Any], cotangents: Any) -> tuple[jax.stages.Compiled, Any]:
+    """What `f` returns and the gradients of all `args`, as one program."""
 
     def run(args: Sequence[Any], cotangents: Any) -> Any:
         values, pull = jax.vjp(f, *args)
         return values, pull(cotangents)
 
-    return jax.jit(run)(args, cotangents)
+    program = jax.jit(run).lower(args, cotangents).compile()
+    return program, program(args, cotangents)
 
 
 def parity(
@@ -67,23 +68,33 @@ def parity(
     args: Sequence[Any],
     mesh: str | Mesh,
     *,
+    placed: Sequence[Any] | None = None,
     tolerance: float = TOLERANCE,
-) -> None:
+) -> jax.stages.Compiled:
     """Asserts that `op` on `mesh` returns what `reference` does without one, and the same gradients.
 
     All outputs get random cotangents, so one comparison sees every gradient of every output.
+
+    Args:
+        op, reference, args, mesh: what to compare, on what, where.
+        placed: `args` as they lie on the mesh; by default XLA places them.
+        tolerance: relative to the largest value of an array, or absolute below 1.
+
+    Returns:
+        The compiled program, for a census.
     """
     shapes = jax.eval_shape(reference, *args)
     cotangents = jax.tree.map(lambda s: numbers(*s.shape, seed=1), shapes)
-    expected = pulled(reference, args, cotangents)
+    _, expected = pulled(reference, args, cotangents)
     with jax.set_mesh(make_mesh(mesh) if isinstance(mesh, str) else mesh):
-        assert jax.tree.map(np.shape, jax.eval_shape(op, *args)) == jax.tree.map(np.shape, shapes)
-        got = pulled(op, args, cotangents)
+        program, got = pulled(op, args if placed is None else placed, cotangents)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         name = ("value" if path[0].idx == 0 else "gradient") + jax.tree_util.keystr(path[1:])
+        assert a.shape == b.shape, f"{name} on {mesh}: {a.shape} is not {b.shape}"
         limit = tolerance * max(1.0, float(np.abs(b).max(initial=0)))
         np.testing.assert_allclose(a, b, rtol=0, atol=limit, equal_nan=False, err_msg=f"{name} on {mesh}")
+    return program
 
 
 def reference_conv(strides: Any, padding: Any, dilation: Any = 1, groups: int = 1) -> Callable[..., Any]:
@@ -115,6 +126,3 @@ def place(value: Any, mesh: Mesh, spec: P) -> jax.Array:
     ]
     return jax.device_put(value, NamedSharding(mesh, P(*fits)))
 
-
-def extent_of(mesh: Mesh | AbstractMesh | str, axis: str) -> int:
-    return size(make_mesh(mesh) if isinstance(mesh, str) else mesh, axis)

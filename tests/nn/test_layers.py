@@ -1,0 +1,168 @@
+"""Our layers against their nnx namesakes: same arguments, same names, same weights, same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from shardtrain import nn
+from shardtrain.errors import UserError
+from shardtrain.mesh import make_mesh
+
+MESHES = ["data=1", "data=2,height=2,channel=2", "height=4,width=2", "channel=8"]
+
+CASES = {
+    "Conv": (nnx.Conv, nn.Conv, (8, 16, (3, 3)), {"strides": 2, "padding": 1}),
+    "Conv, no bias": (nnx.Conv, nn.Conv, (8, 5, (5, 5)), {"use_bias": False, "padding": "VALID"}),
+    "Conv, groups": (nnx.Conv, nn.Conv, (8, 8, (3, 3)), {"feature_group_count": 8, "kernel_dilation": 2}),
+    "Linear": (nnx.Linear, nn.Linear, (8, 10), {}),
+    "BatchNorm": (nnx.BatchNorm, nn.BatchNorm, (8,), {"momentum": 0.9}),
+    "GroupNorm": (nnx.GroupNorm, nn.GroupNorm, (8,), {"num_groups": 2}),
+    "LayerNorm": (nnx.LayerNorm, nn.LayerNorm, (8,), {}),
+}
+
+
+def x64(layer):
+    """The layer with all its numbers in float64, and off their initial zeros and ones."""
+    key = jax.random.key(1)
+    state = nnx.state(layer)
+    nnx.update(layer, jax.tree.map(lambda v: jax.random.uniform(key, v.shape, jnp.float64, 0.5, 1.5), state))
+    return layer
+
+
+def outcome(layer, x):
+    """Output, gradients by everything, and the state after one call."""
+
+    def loss(layer, x):
+        y = layer(x)
+        return jnp.sin(y).sum(), y
+
+    (grad_layer, grad_x), y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+    return y, grad_x, nnx.to_pure_dict(grad_layer), nnx.to_pure_dict(nnx.state(layer))
+
+
+@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_parity_with_nnx(case, spec):
+    theirs, ours, args, kwargs = CASES[case]
+    x = jax.random.normal(jax.random.key(0), (4, 7, 6, 8), jnp.float64)
+    kwargs = kwargs | {"param_dtype": jnp.float64}
+    reference = x64(theirs(*args, **kwargs, rngs=nnx.Rngs(0)))
+    layer = x64(ours(*args, **kwargs, rngs=nnx.Rngs(0)))
+    assert nnx.to_pure_dict(nnx.state(layer)).keys() == nnx.to_pure_dict(nnx.state(reference)).keys()
+    expected = nnx.jit(outcome)(reference, x)
+    with jax.set_mesh(make_mesh(spec)):
+        found = nnx.jit(outcome)(layer, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), found, expected)
+
+
+@pytest.mark.parametrize("name", ["Conv", "Linear", "BatchNorm", "GroupNorm", "LayerNorm"])
+def test_the_same_key_gives_the_same_weights(name):
+    theirs, ours, args, kwargs = CASES[name]
+    a, b = (nnx.state(make(*args, **kwargs, rngs=nnx.Rngs(3))) for make in (theirs, ours))
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(a), nnx.to_pure_dict(b))
+
+
+def test_pools_are_those_of_nnx():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    np.testing.assert_array_equal(
+        nn.MaxPool((3, 2), (2, 1), "SAME")(x), nnx.max_pool(x, (3, 2), (2, 1), "SAME")
+    )
+    np.testing.assert_allclose(
+        nn.AvgPool((3, 3), padding="SAME", count_include_pad=False)(x),
+        nnx.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False),
+        rtol=1e-6,
+    )
+
+
+def test_running_statistics_are_used_in_evaluation():
+    x = jax.random.normal(jax.random.key(0), (4, 5, 5, 8), jnp.float64)
+    kwargs = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+    reference, layer = x64(nnx.BatchNorm(8, **kwargs)), x64(nn.BatchNorm(8, **kwargs))
+    reference.eval(), layer.eval()
+    with jax.set_mesh(make_mesh("data=2,height=2,channel=2")):
+        np.testing.assert_allclose(layer(x), reference(x), rtol=1e-12)
+
+
+def test_batches_of_any_rank():
+    conv, linear = nn.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), nn.Linear(3, 4, rngs=nnx.Rngs(0))
+    assert conv(jnp.ones((9, 3))).shape == (9, 4)
+    assert conv(jnp.ones((2, 5, 9, 3))).shape == (2, 5, 9, 4)
+    assert linear(jnp.ones(3)).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda r: nn.Conv(1, 1, (3,), input_dilation=2, rngs=r), "input_dilation"),
+        (lambda r: nn.Conv(1, 1, (3,), padding="CIRCULAR", rngs=r), "CIRCULAR"),
+        (lambda r: nn.Conv(1, 1, (3, 3), (1, 2, 3), rngs=r), "strides=.* for 2 spatial dimensions"),
+        (lambda r: nn.BatchNorm(3, axis=1, rngs=r), "channels last"),
+        (lambda r: nn.BatchNorm(3, axis_name="data", rngs=r), "leave axis_name out"),
+        (lambda r: nn.LayerNorm(3, reduction_axes=(1, 2), rngs=r), "normalizes the last axis"),
+    ],
+)
+def test_what_is_not_partitioned_is_refused_at_construction(make, message):
+    with pytest.raises(UserError, match=message):
+        make(nnx.Rngs(0))
+
+
+def masks(spec, x, **kwargs):
+    layer = nn.Dropout(0.4, rngs=nnx.Rngs(7), **kwargs)
+    with jax.set_mesh(make_mesh(spec)):
+        return np.asarray(nnx.jit(lambda layer, x: layer(x))(layer, x) != 0)
+
+
+def test_dropout_draws_the_same_mask_on_every_mesh():
+    x = jnp.ones((8, 7, 6, 16))
+    one = masks("data=1", x)
+    assert 0.5 < one.mean() < 0.7
+    for spec in MESHES[1:]:
+        np.testing.assert_array_equal(masks(spec, x), one)
+
+
+def test_dropout_draws_by_example():
+    layer = nn.Dropout(0.4, rngs=nnx.Rngs(7))
+    x = jnp.ones((8, 16))
+    whole = layer(x, rngs=jax.random.key(0))
+    with nn.examples(jnp.arange(1, 8, 2)):
+        odd = layer(x[1::2], rngs=jax.random.key(0))
+    np.testing.assert_array_equal(odd, whole[1::2])
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_a_mask_that_differs_by_device_is_rejected():
+    """The mutant: every device draws its own block from the same key."""
+    layer = nn.Dropout(0.4, rngs=nnx.Rngs(7))
+    whole = layer(jnp.ones((8, 16)), rngs=jax.random.key(0))
+    blocks = jnp.concatenate([layer(jnp.ones((4, 16)), rngs=jax.random.key(0))] * 2)
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(blocks, whole)
+
+
+def test_dropout_keeps_the_mean_and_can_be_switched_off():
+    x = jnp.ones((64, 1000))
+    layer = nn.Dropout(0.25, rngs=nnx.Rngs(0))
+    assert abs(float(layer(x).mean()) - 1) < 0.01
+    layer.eval()
+    assert layer(x) is x
+    assert (nn.Dropout(1.0, rngs=nnx.Rngs(0))(x) == 0).all()
+
+
+def test_rows_that_are_no_examples_do_not_count():
+    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8), jnp.float64)
+    layer = nn.BatchNorm(8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    with nn.examples(jnp.arange(4), jnp.array([True, True, True, False])):
+        y = layer(x)
+    np.testing.assert_allclose(
+        y[:3], nn.BatchNorm(8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))(x[:3]), rtol=1e-12
+    )
+
+
+def test_rows_must_be_a_multiple_of_the_examples():
+    layer = nn.Dropout(0.5, rngs=nnx.Rngs(0))
+    with nn.examples(jnp.arange(4)):
+        assert layer(jnp.ones((12, 3))).shape == (12, 3)
+        with pytest.raises(UserError, match="6 rows for a batch of 4"):
+            layer(jnp.ones((6, 3)))

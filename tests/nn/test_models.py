@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout
+from shardtrain.mesh import make_mesh
+from shardtrain.nn import models, partition
+
+
+def parameters(model):
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize(("depth", "count"), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
+def test_resnets_have_the_published_sizes(depth, count):
+    """The parameter counts of torchvision's resnet18, 34 and 50."""
+    model = nnx.eval_shape(lambda: models.ResNet(depth, rngs=nnx.Rngs(0)))
+    assert parameters(model) == count
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("depth", [8, 18, 50])
+def test_a_small_resnet_of_every_depth_is_the_same_on_a_mesh(depth, norm):
+    model = models.ResNet(
+        depth, 10, 3, stem="large", width=8, norm=norm, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 37, 32, 3), jnp.float64)
+    expected = nnx.jit(lambda m, x: m(x))(model, x)
+    mesh = make_mesh("data=2,height=2,channel=2")
+    partition.assign(model, mesh, Layout(), {})
+    with jax.set_mesh(mesh):
+        found = nnx.jit(lambda m, x: m(x))(model, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_lenet_on_a_mesh():
+    model = models.LeNet(10, (11, 8, 1), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 11, 8, 1), jnp.float64)
+    expected = nnx.jit(lambda m, x: m(x))(model, x)
+    with jax.set_mesh(make_mesh("data=2,height=2,channel=2")):
+        np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(model, x), expected, rtol=1e-9)
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1), jnp.float64)
+
+    def gradient(remat):
+        model = models.ResNet(8, 10, 1, remat=remat, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        return nnx.to_pure_dict(nnx.jit(nnx.grad(lambda m: m(x).sum()))(model))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradient(True), gradient(False)
+    )
+
+
+def test_what_there_is_not():
+    with pytest.raises(UserError, match="no depth 20; there are 8, 18, 34, 50"):
+        models.ResNet(20, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="norm='layer'"):
+        models.ResNet(8, norm="layer", rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="3x8 is too small"):
+        models.LeNet(10, (3, 8, 1), rngs=nnx.Rngs(0))

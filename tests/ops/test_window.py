@@ -1,0 +1,128 @@
+"""The arithmetic of cut windows, shard by shard in plain integers: no arrays, no devices."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shardtrain import UserError
+from shardtrain.ops.window import Window, pads_of, tuple_of
+
+# Drawn as plain numbers: beartype, at work inside shardtrain, asks `random`, which strategies must not.
+WINDOWS = st.tuples(
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.tuples(st.integers(-3, 14), st.integers(-3, 14)),
+    st.integers(1, 9),
+).filter(lambda w: w[0] + sum(w[3]) >= w[1])
+
+
+def wanted(w, shard):
+    """Input rows that the real outputs of `shard` read, -1 for padding, output by output."""
+    outputs = range(shard * w.block_out, min((shard + 1) * w.block_out, w.extent_out))
+    rows = [[o * w.stride - w.pad[0] + k for k in range(w.size)] for o in outputs]
+    return [[r if 0 <= r < w.extent else -1 for r in window] for window in rows]
+
+
+def gathered(w, shard):
+    """Input rows a shard holds after an exchange as `Window` describes it, -1 for padding."""
+    low, high = w.halo
+    before, after = w.fill
+    assert min(low, high, before, after) >= 0
+    for rows, hops in ((low, w.hops(low)), (high, w.hops(high))):
+        assert sum(hops) == rows
+        assert all(0 < count <= w.block_in for count in hops)
+        assert all(count == w.block_in for count in hops[:-1])
+    first = shard * w.block_in
+    held = [-1] * before + list(range(first - low, first + w.block_in + high)) + [-1] * after
+    start = w.first + shard * w.drift
+    assert start >= 0
+    assert start + w.need <= len(held)
+    return [r if 0 <= r < w.extent else -1 for r in held[start : start + w.need]]
+
+
+NOTORIOUS = (
+    (7, 3, 1, (1, 1), 2),
+    (2, 3, 1, (1, 1), 4),
+    (8, 11, 1, (5, 5), 8),
+    (9, 3, 4, (0, 0), 8),
+    (13, 5, 3, (0, 7), 4),
+    (9, 3, 1, (-2, 1), 4),
+    (6, 3, 1, (5, 9), 4),
+    (5, 1, 4, (0, 0), 3),
+)
+
+
+def every_window(test):
+    def on_numbers(numbers):
+        test(Window(*numbers))
+
+    for numbers in NOTORIOUS:
+        on_numbers = example(numbers)(on_numbers)
+    return settings(max_examples=400, deadline=None, derandomize=True, database=None)(given(WINDOWS)(on_numbers))
+
+
+@every_window
+def test_every_shard_gets_the_rows_it_needs(w):
+    for shard in range(w.shards):
+        want = wanted(w, shard)
+        if want:  # a shard without outputs computes what nobody reads
+            have = gathered(w, shard)
+            assert [have[i * w.stride : i * w.stride + w.size] for i in range(len(want))] == want
+
+
+@every_window
+def test_halos_are_minimal(w):
+    """No shard is sent more rows than the neediest shard reads of its neighbours."""
+    low = high = 0
+    for shard in range(w.shards):
+        read = {r for window in wanted(w, shard) for r in window if r >= 0}
+        own = range(shard * w.block_in, (shard + 1) * w.block_in)
+        if read:
+            low = max(low, own.start - min(read))
+            high = max(high, max(read) + 1 - own.stop)
+    assert w.halo[0] >= low
+    assert w.halo[1] >= high
+    if max(w.pad) < w.size:  # else a window of nothing but padding may carry rows along that it does not read
+        assert w.halo == (low, high)
+
+
+@every_window
+def test_blocks_hold_all_rows(w):
+    assert w.block_out * w.shards >= w.extent_out
+    assert w.block_in * w.shards >= w.extent
+    padded = range(-w.pad[0], w.extent + w.pad[1])
+    assert w.extent_out == len([r for r in padded[:: w.stride] if r + w.size <= padded.stop])
+
+
+@pytest.mark.parametrize("name", ["SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_named_padding(name, stride):
+    for extent in range(5, 12):
+        pads = pads_of(name, (extent,), (4,), (stride,))
+        out = Window(extent, 4, stride, pads[0]).extent_out
+        assert out == (-(-extent // stride) if name == "SAME" else (extent - 4) // stride + 1)
+        if name == "SAME":
+            assert 0 <= pads[0][1] - pads[0][0] <= 1
+
+
+def test_forms_of_padding():
+    assert pads_of(2, (5, 5), (3, 3), (1, 1)) == [(2, 2), (2, 2)]
+    assert pads_of([1, (0, 2)], (5, 5), (3, 3), (1, 1)) == [(1, 1), (0, 2)]
+    assert pads_of("causal", (5,), (3,), (1,)) == [(2, 0)]
+    for padding, extents, message in (
+        ("CIRCULAR", (5,), "padding='CIRCULAR'"),
+        ("CAUSAL", (5, 5), "padding='CAUSAL'"),
+        ([1, 1], (5,), "1 spatial dimensions need 1 entries"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pads_of(padding, extents, (3,) * len(extents), (1,) * len(extents))
+
+
+def test_one_value_for_every_dimension():
+    assert tuple_of(None, 2, "strides") == (1, 1)
+    assert tuple_of(3, 2, "strides") == (3, 3)
+    assert tuple_of((1, 2), 2, "strides") == (1, 2)
+    for value in (0, -1, (1, 0), (1, 2, 3)):
+        with pytest.raises(UserError, match="for 2 spatial dimensions; give one positive number or 2"):
+            tuple_of(value, 2, "strides")
