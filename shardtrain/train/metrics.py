@@ -126,7 +126,9 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
         span = max(1, len(values) // 25)
         smooth = np.convolve(values, np.ones(span) / span, "valid")
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
-        axis.plot(steps[span - 1 :], smooth, color="tab:blue", label=f"mean of {span} steps")
+        axis.plot(
+            steps[(span - 1) // 2 :][: len(smooth)], smooth, color="tab:blue", label=f"mean of {span} steps"
+        )
         if key == "loss" and (values > 0).all():
             axis.set_yscale("log")
         axis.set(xlabel="step", ylabel=f"training {key}")

@@ -91,16 +91,8 @@ class Trainer:
             optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         self.accumulate = accumulate
         self._variables = Variables(model)
-        self._program = Program(
-            self._variables,
-            optimizer,
-            loss,
-            metrics,
-            accumulate,
-            dtype,
-            remat,
-            axes_of(self.layout.parameters),
-        )
+        spread = axes_of(self.layout.parameters)
+        self._program = Program(self._variables, optimizer, loss, metrics, accumulate, dtype, remat, spread)
         modules = partition.leaves(model)
         self._plain_norms = [
             p for p, m in modules.items() if isinstance(m, nnx.BatchNorm) and not isinstance(m, Partitioned)
@@ -259,13 +251,15 @@ class Trainer:
     def predict(self, inputs: Any) -> Any:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
 
+        In a job of several processes each brings equally many rows and gets the outputs of its own.
+
         Example:
             >>> trainer.predict(images).argmax(-1)
         """
         rows = place.rows_of(inputs)
         size = place.global_batch_size(rows, self.mesh, self.layout)
         outputs, _ = self._evaluated(self._placed(inputs, None, size))
-        return place.fetch(outputs, rows, self.mesh)
+        return place.fetch(outputs, rows, size, self.mesh, self.layout)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
         args = (self.state.params, self.state.model_state)
