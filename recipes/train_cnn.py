@@ -82,15 +82,19 @@ class Flags:
 def make_model(flags: Flags, dataset: st.data.Dataset) -> nnx.Module:
     """The network that --model names, for the images of the data set."""
     image = dataset.train.images.shape[1:]
-    kinds: dict[str, Any] = {
-        "param_dtype": jnp.float64 if flags.x64 else jnp.float32,
-        "rngs": nnx.Rngs(flags.seed),
-    }
-    if flags.model == "lenet":
-        return st.models.LeNet(dataset.classes, image, **kinds)
-    depth = int(flags.model.removeprefix("resnet"))
-    stem: Literal["small", "large"] = "small" if min(image[:2]) < 64 else "large"
-    return st.models.ResNet(depth, dataset.classes, image[-1], stem=stem, **kinds)
+
+    def make() -> nnx.Module:
+        kinds: dict[str, Any] = {
+            "param_dtype": jnp.float64 if flags.x64 else jnp.float32,
+            "rngs": nnx.Rngs(flags.seed),
+        }
+        if flags.model == "lenet":
+            return st.models.LeNet(dataset.classes, image, **kinds)
+        depth = int(flags.model.removeprefix("resnet"))
+        stem: Literal["small", "large"] = "small" if min(image[:2]) < 64 else "large"
+        return st.models.ResNet(depth, dataset.classes, image[-1], stem=stem, **kinds)
+
+    return nnx.jit(make)()  # compiles all initial values at once
 
 
 def make_optimizer(flags: Flags) -> optax.GradientTransformation:
@@ -157,16 +161,18 @@ def train(flags: Flags) -> None:
     check(flags)
     cli.start_jax(flags.devices, flags.mesh, x64=flags.x64)
     mesh = st.make_mesh(flags.mesh)
+    out = cli.check_out(flags.out, resume=flags.resume)
     dataset = st.data.load(flags.data)
     trainer = make_trainer(flags, dataset, mesh)
+    start = trainer.restore(out / "checkpoints") if flags.resume else 0
+    if start >= flags.steps:
+        raise UserError(
+            f"--resume: the run in {out} has {start} steps done; ask for more than --steps {flags.steps}"
+        )
     feed = batches(flags, dataset, trainer)  # refuses a batch size that does not fit
-    out = cli.open_run(flags.out, resume=flags.resume)
-    console = Console(stderr=True)
-    if flags.resume:
-        done = trainer.restore(out / "checkpoints")
-        console.print(f"resumed at step {done} of {flags.steps}", highlight=False)
-        feed = batches(flags, dataset, trainer)
-    start = int(trainer.state.step)
+    cli.open_run(out, resume=flags.resume)
+    if start:
+        Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
     with metrics.Recorder(out, start) as recorder:
         trainer.fit(feed, steps=flags.steps, observers=[recorder])
     saved = trainer.save(out / "checkpoints")

@@ -1,5 +1,6 @@
 """Running a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -59,29 +60,48 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool) -> None:
     jax.config.update("jax_enable_x64", x64)
 
 
-def open_run(folder: Path, *, resume: bool) -> Path:
-    """Makes the folder of a run; an earlier run's files move to `earlier-<time>/` in it unless it goes on.
+def check_out(folder: Path, *, resume: bool) -> Path:
+    """Whether a run can be written to `folder`; leaves nothing behind.
+
+    Returns:
+        The folder, absolute.
 
     Raises:
-        UserError: a folder that cannot be made or written to.
+        UserError: a folder that cannot be made or written to, or that holds other files than runs.
     """
     folder = folder.expanduser().absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        probe = nearest / f".write-test-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise UserError(
             f"--out {folder} cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
-    files = [f for f in folder.iterdir() if not f.name.startswith("earlier-")]
-    if files and not resume:
-        if not any(f.name in ("result.json", "metrics.jsonl", "checkpoints") for f in files):
-            raise UserError(f"--out {folder} holds files that are no run of ours; name a new or empty folder")
-        kept = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
-        kept.mkdir()
-        for file in files:
-            shutil.move(file, kept / file.name)
-        print(f"the run that was in {folder} is kept in {kept.name}/", file=sys.stderr)
+    names = _run_of(folder)
+    if names and not any(name in ("result.json", "metrics.jsonl", "checkpoints") for name in names):
+        raise UserError(f"--out {folder} holds files that are no run of ours; name a new or empty folder")
+    if resume and "checkpoints" not in names:
+        raise UserError(f"--resume: there is no checkpoint in {folder}; leave --resume out to start anew")
     return folder
+
+
+def open_run(folder: Path, *, resume: bool) -> None:
+    """Makes the folder of a run; an earlier run's files move to `earlier-<time>/` in it unless it goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = _run_of(folder)
+    if names and not resume:
+        stem = time.strftime("earlier-%Y%m%d-%H%M%S")
+        kept = next(
+            k for n in itertools.count() if not (k := folder / f"{stem}{f'-{n}' if n else ''}").exists()
+        )
+        kept.mkdir()
+        for name in names:
+            shutil.move(folder / name, kept / name)
+        print(f"the run that was in {folder} is kept in {kept.name}/", file=sys.stderr)
+
+
+def _run_of(folder: Path) -> list[str]:
+    """Names of the files of the run in a folder, earlier runs left out."""
+    return [f.name for f in folder.iterdir() if not f.name.startswith("earlier-")] if folder.exists() else []

@@ -119,7 +119,7 @@ def bad_idx(folder):
         (["--x64", "--dtype", "bfloat16"], "--x64 computes in float64"),
         (["--out", "FILE/run"], "cannot be written"),
         (["--out", "FULL"], "holds files that are no run of ours"),
-        (["--resume"], "no checkpoint in"),
+        (["--resume"], "there is no checkpoint in"),
         (["--devices", "0"], "--devices 0"),
     ],
 )

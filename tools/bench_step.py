@@ -41,10 +41,12 @@ class Timing:
 
     Attributes:
         seconds: by name, in the order in which they were named.
+        host: of them, seconds in which Python's own thread was busy.
         steps: of one block.
     """
 
     seconds: dict[str, list[float]]
+    host: dict[str, list[float]]
     steps: int
 
     def median(self, name: str) -> float:
@@ -66,10 +68,13 @@ def in_turns(blocks: dict[str, Block], rounds: int, seconds: float) -> Timing:
         block(3)  # compiles, and lets arrays settle
     steps = max(3, round(seconds / max(block(5) for block in blocks.values())))
     taken: dict[str, list[float]] = {name: [] for name in blocks}
+    busy: dict[str, list[float]] = {name: [] for name in blocks}
     for turn in range(rounds):
         for name in list(blocks)[:: 1 if turn % 2 else -1]:
+            clock = time.thread_time()
             taken[name].append(blocks[name](steps))
-    return Timing(taken, steps)
+            busy[name].append((time.thread_time() - clock) / steps)
+    return Timing(taken, busy, steps)
 
 
 # --- the trainer and the hand-written step ---
@@ -201,9 +206,7 @@ class Setup:
 
     @property
     def text(self) -> str:
-        plural = "es" if self.processes > 1 else ""
-        each = " each" if self.processes > 1 else ""
-        return f"{self.processes} process{plural}, {self.threads} thread{'s' * (self.threads > 1)}{each}"
+        return f"{self.processes} x {self.threads}"
 
 
 def torch_block(extent: int, setup: Setup, variant: str) -> tuple[Block, int]:
@@ -244,7 +247,7 @@ def torch_block(extent: int, setup: Setup, variant: str) -> tuple[Block, int]:
     )
     rows = BATCH // setup.processes
     images, labels = torch.randn(rows, 1, extent, extent), torch.randint(0, CLASSES, (rows,))
-    if variant == "channels last":
+    if variant == "NHWC":
         model, images = (thing.to(memory_format=torch.channels_last) for thing in (model, images))
     count = sum(p.numel() for p in model.parameters())
     if setup.processes > 1:
@@ -272,6 +275,8 @@ def torch_block(extent: int, setup: Setup, variant: str) -> tuple[Block, int]:
 
 def work(side: str, extent: int, setup: Setup, rank: int, port: int) -> None:
     """A worker: a number of steps comes in on stdin, the seconds for one of them go out on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # gloo prints
     cores = sorted(os.sched_getaffinity(0))
     mine = cores[rank * setup.threads : (rank + 1) * setup.threads]
     os.sched_setaffinity(0, mine or cores)  # XLA starts as many threads as it may use cores
@@ -295,9 +300,9 @@ def work(side: str, extent: int, setup: Setup, rank: int, port: int) -> None:
             )
         block, count = torch_block(extent, setup, side.removeprefix("PyTorch").strip())
         version = f"PyTorch {torch.__version__}"
-    print(json.dumps({"parameters": count, "version": version}), flush=True)
+    print(json.dumps({"parameters": count, "version": version}), file=answers, flush=True)
     for line in sys.stdin:
-        print(block(int(line)), flush=True)
+        print(block(int(line)), file=answers, flush=True)
     os._exit(0)  # no shutdown barrier: the other ranks end by themselves
 
 
@@ -316,7 +321,8 @@ class Team:
                 stdout=subprocess.PIPE,
                 stderr=self.log,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(setup.threads)},
+                # Idle threads of PyTorch that spin would slow it tenfold where other work runs.
+                env=os.environ | {"OMP_NUM_THREADS": str(setup.threads), "OMP_WAIT_POLICY": "passive"},
             )
             for rank in range(setup.processes)
         ]
@@ -366,7 +372,8 @@ class Match:
     @property
     def best(self) -> str:
         """The fastest way that PyTorch has."""
-        return min((n for n in self.timing.seconds if n != "shardtrain"), key=self.timing.median)
+        seconds = self.timing.seconds
+        return min((name for name in seconds if name != "shardtrain"), key=lambda name: min(seconds[name]))
 
 
 def torch_table(
@@ -394,8 +401,8 @@ def torch_table(
                 for team in teams.values():
                     team.stop()
             row = found[-1]
-            ratio = row.timing.ratio("shardtrain", row.best)
-            show(f"{extent}x{extent}, {setup.text}: shardtrain over {row.best} {ratio:.2f}")
+            ratio = row.timing.fastest("shardtrain", row.best)
+            show(f"{extent}x{extent}, {setup.text} threads: shardtrain over {row.best} {ratio:.2f}")
     return found
 
 
@@ -421,25 +428,34 @@ def spread(ratios: Sequence[float]) -> str:
 def trainer_cells(found: dict[str, Timing]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     names = "Trainer", "by hand"
-    header = ["mesh", "Trainer, ms", "by hand, ms", "ratio", "middle half", "of the fastest"]
+    header = ["mesh", "Trainer, ms", "by hand, ms", "ratio", "middle half", "fastest", "host, ms"]
     rows = []
     for mesh, timing in found.items():
         ratio, half = f"{timing.ratio(*names):.3f}", spread(timing.ratios(*names))
         times = [milliseconds(timing, name) for name in names]
-        rows.append([mesh, *times, ratio, half, f"{timing.fastest(*names):.3f}"])
+        host = " / ".join(f"{1000 * statistics.median(timing.host[name]):.2f}" for name in names)
+        rows.append([mesh, *times, ratio, half, f"{timing.fastest(*names):.3f}", host])
     return header, rows
 
 
 def torch_cells(found: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     sides = list(found[0].timing.seconds)
-    header = ["images", "setup", *(f"{side}, ms" for side in sides), "ratio", "middle half"]
+    header = [
+        "images",
+        "processes x threads",
+        *(f"{side}, ms" for side in sides),
+        "ratio",
+        "by rounds",
+        "middle half",
+    ]
     rows = []
     for row in found:
         ratios = row.timing.ratios("shardtrain", row.best)
-        times = [milliseconds(row.timing, side) for side in sides]
-        size = f"{row.extent}x{row.extent}"
-        rows.append([size, row.setup.text, *times, f"{statistics.median(ratios):.2f}", spread(ratios)])
+        times = [f"{1000 * min(row.timing.seconds[side]):.2f}" for side in sides]
+        ratio = f"{row.timing.fastest('shardtrain', row.best):.2f}"
+        by_rounds = f"{statistics.median(ratios):.2f}", spread(ratios)
+        rows.append([f"{row.extent}x{row.extent}", row.setup.text, *times, ratio, *by_rounds])
     return header, rows
 
 
@@ -452,7 +468,8 @@ def trainer_caption(found: dict[str, Timing], extent: int, seconds: float) -> st
     return (
         f"Median of a step over {rounds} rounds in turns, blocks of about {seconds:g} s; batch {BATCH} of "
         f"{extent}x{extent} images, simulated devices. Ratio: Trainer over hand-written, median over the "
-        f"rounds, and the middle half of the rounds; of the fastest: ratio of the fastest blocks. "
+        f"rounds, and the middle half of the rounds; fastest: ratio of the fastest blocks; host: time that "
+        f"Python's thread is busy in a step, Trainer / by hand, mostly hidden behind the devices. "
         f"{machine()}, jax {jax.__version__}, flax {flax.__version__}."
     )
 
@@ -463,11 +480,12 @@ def torch_caption(found: Sequence[Match], seconds: float) -> str:
     versions = ", ".join(dict.fromkeys(a["version"] for a in about.values()))
     rounds = len(found[0].timing.seconds["shardtrain"])
     return (
-        f"Median of a step over {rounds} rounds in turns, blocks of about {seconds:g} s; {BATCH} images over "
-        f"all processes, {about['shardtrain']['parameters']:,} parameters on both sides. Ratio: shardtrain "
-        f"over the fastest PyTorch of the row; below 1 shardtrain is faster. Two processes talk by gloo: mesh "
-        f"data=2 by jax.distributed, DDP in PyTorch. Batch norm there takes the statistics of each process's "
-        f"own images, ours of the whole batch. {machine()}, {versions}."
+        f"A step in the fastest of {rounds} blocks of about {seconds:g} s, which take turns; {BATCH} images "
+        f"over all processes, {about['shardtrain']['parameters']:,} parameters on both sides. Ratio: "
+        f"shardtrain over the fastest PyTorch of the row, below 1 shardtrain is faster; by rounds: median of "
+        f"the rounds' ratios. Two processes talk by gloo: mesh data=2 by jax.distributed, DDP in PyTorch, "
+        f"where batch norm takes the statistics of each process's own images, ours those of the whole batch. "
+        f"{machine()}, {versions}."
     )
 
 
@@ -488,7 +506,7 @@ def show_table(title: str, cells: tuple[list[str], list[list[str]]], caption: st
 
     table = Table(title=title, caption=caption)
     for position, name in enumerate(cells[0]):
-        table.add_column(name, justify="right" if position else "left")
+        table.add_column(name, justify="right" if position else "left", no_wrap=not position)
     for row in cells[1]:
         table.add_row(*row)
     show(table)
@@ -532,7 +550,7 @@ def main() -> None:
         if not has_torch(args.torch_python):
             show("PyTorch is not there, so its table is left out; pip install torch, or give --torch-python")
         else:
-            variants = ["PyTorch", "PyTorch channels last"] + ["PyTorch compiled"] * args.torch_compile
+            variants = ["PyTorch", "PyTorch NHWC"] + ["PyTorch compiled"] * args.torch_compile
             matches = torch_table(args.torch_python, variants, (8, 28), args.rounds, args.seconds)
             caption = torch_caption(matches, args.seconds)
             show_table("one training step, shardtrain and PyTorch", torch_cells(matches), caption)
@@ -547,7 +565,7 @@ def main() -> None:
         timings = trainer_table(args.mesh or MESHES, 8, args.rounds, args.seconds)
         caption = trainer_caption(timings, 8, args.seconds)
         show_table("one training step, Trainer and by hand", trainer_cells(timings), caption)
-        numbers["trainer"] = {mesh: timing.seconds for mesh, timing in timings.items()}
+        numbers["trainer"] = {mesh: dataclasses.asdict(timing) for mesh, timing in timings.items()}
         if args.markdown:
             write_between(MARKERS[0], markdown(trainer_cells(timings), caption))
     if args.json:

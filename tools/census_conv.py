@@ -298,8 +298,8 @@ def cases(convs: Sequence[Conv], cuts: Sequence[str]) -> list[tuple[Conv, str, s
 
 
 def by_kind(sent: Mapping[str, int]) -> str:
-    """`"cp 128 ar 252"`, in KiB."""
-    return " ".join(f"{SHORT[kind]} {sent[kind] / 1024:,.0f}" for kind in SHORT if sent.get(kind))
+    """`"ar:252 cp:128"`, in KiB."""
+    return " ".join(f"{SHORT[kind]}:{sent[kind] / 1024:,.0f}" for kind in SHORT if sent.get(kind))
 
 
 HEADER = ("convolution", "ours", "by kind", "XLA", "by kind", "XLA's result", "gathers", "flops")
@@ -355,7 +355,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     lost = [row for row in right if row.totals[0] > row.totals[1]]
     lost_too = [row for row in right if row.totals[1] >= row.totals[0] > row.xla_scatters]
     bad = [row.title for row in rows if row.ours_result != "right"]
-    unlike = sum(not row.same_kinds for row in rows)
+    unlike = [row.title for row in rows if not row.same_kinds]
 
     def listed(some: Sequence[Row], theirs: Callable[[Row], int]) -> str:
         return "; ".join(
@@ -377,9 +377,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
             f"{len(lost_too)} more: {listed(lost_too, lambda r: r.xla_scatters)}."
         )
     if unlike:
-        lines.append(
-            f"In {unlike} rows the program that was run uses other kinds of collective than the counted."
-        )
+        lines.append(f"XLA's program that was run has other kinds of collective in: {'; '.join(unlike)}.")
     return lines
 
 

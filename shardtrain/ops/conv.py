@@ -253,7 +253,13 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
     kept_bias = island.at_rest(layout, kernel.shape[-1:], 0, mesh)
     vary = (*batch, *(a for w in windows for a in w.axes))
 
+    space = [w.axes for w in windows]
+    cuts_in, cuts_out = [batch, *space, cut_x], [batch, *space, plan.cut_out]
+    extents_out = (x.shape[0], *(w.extent_out for w in windows), kernel.shape[-1])
+    extents_in = x.shape
+
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
+        x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
         strides = list(config.strides)
         for dim, window in enumerate(windows):
@@ -276,20 +282,18 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
             y = lax.psum_scatter(y, plan.cut_in, scatter_dimension=y.ndim - 1, tiled=True)
         elif plan.collective == "all-reduce":
             y = lax.psum(y, plan.cut_in)
-        return y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
+        y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
+        return island.real(y, extents_out, cuts_out, mesh)
 
     if mesh is None:
         return checkpoint_name(local(x, kernel, bias), CONTRACTION)
-    spatial = [w.axes for w in windows]
-    blocks = [w.block_in * w.shards for w in windows]
     y = island.run(
         local,
         mesh,
-        (spec([batch, *spatial, cut_x]), kept, None if bias is None else kept_bias),
-        spec([batch, *spatial, plan.cut_out]),
-        island.pad_to(x, (island.even(x.shape[0], batch, mesh), *blocks, x.shape[-1])),
+        (spec(cuts_in), kept, None if bias is None else kept_bias),
+        spec(cuts_out),
+        island.pad_to(x, [island.even(n, cut, mesh) for n, cut in zip(x.shape, cuts_in, strict=True)]),
         kernel,
         bias,
     )
-    y = island.crop_to(y, (x.shape[0], *(w.extent_out for w in windows), y.shape[-1]))
-    return checkpoint_name(y, CONTRACTION)
+    return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)

@@ -12,10 +12,10 @@ def exchange(x: Array, dim: int, window: Window, *, fill: float = 0.0, grouped: 
     Call it for one dimension after the other: the later ones carry the earlier halos along, corners too.
 
     Args:
-        x: this shard's block, `window.block_in` rows on `dim`.
+        x: this shard's block, `window.block_in` rows on `dim`, with `fill` past the extent.
         dim: the dimension.
         window: how it is cut.
-        fill: the value of padding, also of the rows past the extent, which come as zeros.
+        fill: the value of padding.
         grouped: send by `all_gather` within the axis instead of `ppermute`. A collective-permute's
             rendezvous is all devices of the program, so it deadlocks in a branch that only some take (a
             pipeline stage); grouped collectives do not. It costs `shards` times the bytes.
@@ -23,10 +23,6 @@ def exchange(x: Array, dim: int, window: Window, *, fill: float = 0.0, grouped: 
     Returns:
         `window.need` rows on `dim`.
     """
-    if fill != 0 and window.block_in * window.shards > window.extent:
-        # Here and not by `jnp.pad`: XLA pads an uneven array once, with one value, for all who pad it.
-        row = lax.axis_index(window.axes) * window.block_in + lax.broadcasted_iota(jnp.int32, x.shape, dim)
-        x = jnp.where(row < window.extent, x, jnp.asarray(fill, x.dtype))
     low, high = _grouped(x, dim, window, fill) if grouped else _neighbours(x, dim, window, fill)
     x = jnp.concatenate([*low, x, *high], axis=dim)
     before, after = window.fill

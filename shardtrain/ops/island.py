@@ -42,6 +42,21 @@ def pad_to(x: Array, extents: Sequence[int]) -> Array:
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
+def real(
+    x: Array, extents: Sequence[int], cuts: Sequence[Axes], mesh: AnyMesh | None, fill: float = 0.0
+) -> Array:
+    """This device's block with `fill` in all that lies past `extents`, inside an island.
+
+    What `pad_to` wrote there cannot be relied on: XLA pads an uneven array once, with one value, for all who
+    pad it. Applied to outputs too, it keeps the padding's gradient out of the sums.
+    """
+    for dim, (extent, axes) in enumerate(zip(extents, cuts, strict=True)):
+        if even(extent, axes, mesh) != extent:
+            row = lax.axis_index(axes) * x.shape[dim] + lax.broadcasted_iota(jnp.int32, x.shape, dim)
+            x = jnp.where(row < extent, x, jnp.asarray(fill, x.dtype))
+    return x
+
+
 def crop_to(x: Array, extents: Sequence[int]) -> Array:
     """`x` cropped at the end of every dimension to `extents`."""
     return x if x.shape == tuple(extents) else lax.slice(x, (0,) * x.ndim, extents)

@@ -84,39 +84,40 @@ def _batch_norm(
     channels = layout.channel_cut(x.shape[-1], mesh)
     kept = island.at_rest(layout, x.shape[-1:], 0, mesh)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    extents = x.shape[1:-1]
-    even = [island.even(e, cut, mesh) for e, cut in zip(extents, cuts, strict=True)]
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    extents, cut, cut_weight = x.shape, [batch, *cuts, channels], [batch, *cuts, ()]
+    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
 
-    # 1 for every value that counts, None where all do. It has the size of a channel's block, no more.
+    # 1 for every value that counts, None where all do. It has the size of one channel, no more.
     weight = None
-    if examples is not None or even != list(extents) or x.shape[0] != island.even(x.shape[0], batch, mesh):
-        real = jnp.ones(x.shape[0], bool) if examples is None else examples
-        weight = jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), (*x.shape[:-1], 1)).astype(dtype)
+    if examples is not None or even != list(extents):
+        counts = jnp.ones(x.shape[0], bool) if examples is None else examples
+        weight = jnp.broadcast_to(counts.reshape(-1, *[1] * (x.ndim - 1)), (*extents[:-1], 1)).astype(dtype)
 
     def local(x: Array, scale: Array, bias: Array, weight: Array | None) -> tuple[Array, Array, Array]:
+        x = island.real(x, extents, cut, mesh)
+        weight = None if weight is None else island.real(weight, (*extents[:-1], 1), cut_weight, mesh)
         scale, bias = (island.gather_same(p, kept, layout) for p in (scale, bias))
         sums = _Sums(vary, tuple(range(x.ndim - 1)), epsilon)
         y, mean, var = _normalize(sums, x.astype(dtype), scale, bias, weight)
-        return y.astype(out_dtype), lax.stop_gradient(mean), lax.stop_gradient(var)
+        y = island.real(y, extents, cut, mesh).astype(out_dtype)
+        return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
-    scale = jnp.ones(x.shape[-1:], dtype) if scale is None else scale.astype(dtype)
-    bias = jnp.zeros(x.shape[-1:], dtype) if bias is None else bias.astype(dtype)
+    scale = jnp.ones(extents[-1:], dtype) if scale is None else scale.astype(dtype)
+    bias = jnp.zeros(extents[-1:], dtype) if bias is None else bias.astype(dtype)
     if mesh is None:
         return local(x, scale, bias, weight)
-    full = (island.even(x.shape[0], batch, mesh), *even)
-    cut = spec([batch, *cuts, channels])
     y, mean, var = island.run(
         local,
         mesh,
-        (cut, kept, kept, None if weight is None else spec([batch, *cuts, ()])),
-        (cut, spec([channels]), spec([channels])),
-        island.pad_to(x, (*full, x.shape[-1])),
+        (spec(cut), kept, kept, None if weight is None else spec(cut_weight)),
+        (spec(cut), spec([channels]), spec([channels])),
+        island.pad_to(x, even),
         scale,
         bias,
-        None if weight is None else island.pad_to(weight, (*full, 1)),
+        None if weight is None else island.pad_to(weight, (*even[:-1], 1)),
     )
-    return island.crop_to(y, x.shape), mean, var
+    return island.crop_to(y, extents), mean, var
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -146,10 +146,16 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
         for w, axes in zip(windows, cuts, strict=True)
     )
 
+    batch, channels = layout.cut("batch", mesh), layout.channel_cut(x.shape[-1], mesh)
+    cut = [batch, *cuts, channels]
+    extents_in = x.shape
+    extents_out = (x.shape[0], *(w.extent_out for w in windows), x.shape[-1])
+
     def local(x: Array) -> Array:
+        x = island.real(x, extents_in, cut, mesh, fill)
         for dim, window in enumerate(windows):
             x = exchange(x, dim + 1, window, fill=fill, grouped=island.grouped(mesh))
-        return lax.reduce_window(
+        y = lax.reduce_window(
             x,
             np.asarray(fill, x.dtype),  # a constant: else jax does not see that it is a max pool
             combine,
@@ -157,12 +163,10 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
             (1, *(w.stride for w in windows), 1),
             "VALID",
         )
+        return island.real(y, extents_out, cut, mesh)
 
     if mesh is None:
         return local(x)
-    batch, channels = layout.cut("batch", mesh), layout.channel_cut(x.shape[-1], mesh)
-    cut = spec([batch, *cuts, channels])
-    blocks = [w.block_in * w.shards for w in windows]
-    x_even = island.pad_to(x, (island.even(x.shape[0], batch, mesh), *blocks, x.shape[-1]))
-    y = island.run(local, mesh, (cut,), cut, x_even)
-    return island.crop_to(y, (x.shape[0], *(w.extent_out for w in windows), x.shape[-1]))
+    even = [island.even(n, axes, mesh) for n, axes in zip(x.shape, cut, strict=True)]
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to(x, even))
+    return island.crop_to(y, extents_out)

@@ -125,4 +125,3 @@ def place(value: Any, mesh: Mesh, spec: P) -> jax.Array:
         for entry, extent in zip((*spec, *[None] * value.ndim), value.shape, strict=False)
     ]
     return jax.device_put(value, NamedSharding(mesh, P(*fits)))
-

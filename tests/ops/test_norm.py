@@ -54,13 +54,14 @@ def statistics_parity(mesh, shape, affine, real, layout=None):
     return parity(op, functools.partial(batch_norm, real=real), args, mesh)
 
 
-@examples(20)
+@examples(12)
 @given(st.data(), st.sampled_from(MESHES), shapes(), st.booleans(), st.sampled_from(LAYOUTS))
 def test_batch_norm(data, mesh, shape, affine, layout):
     statistics_parity(mesh, shape, affine, data.draw(masks(shape[0])), layout)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @examples(200)
 @given(st.data(), st.sampled_from(MESHES), shapes(), st.booleans(), st.sampled_from(LAYOUTS))
 def test_many_batch_norms(data, mesh, shape, affine, layout):
@@ -158,7 +159,7 @@ def affine_args(shape, affine):
     return [numbers(*shape)] + [numbers(shape[-1], seed=i) for i in range(2) if affine]
 
 
-@examples(10)
+@examples(6)
 @given(
     st.sampled_from(MESHES),
     st.sampled_from(((3, 7, 5), (2, 4, 6), (3, 5), (8,), (2, 3, 2, 2))),
@@ -175,7 +176,7 @@ def test_group_norm(mesh, leading, channels_and_groups, affine):
     parity(op, reference, affine_args(shape, affine), mesh)
 
 
-@examples(8)
+@examples(4)
 @given(
     st.sampled_from(MESHES),
     st.sampled_from(((3, 7, 5, 4), (2, 4, 6, 8), (3, 5, 3), (8, 16))),

@@ -47,7 +47,7 @@ def few_values(*shape):
     return np.random.default_rng(shape).integers(0, 3, shape).astype(float)
 
 
-@examples(14)
+@examples(10)
 @given(poolings(), st.booleans())
 def test_max_pool(drawn, ties):
     mesh, shape, options, layout = drawn
@@ -55,7 +55,7 @@ def test_max_pool(drawn, ties):
     parity(ours(ops.max_pool, options, layout), plain(nnx.max_pool, options), [x], mesh)
 
 
-@examples(12)
+@examples(8)
 @given(poolings(), st.booleans())
 def test_avg_pool(drawn, count):
     mesh, shape, options, layout = drawn
@@ -64,6 +64,7 @@ def test_avg_pool(drawn, count):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @examples(200)
 @given(poolings(), st.sampled_from(("max", "ties", "mean", "mean without padding")))
 def test_many_poolings(drawn, kind):
@@ -119,9 +120,11 @@ def test_xla_still_pads_once():
     @jax.jit
     def both(x):
         x = lax.with_sharding_constraint(x, cut)
-        return [lax.with_sharding_constraint(jnp.pad(x, (0, 1), constant_values=c), cut)[7] for c in (1.0, 2.0)]
+        return [lax.with_sharding_constraint(jnp.pad(x, (0, 1), constant_values=c), cut) for c in (1.0, 2.0)]
 
-    assert both(np.zeros(7)) == [1, 1], "upstream fixed: tell the README"
+    last = [padded[7].item() for padded in both(np.zeros(7))]
+    assert last != [1, 2], "upstream fixed: tell the README"
+    assert last == [1, 1]  # the way in which it is wrong
 
 
 @pytest.mark.parametrize("mesh", ["data=2,height=2,channel=2", "height=4,width=2", "channel=8", "data=8"])
@@ -173,6 +176,8 @@ def test_refused(pool, window, options, message):
 def test_axis_that_is_manual_outside():
     pool = functools.partial(ops.max_pool, window=(2, 2))
     with jax.set_mesh(make_mesh("data=2,height=4")):
-        manual = jax.shard_map(pool, axis_names={"height"}, in_specs=P(None, "height"), out_specs=P(None, "height"))
+        manual = jax.shard_map(
+            pool, axis_names={"height"}, in_specs=P(None, "height"), out_specs=P(None, "height")
+        )
         with pytest.raises(UserError, match=r"cut on \['height'\] was called inside a shard_map"):
             jax.jit(manual)(jnp.ones((2, 16, 8, 3)))

@@ -53,17 +53,19 @@ NOTORIOUS = (
 )
 
 
-def every_window(test):
+def every_window(check):
     def on_numbers(numbers):
-        test(Window(*numbers))
+        check(Window(*numbers))
 
     for numbers in NOTORIOUS:
         on_numbers = example(numbers)(on_numbers)
-    return settings(max_examples=400, deadline=None, derandomize=True, database=None)(given(WINDOWS)(on_numbers))
+    return settings(max_examples=400, deadline=None, derandomize=True, database=None)(
+        given(WINDOWS)(on_numbers)
+    )
 
 
-@every_window
-def test_every_shard_gets_the_rows_it_needs(w):
+def rows_arrive(w):
+    """Every shard gets precisely the rows that its outputs are computed from."""
     for shard in range(w.shards):
         want = wanted(w, shard)
         if want:  # a shard without outputs computes what nobody reads
@@ -71,8 +73,7 @@ def test_every_shard_gets_the_rows_it_needs(w):
             assert [have[i * w.stride : i * w.stride + w.size] for i in range(len(want))] == want
 
 
-@every_window
-def test_halos_are_minimal(w):
+def halos_are_minimal(w):
     """No shard is sent more rows than the neediest shard reads of its neighbours."""
     low = high = 0
     for shard in range(w.shards):
@@ -87,12 +88,16 @@ def test_halos_are_minimal(w):
         assert w.halo == (low, high)
 
 
-@every_window
-def test_blocks_hold_all_rows(w):
+def blocks_hold_all_rows(w):
     assert w.block_out * w.shards >= w.extent_out
     assert w.block_in * w.shards >= w.extent
     padded = range(-w.pad[0], w.extent + w.pad[1])
     assert w.extent_out == len([r for r in padded[:: w.stride] if r + w.size <= padded.stop])
+
+
+test_every_shard_gets_the_rows_it_needs = every_window(rows_arrive)
+test_halos_are_minimal = every_window(halos_are_minimal)
+test_blocks_hold_all_rows = every_window(blocks_hold_all_rows)
 
 
 @pytest.mark.parametrize("name", ["SAME", "VALID"])
