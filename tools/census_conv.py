@@ -385,7 +385,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """The table, its caption and the verdict for the document."""
     lines = [
         f"KiB that one device sends, forward and backward, batch {BATCH}, float32; jax {jax.__version__}, "
-        f"8 simulated CPU devices. {LEGEND[0].upper()}{LEGEND[1:]}.",
+        f"8 simulated CPU devices; {LEGEND}.",
         "",
         "| cut | " + " | ".join(HEADER) + " |",
         "|---|---|--:|---|--:|---|---|---|--:|",

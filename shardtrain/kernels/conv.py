@@ -1,4 +1,4 @@
-"""Convolution on one device, channels last, no padding: what an island computes on its own block."""
+"""Convolution on one device, channels last: what an island computes on its own block."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ def direct(
     *,
     strides: Sequence[int],
     dilation: Sequence[int],
+    padding: Sequence[tuple[int, int]],
     groups: int = 1,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """`lax.conv_general_dilated` without padding; a window of one pixel is a matrix product."""
+    """`lax.conv_general_dilated`; a window of one pixel is a matrix product."""
     rank = x.ndim - 2
-    if groups == 1 and all(k == 1 for k in kernel.shape[:-2]):
+    if groups == 1 and not any(map(any, padding)) and all(k == 1 for k in kernel.shape[:-2]):
         x = lax.slice(x, (0,) * x.ndim, x.shape, (1, *strides, 1))
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         matrix = kernel.reshape(kernel.shape[-2:])
@@ -31,7 +32,7 @@ def direct(
         x,
         kernel,
         strides,
-        "VALID",
+        padding,
         rhs_dilation=dilation,
         feature_group_count=groups,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),

@@ -102,6 +102,8 @@ def conv(
             f"conv: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do "
             f"not agree; the kernel's last two dimensions are channels_in / groups and channels_out"
         )
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise UserError(f"conv: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
     sizes = window_sizes(kernel.shape[:-2], dilation)
@@ -243,7 +245,7 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
             )
         windows.append(window)
     pixels = (
-        math.prod(w.block_out if w.size == 1 else w.need for w in windows),
+        math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
         math.prod(w.block_out for w in windows),
     )
     plan = channel_plan(layout, mesh, (x.shape[-1], kernel.shape[-1]), pixels, config.groups, config.mode)
@@ -262,7 +264,11 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
         strides = list(config.strides)
+        pads = [(0, 0)] * len(windows)
         for dim, window in enumerate(windows):
+            if window.shards == 1 and window.size > 1:  # the convolution pads: cheaper, and not sent
+                pads[dim] = window.pad
+                continue
             x = exchange(x, dim + 1, window, grouped=island.grouped(mesh))
             if window.size == 1 and window.stride > 1:  # move only the rows that are used
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim + 1)
@@ -274,6 +280,7 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
             kernel,
             strides=strides,
             dilation=config.dilation,
+            padding=pads,
             groups=local_groups,
             precision=config.precision,
             preferred_element_type=config.preferred_element_type,

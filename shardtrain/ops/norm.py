@@ -170,8 +170,8 @@ def group_norm(
 ) -> Float[Array, "batch *spatial channels"]:
     """Normalizes each group of channels of each example over all its pixels.
 
-    Plain global-view reductions, which XLA partitions well: one sum per example and channel crosses the
-    spatial axes, and only groups that straddle channel shards cross the channel axis.
+    Plain global-view reductions, which XLA partitions well: two sums per example and channel cross each
+    spatial axis, and only groups that straddle channel shards cross the channel axis.
 
     Args:
         x: input.

@@ -153,7 +153,11 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
 
     def local(x: Array) -> Array:
         x = island.real(x, extents_in, cut, mesh, fill)
+        pads = [(0, 0)] * len(windows)
         for dim, window in enumerate(windows):
+            if window.shards == 1 and min(window.pad) >= 0:  # the reduction pads by itself
+                pads[dim] = window.pad
+                continue
             x = exchange(x, dim + 1, window, fill=fill, grouped=island.grouped(mesh))
         y = lax.reduce_window(
             x,
@@ -161,7 +165,7 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
             combine,
             (1, *(w.size for w in windows), 1),
             (1, *(w.stride for w in windows), 1),
-            "VALID",
+            [(0, 0), *pads, (0, 0)],
         )
         return island.real(y, extents_out, cut, mesh)
 

@@ -277,7 +277,7 @@ def table(collectives: Iterable[Collective]) -> Table:
     return result
 
 
-def _human(size: float) -> str:
+def _human(size: int | float) -> str:
     """`1536` as `"1.5 KiB"`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -95,11 +95,13 @@ def place(
         return put(x, [batch, *(layout.cut(n, mesh) for n in names), layout.channel_cut(shape[-1], mesh)])
 
     batch = layout.cut("batch", mesh)
-    real = np.arange(len(share)) < rows
+    # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
+    full = rows == len(share) and jax.process_count() == 1
+    real = None if full else put(np.arange(len(share)) < rows, [batch])
     return Batch(
         jax.tree.map(put_input, inputs),
         jax.tree.map(lambda x: put(x, [batch] + [()] * (np.ndim(x) - 1)), targets),
-        put(real, [batch]),
+        real,
         tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves(inputs)),
     )
 

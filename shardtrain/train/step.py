@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         inputs: for the model; pixels are padded to whole blocks, see `extents`.
         targets: for the loss.
-        real: False for rows that fill up a ragged batch.
+        real: False for rows that fill up a ragged batch; None where all rows are real.
         extents: the true extents of the inputs' leaves after the batch, static.
     """
 
@@ -36,6 +36,11 @@ class Batch:
     targets: Any
     real: Any
     extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return jax.tree.leaves(self.inputs)[0].shape[0]
 
     def cropped(self) -> Any:
         """The inputs in their true extents. The crop moves nothing: it is the tiling XLA itself uses."""
@@ -60,18 +65,18 @@ class Program:
     remat: str | Callable[..., bool] | None
     spread: tuple[str, ...]
 
-    def _sums(self, outputs: Any, targets: Any, real: Array) -> dict[str, Array]:
+    def _sums(self, outputs: Any, targets: Any, real: Array | None, rows: int) -> dict[str, Array]:
         """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
         outputs = jax.tree.map(lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32)), outputs)
-        sums = {"examples": real.sum().astype(jnp.float32)}
+        sums = {"examples": jnp.asarray(rows if real is None else real.sum(), jnp.float32)}
         for key, function in {"loss": self.loss, **self.metrics}.items():
             value = function(outputs, targets)
-            if value.shape != real.shape:
+            if value.shape != (rows,):
                 raise UserError(
-                    f"{key} returned shape {value.shape} for {real.shape[0]} examples; return one value per "
+                    f"{key} returned shape {value.shape} for {rows} examples; return one value per "
                     f"example, the mean over the batch is taken here"
                 )
-            sums[key] = jnp.where(real, value, 0).sum()
+            sums[key] = (value if real is None else jnp.where(real, value, 0)).sum()
         return sums
 
     def _cast(self, tree: Any) -> Any:
@@ -98,7 +103,7 @@ class Program:
         return not (primitive.name.startswith("all_gather") and set(axes) <= set(self.spread))
 
     def _gradients(
-        self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array, index: Array
+        self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
     ) -> Any:
         """Gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
 
@@ -106,7 +111,7 @@ class Program:
             model: Any = self.variables.model(self._cast(params), model_state, train=True)
             with examples(index, real):
                 outputs = model(self._cast(inputs))
-            sums = self._sums(outputs, targets, real)
+            sums = self._sums(outputs, targets, real, index.shape[0])
             return sums["loss"], (sums, Variables.state_of(model))
 
         policy = self._policy()
@@ -120,7 +125,7 @@ class Program:
         of the rows that it has already.
         """
         inputs, targets, real = batch.cropped(), batch.targets, batch.real
-        rows, parts = real.shape[0], self.accumulate
+        rows, parts = batch.rows, self.accumulate
         if parts == 1:
             grads, (sums, model_state) = self._gradients(
                 state.params, state.model_state, inputs, targets, real, jnp.arange(rows)
@@ -153,7 +158,7 @@ class Program:
     def eval_step(self, params: dict, model_state: dict, batch: Batch) -> tuple[Any, dict[str, Array]]:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
-        with examples(jnp.arange(batch.real.shape[0]), batch.real):
+        with examples(jnp.arange(batch.rows), batch.real):
             outputs = model(self._cast(batch.cropped()))
-        sums = {} if batch.targets is None else self._sums(outputs, batch.targets, batch.real)
+        sums = {} if batch.targets is None else self._sums(outputs, batch.targets, batch.real, batch.rows)
         return outputs, sums

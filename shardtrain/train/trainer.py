@@ -166,12 +166,12 @@ class Trainer:
         return self._compiled("train", self._program.train_step, (self.state,), batch, 0)
 
     def _compiled(self, kind: str, function: Callable, args: tuple, batch: Batch, donate: int | None) -> Any:
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (*args, batch)
-        )
-        leaves, tree = jax.tree.flatten(shapes[-1])
+        leaves, tree = jax.tree.flatten(batch)
         key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._steps:
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (*args, batch)
+            )
             where = shardings(self.mesh, self._specs)
             out = (where, None) if kind == "train" else None
             with jax.set_mesh(self.mesh):

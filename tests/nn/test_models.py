@@ -21,8 +21,10 @@ def test_resnets_have_the_published_sizes(depth, count):
     assert parameters(model) == count
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("depth", [8, 18, 50])
+@pytest.mark.parametrize(
+    ("depth", "norm"),
+    [(8, "group"), (50, "batch"), pytest.param(18, "batch", marks=pytest.mark.slow)],
+)
 def test_a_small_resnet_of_every_depth_is_the_same_on_a_mesh(depth, norm):
     model = models.ResNet(
         depth, 10, 3, stem="large", width=8, norm=norm, param_dtype=jnp.float64, rngs=nnx.Rngs(0)

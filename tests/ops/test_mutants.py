@@ -223,6 +223,7 @@ MUTANTS = {
 RIGHT = {name: compare for name, (_, compare) in MUTANTS.items() if compare is not conv_parity}
 
 
+@pytest.mark.slow  # what the other files assert anyway
 @pytest.mark.parametrize("compare", [conv_parity, *RIGHT.values()], ids=["halos", *RIGHT])
 def test_the_right_operator_passes(compare):
     compare()

@@ -54,7 +54,7 @@ def statistics_parity(mesh, shape, affine, real, layout=None):
     return parity(op, functools.partial(batch_norm, real=real), args, mesh)
 
 
-@examples(12)
+@examples(9)
 @given(st.data(), st.sampled_from(MESHES), shapes(), st.booleans(), st.sampled_from(LAYOUTS))
 def test_batch_norm(data, mesh, shape, affine, layout):
     statistics_parity(mesh, shape, affine, data.draw(masks(shape[0])), layout)

@@ -47,7 +47,7 @@ def few_values(*shape):
     return np.random.default_rng(shape).integers(0, 3, shape).astype(float)
 
 
-@examples(10)
+@examples(8)
 @given(poolings(), st.booleans())
 def test_max_pool(drawn, ties):
     mesh, shape, options, layout = drawn
@@ -78,7 +78,7 @@ def test_many_poolings(drawn, kind):
         parity(op, plain(nnx.avg_pool, options, **more), [numbers(*shape)], mesh)
 
 
-@pytest.mark.parametrize("mesh", ["height=2,width=2", "height=8", "data=2,height=2,channel=2"])
+@pytest.mark.parametrize("mesh", ["height=2,width=2", "height=8"])
 def test_all_values_equal(mesh):
     """The gradient goes to the first of equal values, also where it lies on the neighbour."""
     options = {"window": (3, 3), "strides": (1, 1), "padding": "SAME"}
