@@ -8,6 +8,7 @@ accuracy on digits):
 Writes to --out: result.json, metrics.jsonl, curve.png, checkpoints/ and tensorboard/.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,12 @@ def check(flags: Flags) -> None:
     for name in ("steps", "batch_size", "accumulate"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: use 1 or more")
-    if flags.lr <= 0:
+    if not 0 < flags.lr < float("inf"):
         raise UserError(f"--lr {flags.lr}: use a positive learning rate")
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
+    if flags.resume and flags.compare:
+        raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
     if flags.parameters and flags.parameters not in cli.parse(flags.mesh):
         raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
 
@@ -169,12 +172,14 @@ def train(flags: Flags) -> None:
         raise UserError(
             f"--resume: the run in {out} has {start} steps done; ask for more than --steps {flags.steps}"
         )
-    feed = batches(flags, dataset, trainer)  # refuses a batch size that does not fit
+    feed = batches(flags, dataset, trainer)
+    first = next(feed)
+    trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
     cli.open_run(out, resume=flags.resume)
     if start:
         Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
     with metrics.Recorder(out, start) as recorder:
-        trainer.fit(feed, steps=flags.steps, observers=[recorder])
+        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder])
     saved = trainer.save(out / "checkpoints")
     test = trainer.evaluate(
         st.data.eval_batches(dataset.test, flags.batch_size, rows=trainer.rows(flags.batch_size))

@@ -17,6 +17,12 @@ from shardtrain.mesh import parse
 
 Flags = TypeVar("Flags")
 
+RUN_FILES = ("result.json", "metrics.jsonl", "curve.png", "checkpoints", "tensorboard")
+"""What a run leaves in its folder; nothing else is ever moved."""
+
+MOST_DEVICES = 512
+"""Simulated devices beyond which a CPU only thrashes."""
+
 
 def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) -> None:
     """Parses the command line into `flags` and runs `recipe`.
@@ -56,7 +62,10 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool) -> None:
         wanted *= max(1, size)
     if devices is not None and devices < 1:
         raise UserError(f"--devices {devices}: use 1 or more")
-    jax.config.update("jax_num_cpu_devices", devices or (8 if -1 in sizes.values() else wanted))
+    simulated = devices or (8 if -1 in sizes.values() else wanted)
+    if simulated > MOST_DEVICES:
+        raise UserError(f"mesh {mesh!r} needs {simulated} devices; at most {MOST_DEVICES} can be simulated")
+    jax.config.update("jax_num_cpu_devices", simulated)
     jax.config.update("jax_enable_x64", x64)
 
 
@@ -70,18 +79,21 @@ def check_out(folder: Path, *, resume: bool) -> Path:
         UserError: a folder that cannot be made or written to, or that holds other files than runs.
     """
     folder = folder.expanduser().absolute()
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
         probe = nearest / f".write-test-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
+        names = _run_of(folder)
     except OSError as error:
         raise UserError(
             f"--out {folder} cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
-    names = _run_of(folder)
-    if names and not any(name in ("result.json", "metrics.jsonl", "checkpoints") for name in names):
-        raise UserError(f"--out {folder} holds files that are no run of ours; name a new or empty folder")
+    if foreign := [name for name in names if name.removesuffix(".part") not in RUN_FILES]:
+        raise UserError(
+            f"--out {folder} holds files that are no run of ours, such as {foreign[0]}; "
+            f"name a new or empty folder"
+        )
     if resume and "checkpoints" not in names:
         raise UserError(f"--resume: there is no checkpoint in {folder}; leave --resume out to start anew")
     return folder

@@ -7,6 +7,7 @@ A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, becau
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def parse(spec: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, equals, number = (s.strip() for s in part.partition("="))
-        if not equals or not number.lstrip("-").isdecimal():
+        if not equals or not re.fullmatch(r"-?[0-9]+", number):
             raise UserError(
                 f"mesh {spec!r}: {part!r} is not axis=number; write for example 'data=4,height=2'"
             )

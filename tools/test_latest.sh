@@ -2,7 +2,7 @@
 # Runs the tests on the newest jax when a Python >= 3.12 is found, and says so when none is.
 set -eu
 newest=""
-for python in "${PYTHON_LATEST:-}" python3.14 python3.13 python3.12 python3 "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do
+for python in python3 "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python python3.12 python3.13 python3.14 "${PYTHON_LATEST:-}"; do
   if [ -n "$python" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
     newest=$python
   fi

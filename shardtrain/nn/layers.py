@@ -226,7 +226,9 @@ class BatchNorm(_Affine, nnx.BatchNorm):
         y, mean, var = ops.batch_norm(x, scale, bias, epsilon=self.epsilon, examples=real, layout=self.layout)
         for statistic, new in ((self.mean, mean), (self.var, var)):
             old = statistic[...]
-            statistic[...] = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
+            moved = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
+            # A microbatch of a ragged batch may hold no example at all, and then says nothing.
+            statistic[...] = moved if real is None else jnp.where(real.any(), moved, old)
         return y
 
 

@@ -1,5 +1,6 @@
 """Which layer lies where: layouts are assigned to a model's layers, checked, and shown as a table."""
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -12,6 +13,8 @@ from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
 from shardtrain.nn import layers
+
+log = logging.getLogger(__name__)
 
 LayoutTable = Mapping[str, Layout | Mapping[str, str | Axes]]
 
@@ -30,7 +33,7 @@ def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
     found = {}
     for path, module in nnx.iter_modules(model):
         own = any(isinstance(value, nnx.Variable) for value in vars(module).values())
-        if isinstance(module, layers.Partitioned) or own:
+        if isinstance(module, layers.Partitioned | nnx.Dropout) or own:
             found[".".join(map(str, path))] = module
     return found
 
@@ -62,6 +65,40 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
         else:
             _check_plain(path, module, mesh)
     _check_axes_used(found, layouts, mesh)
+    _say_what_stays_whole(model, found, default, mesh)
+
+
+def _say_what_stays_whole(
+    model: nnx.Module, found: Mapping[str, nnx.Module], default: Layout, mesh: AnyMesh
+) -> None:
+    """Logs the layers that a cut leaves on every device, and refuses a spread that spreads nothing."""
+    whole = [
+        path
+        for path, module in found.items()
+        if isinstance(module, layers.Conv | layers.Linear) and (cut := module.layout.cut("channels", mesh))
+        if not any(set(cut) & set(axes_of(entry)) for entry in module.kept(mesh)["kernel"])
+    ]
+    if whole:
+        log.warning(
+            "channels do not divide by channel=%d in %s: there every device computes all of them",
+            size(mesh, default.cut("channels", mesh)),
+            ", ".join(whole),
+        )
+    spread = set(default.cut("parameters", mesh))
+    if not spread:
+        return
+    specs = parameter_spec(model, mesh, default)
+    params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    kept = [".".join(map(str, p)) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
+    if len(kept) == len(params):
+        raise UserError(
+            f"parameters={'*'.join(sorted(spread))}: no parameter has a dimension that divides by "
+            f"{size(mesh, tuple(spread))}, so nothing would be spread; leave it out or use another size"
+        )
+    if kept:
+        log.warning(
+            "not spread, since no dimension divides by %d: %s", size(mesh, tuple(spread)), ", ".join(kept)
+        )
 
 
 def _check_asked(path: str, module: layers.Partitioned, default: Layout, mesh: AnyMesh) -> None:
@@ -87,13 +124,22 @@ def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
                 f"layer {path!r} is a plain {name}, which XLA gets wrong or keeps whole on a mesh with "
                 f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__} with the same arguments"
             )
+    if size(mesh, "channel") > 1 and _plain_parameters(module):
+        raise UserError(
+            f"layer {path!r}, a plain {type(module).__name__}, would be kept whole on each of the "
+            f"channel={size(mesh, 'channel')} devices; use layers of shardtrain.nn, or a mesh without channel"
+        )
+
+
+def _plain_parameters(module: nnx.Module) -> bool:
+    return any(isinstance(value, nnx.Param) for value in vars(module).values())
 
 
 def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layout], mesh: AnyMesh) -> None:
     used = set()
     for path, module in found.items():
         layout = layouts[path]
-        used |= {*axes_of(layout.batch), *axes_of(layout.parameters)}
+        used |= set(axes_of(layout.batch))
         if isinstance(module, layers.Partitioned):
             for name in module.spatial() or ():
                 used |= set(layout.cut(name, mesh))

@@ -47,8 +47,8 @@ def real(
 ) -> Array:
     """This device's block with `fill` in all that lies past `extents`, inside an island.
 
-    What `pad_to` wrote there cannot be relied on: XLA pads an uneven array once, with one value, for all who
-    pad it. Applied to outputs too, it keeps the padding's gradient out of the sums.
+    What `pad_to` wrote there cannot be relied on: in jax 0.10 XLA pads an uneven array once, with one value,
+    for all who pad it. Applied to outputs too, it keeps the padding's gradient out of the sums.
     """
     for dim, (extent, axes) in enumerate(zip(extents, cuts, strict=True)):
         if even(extent, axes, mesh) != extent:

@@ -125,4 +125,4 @@ def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
     """Size of the global batch of which this process brings `rows`, rounded up to what the mesh divides."""
     shards = size(mesh, layout.cut("batch", mesh))
     mine = len(local_rows(mesh, layout, shards))
-    return math.ceil(rows / mine) * shards
+    return max(1, math.ceil(rows / mine)) * shards

@@ -82,6 +82,8 @@ class Trainer:
             raise UserError(f"accumulate={accumulate}; use 1 for no accumulation, or more")
         if clip_norm is not None and clip_norm <= 0:
             raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
+        if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
+            raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
         self.layout = Layout(parameters=parameters)
         partition.assign(model, self.mesh, self.layout, layout or {})
@@ -93,11 +95,15 @@ class Trainer:
         self._variables = Variables(model)
         spread = axes_of(self.layout.parameters)
         self._program = Program(self._variables, optimizer, loss, metrics, accumulate, dtype, remat, spread)
-        modules = partition.leaves(model)
-        self._plain_norms = [
-            p for p, m in modules.items() if isinstance(m, nnx.BatchNorm) and not isinstance(m, Partitioned)
-        ]
-        self._batch_only = not any(isinstance(m, Partitioned) for m in modules.values())
+        plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
+        masks = [".".join(map(str, path)) for path, m in plain if isinstance(m, nnx.Dropout)]
+        if masks and accumulate > 1:
+            raise UserError(
+                f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
+                f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
+            )
+        self._plain_norms = [".".join(map(str, path)) for path, m in plain if isinstance(m, nnx.BatchNorm)]
+        self._batch_only = not any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}
         self._specs = self._state_specs(model, optimizer)
@@ -136,6 +142,8 @@ class Trainer:
             UserError: a first batch that does not divide by the mesh and `accumulate`.
         """
         rows = place.rows_of(inputs)
+        if not rows:
+            raise UserError("fit: a batch has no rows; leave empty batches out")
         if self._batch_size is None:
             size = place.global_batch_size(rows, self.mesh, self.layout)
             mine = len(self.rows(size))
@@ -242,11 +250,11 @@ class Trainer:
             size = size or place.global_batch_size(place.rows_of(inputs), self.mesh, self.layout)
             _, sums = self._evaluated(self._placed(inputs, targets, size))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
-        if not totals:
-            raise UserError("evaluate: there are no batches")
         values = {key: float(value) for key, value in jax.device_get(totals).items()}
-        examples = values.pop("examples")
-        return {key: value / max(examples, 1) for key, value in values.items()}
+        examples = values.pop("examples", 0.0)
+        if not examples:
+            raise UserError("evaluate: there are no examples with targets in the batches")
+        return {key: value / examples for key, value in values.items()}
 
     def predict(self, inputs: Any) -> Any:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
@@ -285,3 +293,11 @@ class Trainer:
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
         return partition.partition_table(self.model, self.mesh, self.layout)
+
+
+def _dtype(name: DTypeLike) -> Any:
+    """The numpy dtype, or one that nothing computes in for a name that there is not."""
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        return jnp.dtype(bool)

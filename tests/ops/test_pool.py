@@ -113,6 +113,7 @@ def test_an_uneven_array_that_several_operators_pad():
     parity(op, reference, [numbers(3, 7, 5, 2) - 5, numbers(3, 3, 2, 4)], "data=2,height=2,width=2")
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="right again in jax 0.12")
 def test_xla_still_pads_once():
     """Why the above is a test: XLA gives the second padding of an uneven array the value of the first."""
     cut = NamedSharding(make_mesh("height=4"), P("height"))

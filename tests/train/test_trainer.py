@@ -55,6 +55,18 @@ class Plain(nnx.Module):
         return self.head(nnx.relu(self.norm(self.conv2(nnx.relu(self.conv(x))))).mean((1, 2)))
 
 
+class PlainDropout(Small):
+    def __init__(self):
+        super().__init__()
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+
+class WithEmbed(Small):
+    def __init__(self):
+        super().__init__()
+        self.embed = nnx.Embed(8, 8, rngs=nnx.Rngs(0))
+
+
 def images(count, seed=0, rows=7):
     r = np.random.default_rng(seed)
     return r.standard_normal((count, rows, rows, 1)), r.integers(0, 5, count).astype(np.int32)
@@ -152,6 +164,36 @@ def test_ragged_batches_mean_over_real_examples():
     np.testing.assert_allclose(found, expected, rtol=1e-11)
     for name, value in one.state.params.items():
         np.testing.assert_allclose(mesh.state.params[name], value, rtol=1e-8, atol=1e-11, err_msg=name)
+
+
+def test_an_empty_microbatch_leaves_the_running_statistics_alone():
+    """One real row of 8 in 4 microbatches, three of which hold no example: as one batch of that row."""
+    x, y = images(9)
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+
+    def statistics(accumulate):
+        trainer = small_trainer("data=2", accumulate=accumulate)
+        trainer.fit(batches[:1], steps=1, progress=False)
+        state = dict(trainer.state.model_state)
+        before = {key: np.array(state[key]) for key in ("norm.mean", "norm.var")}
+        trainer.fit(batches[1:], steps=2, progress=False)
+        return before, {key: np.array(trainer.state.model_state[key]) for key in before}
+
+    (start, end), (whole_start, whole_end) = statistics(4), statistics(1)
+    for key in start:
+        # Each moved once towards the statistics of the same row, by a tenth of the way.
+        target, whole_target = (
+            (e - 0.9 * s) / 0.1 for s, e in ((start[key], end[key]), (whole_start[key], whole_end[key]))
+        )
+        np.testing.assert_allclose(target, whole_target, rtol=0.2, atol=0.05)
+
+
+def test_layers_that_stay_whole_are_said(caplog):
+    small_trainer("channel=3")
+    assert "channels do not divide by channel=3 in conv:" in caplog.text
+    caplog.clear()
+    small_trainer("data=8", parameters="data")
+    assert "not spread, since no dimension divides by 8: head.bias" in caplog.text
 
 
 def test_evaluation_over_ragged_batches_is_no_mean_of_means():
@@ -301,7 +343,7 @@ def test_every_parameter_gradient_is_summed_once():
             "batch of 20 does not divide by the 8 shards .* use 16",
         ),
         (lambda: curve(small_trainer("data=8", accumulate=4)), "times accumulate=4; use 32"),
-        (lambda: small_trainer().evaluate([]), "there are no batches"),
+        (lambda: small_trainer().evaluate([]), "there are no examples"),
         (
             lambda: small_trainer().fit([(np.ones((8, 7, 7, 1)), np.ones(7, int))], steps=1),
             "disagree on its rows",
@@ -313,6 +355,26 @@ def test_every_parameter_gradient_is_summed_once():
         (
             lambda: small_trainer("data=2", model=Plain(groups=2)).fit(feed(), steps=1),
             "convolution outside.*groups",
+        ),
+        (
+            lambda: small_trainer().evaluate([(np.ones((0, 7, 7, 1)), np.ones(0, int))]),
+            "there are no examples",
+        ),
+        (
+            lambda: small_trainer().fit([(np.ones((0, 7, 7, 1)), np.ones(0, int))], steps=1),
+            "batch has no rows",
+        ),
+        (lambda: small_trainer(dtype="bf16"), "dtype='bf16'; compute in 'bfloat16'"),
+        (lambda: small_trainer(dtype="int32"), "dtype='int32'"),
+        (lambda: small_trainer("data=2,replica=2", parameters="replica"), "replica=2 cuts nothing"),
+        (lambda: small_trainer("data=7", parameters="data"), "so nothing would be spread"),
+        (
+            lambda: small_trainer("data=2", model=PlainDropout(), accumulate=2),
+            "'drop' is a plain nnx.Dropout",
+        ),
+        (
+            lambda: small_trainer("channel=2", model=WithEmbed()),
+            "'embed', a plain Embed, would be kept whole",
         ),
         (lambda: small_trainer().compiled_text(), "no compiled step yet"),
     ],
