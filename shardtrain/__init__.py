@@ -12,7 +12,8 @@ from shardtrain.layout import Layout
 from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
-from shardtrain.train import Trainer, TrainState, data, losses, metrics
+from shardtrain.plan.summary import summary
+from shardtrain.train import Trainer, TrainState, data, losses, metrics, volumes
 
 __all__ = [
     "Layout",
@@ -29,4 +30,6 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "summary",
+    "volumes",
 ]

@@ -1,6 +1,6 @@
 """What differs between the jax versions we work on (0.10 to 0.12), and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,15 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     return frozenset(
         n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
     )
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs that an equation runs."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
 def where(equation: Any) -> str:

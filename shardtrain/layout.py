@@ -89,27 +89,33 @@ class Layout:
         cuts = [self.cut(dim, mesh) for dim in dims[:-1]] + [self.channel_cut(shape[-1], mesh)]
         return spec(cuts)
 
-    def parameter(self, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None) -> P:
+    def parameter(self, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None, space: int = 0) -> P:
         """How a parameter lies on `mesh` at rest.
 
         Args:
             shape: the parameter's shape.
             channel: the dimension that goes with the cut channels, None if there is none.
             mesh: the mesh.
+            space: how many leading dimensions are pixels, each with parameters of its own.
 
         Returns:
-            The channel dimension cut by `channels` if it divides, and the largest dimension that divides
-            cut by `parameters`. A parameter with no such dimension stays whole, which `partition_table`
-            shows.
+            Pixels cut as activations are and the channel dimension by `channels`, where they divide, and
+            the largest other dimension that divides cut by `parameters`. A parameter with no such
+            dimension stays whole, which `partition_table` shows.
         """
         cuts: list[Axes] = [()] * len(shape)
+        taken = {axis for name in spatial_names(space) for axis in self.cut(name, mesh)}
+        for dim, name in enumerate(spatial_names(space)):
+            axes = self.cut(name, mesh)
+            cuts[dim] = axes if axes and shape[dim] % size(mesh, axes) == 0 else ()  # type: ignore[arg-type]
         if channel is not None:
             cuts[channel] = self.channel_cut(shape[channel], mesh)
-        spread = self.cut("parameters", mesh)
+        taken |= {axis for axes in cuts for axis in axes}
+        spread = tuple(axis for axis in self.cut("parameters", mesh) if axis not in taken)
         if spread and mesh is not None:
             shards = size(mesh, spread)
             left = [extent // size(mesh, cut) for extent, cut in zip(shape, cuts, strict=True)]
-            fits = [d for d in range(len(shape)) if left[d] % shards == 0 and left[d]]
+            fits = [d for d in range(space, len(shape)) if left[d] % shards == 0 and left[d]]
             if fits:
                 best = max(fits, key=lambda d: (not cuts[d], left[d]))
                 cuts[best] = cuts[best] + spread

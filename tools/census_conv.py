@@ -31,7 +31,7 @@ from rich.table import Table
 import shardtrain as st
 from shardtrain.layout import Layout
 from shardtrain.mesh import SPATIAL, size
-from shardtrain.ops.conv import channel_plan
+from shardtrain.ops.channels import channel_plan
 from shardtrain.plan.census import KINDS, Collective
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "measurements.md"

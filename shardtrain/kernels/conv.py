@@ -14,13 +14,15 @@ def direct(
     strides: Sequence[int],
     dilation: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    input_dilation: Sequence[int] | None = None,
     groups: int = 1,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """`lax.conv_general_dilated`; a window of one pixel is a matrix product."""
     rank = x.ndim - 2
-    if groups == 1 and not any(map(any, padding)) and all(k == 1 for k in kernel.shape[:-2]):
+    dilated = input_dilation is not None and max(input_dilation, default=1) > 1
+    if groups == 1 and not dilated and not any(map(any, padding)) and all(k == 1 for k in kernel.shape[:-2]):
         x = lax.slice(x, (0,) * x.ndim, x.shape, (1, *strides, 1))
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         matrix = kernel.reshape(kernel.shape[-2:])
@@ -33,6 +35,7 @@ def direct(
         kernel,
         strides,
         padding,
+        lhs_dilation=input_dilation,
         rhs_dilation=dilation,
         feature_group_count=groups,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),

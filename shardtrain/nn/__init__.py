@@ -1,31 +1,44 @@
 """Flax NNX layers and models over partitioned operators."""
 
+from shardtrain.nn.base import Partitioned
 from shardtrain.nn.context import examples
-from shardtrain.nn.layers import (
-    AvgPool,
-    BatchNorm,
-    Conv,
-    Dropout,
-    GroupNorm,
-    LayerNorm,
-    Linear,
-    MaxPool,
-    Partitioned,
-)
+from shardtrain.nn.contract import Conv, ConvTranspose, Embed, Linear, LocallyConnected
+from shardtrain.nn.flow import resharded
+from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 from shardtrain.nn.partition import LayoutTable, assign, partition_table
+from shardtrain.nn.pool import (
+    AdaptiveAvgPool,
+    AvgPool,
+    Concat,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    MaxPool,
+    Upsample,
+)
 
 __all__ = [
+    "AdaptiveAvgPool",
     "AvgPool",
     "BatchNorm",
+    "Concat",
     "Conv",
+    "ConvTranspose",
     "Dropout",
+    "Embed",
+    "Flatten",
+    "GlobalAvgPool",
     "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
     "LayoutTable",
     "Linear",
+    "LocallyConnected",
     "MaxPool",
     "Partitioned",
+    "Upsample",
     "assign",
     "examples",
     "partition_table",
+    "resharded",
 ]

@@ -12,19 +12,24 @@ from rich.table import Table
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
-from shardtrain.nn import layers
+from shardtrain.nn import contract, norm, pool
+from shardtrain.nn.base import Partitioned, name
+from shardtrain.nn.contract import Contraction
 
 log = logging.getLogger(__name__)
 
 LayoutTable = Mapping[str, Layout | Mapping[str, str | Axes]]
 
 _TWINS: dict[type, type] = {
-    nnx.Conv: layers.Conv,
-    nnx.Linear: layers.Linear,
-    nnx.BatchNorm: layers.BatchNorm,
-    nnx.GroupNorm: layers.GroupNorm,
-    nnx.LayerNorm: layers.LayerNorm,
-    nnx.Dropout: layers.Dropout,
+    nnx.Conv: contract.Conv,
+    nnx.ConvTranspose: contract.ConvTranspose,
+    nnx.Linear: contract.Linear,
+    nnx.Embed: contract.Embed,
+    nnx.BatchNorm: norm.BatchNorm,
+    nnx.GroupNorm: norm.GroupNorm,
+    nnx.InstanceNorm: norm.InstanceNorm,
+    nnx.LayerNorm: norm.LayerNorm,
+    nnx.Dropout: pool.Dropout,
 }
 
 
@@ -33,8 +38,8 @@ def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
     found = {}
     for path, module in nnx.iter_modules(model):
         own = any(isinstance(value, nnx.Variable) for value in vars(module).values())
-        if isinstance(module, layers.Partitioned | nnx.Dropout) or own:
-            found[".".join(map(str, path))] = module
+        if isinstance(module, Partitioned | nnx.Dropout) or own:
+            found[name(path)] = module
     return found
 
 
@@ -54,8 +59,8 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
     found = leaves(model)
     layouts = resolve(default, table, list(found))
     for path, module in found.items():
-        if isinstance(module, layers.Partitioned):
-            module.layout = layouts[path]
+        if isinstance(module, Partitioned):
+            module.layout, module.path = layouts[path], path
             _check_asked(path, module, default, mesh)
         elif layouts[path] != default:
             raise UserError(
@@ -75,7 +80,7 @@ def _say_what_stays_whole(
     whole = [
         path
         for path, module in found.items()
-        if isinstance(module, layers.Conv | layers.Linear) and (cut := module.layout.cut("channels", mesh))
+        if isinstance(module, Contraction) and (cut := module.layout.cut("channels", mesh))
         if not any(set(cut) & set(axes_of(entry)) for entry in module.kept(mesh)["kernel"])
     ]
     if whole:
@@ -84,12 +89,26 @@ def _say_what_stays_whole(
             size(mesh, default.cut("channels", mesh)),
             ", ".join(whole),
         )
+    for path, module in found.items():
+        if isinstance(module, Contraction) and module.pixel_dims:
+            for rows, dimension in zip(module.kernel.shape, module.spatial() or (), strict=False):
+                axes = module.layout.cut(dimension, mesh)
+                if axes and rows % size(mesh, axes):
+                    log.warning(
+                        "the filters of %r are those of %d rows of %s, which do not divide by %s=%d: each "
+                        "device keeps all of these rows",
+                        path,
+                        rows,
+                        dimension,
+                        "*".join(axes),
+                        size(mesh, axes),
+                    )
     spread = set(default.cut("parameters", mesh))
     if not spread:
         return
     specs = parameter_spec(model, mesh, default)
     params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    kept = [".".join(map(str, p)) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
+    kept = [name(p) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
     if len(kept) == len(params):
         raise UserError(
             f"parameters={'*'.join(sorted(spread))}: no parameter has a dimension that divides by "
@@ -101,17 +120,17 @@ def _say_what_stays_whole(
         )
 
 
-def _check_asked(path: str, module: layers.Partitioned, default: Layout, mesh: AnyMesh) -> None:
+def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh) -> None:
     """A cut that a table asks for by name must be possible; the default cuts what divides."""
     asked = module.layout.cut("channels", mesh)
     if module.layout.channels != default.channels and asked:
-        for features in module.features():
+        for features in module.channels():
             if features % size(mesh, asked):
                 raise UserError(
                     f"layout: {path!r} has {features} channels, which do not divide by {'*'.join(asked)}="
                     f"{size(mesh, asked)}; use channels=() for this layer or another number of features"
                 )
-    if isinstance(module, layers.Conv):
+    if isinstance(module, Contraction):
         module.channel_plan(mesh)  # refuses groups that cannot be cut
 
 
@@ -140,10 +159,10 @@ def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layo
     for path, module in found.items():
         layout = layouts[path]
         used |= set(axes_of(layout.batch))
-        if isinstance(module, layers.Partitioned):
+        if isinstance(module, Partitioned):
             for name in module.spatial() or ():
                 used |= set(layout.cut(name, mesh))
-            if any(layout.channel_cut(features, mesh) for features in module.features()):
+            if any(layout.channel_cut(features, mesh) for features in module.channels()):
                 used |= set(axes_of(layout.channels))
     for layout in layouts.values():
         if absent := [axis for axis in axes_of(layout.parameters) if axis not in mesh.shape]:
@@ -152,7 +171,7 @@ def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layo
             )
     idle = [axis for axis in mesh.axis_names if size(mesh, axis) > 1 and axis not in used]
     if idle:
-        sizes = sorted({f for m in found.values() if isinstance(m, layers.Partitioned) for f in m.features()})
+        sizes = sorted({f for m in found.values() if isinstance(m, Partitioned) for f in m.channels()})
         hint = f" (its layers have {', '.join(map(str, sizes))} channels)" if idle == ["channel"] else ""
         raise UserError(
             f"the mesh axis {idle[0]}={size(mesh, idle[0])} cuts nothing in this model{hint}, so all of it "
@@ -168,7 +187,7 @@ def parameter_spec(model: nnx.Module, mesh: AnyMesh, default: Layout) -> dict[tu
     """
     specs: dict[tuple, P] = {}
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, layers.Partitioned):
+        if isinstance(module, Partitioned):
             specs |= {(*path, name): kept for name, kept in module.kept(mesh).items()}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path not in specs:
@@ -199,11 +218,9 @@ def partition_table(model: nnx.Module, mesh: AnyMesh, default: Layout | None = N
         cut = " ".join("*".join(axes) or "-" for axes in cuts) if any(cuts) else "whole"
         module = modules[path[:-1]]
         moves = None
-        if path[-1] == "kernel" and isinstance(module, layers.Conv | layers.Linear):
+        if path[-1] == "kernel" and isinstance(module, Contraction):
             moves = module.channel_plan(mesh).collective
-        table.add_row(
-            ".".join(map(str, path)), "x".join(map(str, value.shape)), cut, f"{kib:.1f}", moves or ""
-        )
+        table.add_row(name(path), "x".join(map(str, value.shape)), cut, f"{kib:.1f}", moves or "")
     table.add_section()
     table.add_row("all", "", "", f"{total:.1f}", f"of {whole:.1f} KiB in all")
     return table

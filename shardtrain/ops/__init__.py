@@ -3,20 +3,38 @@
 Each takes global arrays, channels last, and works eagerly, under `jit`, and inside `jax.set_mesh(mesh)`.
 """
 
-from shardtrain.ops.conv import ChannelPlan, channel_plan, conv, linear
-from shardtrain.ops.norm import batch_norm, group_norm, layer_norm
-from shardtrain.ops.pool import avg_pool, flatten, global_avg_pool, max_pool
+from shardtrain.ops.channels import ChannelPlan, channel_plan
+from shardtrain.ops.conv import conv, linear
+from shardtrain.ops.embed import embed
+from shardtrain.ops.local import local
+from shardtrain.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
+from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool
+from shardtrain.ops.resample import adaptive_avg_pool, adaptive_max_pool, pad, resize
+from shardtrain.ops.reshard import reshard
+from shardtrain.ops.shape import concat, flatten
+from shardtrain.ops.transpose import conv_transpose, torch_padding
 
 __all__ = [
     "ChannelPlan",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "avg_pool",
     "batch_norm",
     "channel_plan",
+    "concat",
     "conv",
+    "conv_transpose",
+    "embed",
     "flatten",
     "global_avg_pool",
     "group_norm",
+    "instance_norm",
     "layer_norm",
     "linear",
+    "local",
     "max_pool",
+    "pad",
+    "reshard",
+    "resize",
+    "torch_padding",
 ]

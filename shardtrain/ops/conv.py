@@ -4,9 +4,9 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -14,13 +14,12 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import AnyMesh, Layout, active_mesh, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
-from shardtrain.ops.halo import exchange
-from shardtrain.ops.window import Window, pads_of, tuple_of
-
-ChannelMode = Literal["gather", "scatter"]
+from shardtrain.ops.channels import ChannelMode, channel_plan
+from shardtrain.ops.halo import block, exchange
+from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
 
 CONTRACTION = "contraction"
 """Name of convolution and linear outputs, for remat policies that keep them and recompute the rest."""
@@ -32,10 +31,12 @@ class Config:
 
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
+    input_dilation: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
+    padding_mode: str
     groups: int
     layout: Layout
-    mode: ChannelMode | None
+    channel_mode: ChannelMode | None
     precision: lax.PrecisionLike
     preferred_element_type: DTypeLike | None
 
@@ -46,8 +47,9 @@ def conv(
     bias: Float[Array, " channels_out"] | None = None,
     *,
     strides: int | Sequence[int] | None = 1,
-    padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
+    padding: Padding = "SAME",
     dilation: int | Sequence[int] | None = 1,
+    input_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
     layout: Layout | None = None,
     channel_mode: ChannelMode | None = None,
@@ -66,12 +68,16 @@ def conv(
         kernel: filters, Flax's layout.
         bias: added to every output pixel.
         strides: of the window, one number or one per spatial dimension.
-        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), a number, or `(before, after)` per dimension.
+        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), `"CIRCULAR"` (a ring of devices), `"REFLECT"`, a
+            number, or `(before, after)` per dimension; all as in Flax.
         dilation: of the kernel.
-        groups: feature groups. With channels cut, they must divide by the channel axis.
+        input_dilation: of the input, see `conv_transpose`.
+        groups: feature groups. With channels cut, either they divide by the channel axis and stay on
+            their devices, or the axis divides by them and the devices that share a group gather its
+            channels.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
-            `channel_plan`.
+            `shardtrain.ops.channel_plan`.
         precision, preferred_element_type: as in `lax.conv_general_dilated`.
 
     Returns:
@@ -91,34 +97,46 @@ def conv(
         Dryden et al., Improving Strong-Scaling of CNN Training by Exploiting Finer-Grained Parallelism,
         IPDPS 2019; Channel and Filter Parallelism for Large-Scale CNN Training, SC 2019.
     """
+    check("conv", x, kernel, bias, groups)
     rank = kernel.ndim - 2
-    if x.ndim != rank + 2:
-        raise UserError(
-            f"conv: a kernel of shape {kernel.shape} takes inputs (batch, {rank} spatial, channels), "
-            f"not {x.shape}"
-        )
-    if x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
-        raise UserError(
-            f"conv: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do "
-            f"not agree; the kernel's last two dimensions are channels_in / groups and channels_out"
-        )
-    if bias is not None and bias.shape != kernel.shape[-1:]:
-        raise UserError(f"conv: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
+    input_dilation = tuple_of(input_dilation, rank, "input_dilation")
     sizes = window_sizes(kernel.shape[:-2], dilation)
-    pads = pads_of(padding, x.shape[1:-1], sizes, strides)
+    mode = mode_of(padding)
+    if mode != "constant" and max(input_dilation, default=1) > 1:
+        raise UserError(f"conv: padding={padding!r} with input_dilation; use conv_transpose for a ring")
+    extents = window_sizes(x.shape[1:-1], input_dilation)
     config = Config(
         strides,
         dilation,
-        tuple(pads),
+        input_dilation,
+        tuple(pads_of(padding, extents, sizes, strides)),
+        mode,
         groups,
         layout or Layout(),
         channel_mode,
         precision,
         preferred_element_type,
     )
-    return _conv(x, kernel, bias, config=config)
+    return convolve(x, kernel, bias, config=config)
+
+
+def check(what: str, x: Array, kernel: Array, bias: Array | None, groups: int) -> None:
+    """Refuses shapes that do not agree."""
+    rank = kernel.ndim - 2
+    if x.ndim != rank + 2:
+        raise UserError(
+            f"{what}: a kernel of shape {kernel.shape} takes inputs (batch, {rank} spatial, channels), "
+            f"not {x.shape}"
+        )
+    if groups < 1 or x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
+        raise UserError(
+            f"{what}: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do "
+            f"not agree; the kernel's last two dimensions are channels_in / groups and channels_out"
+        )
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise UserError(f"{what}: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
 
 
 def linear(
@@ -162,124 +180,57 @@ def window_sizes(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, .
     return tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
 
 
-@dataclass(frozen=True)
-class ChannelPlan:
-    """What happens to the channels of one convolution.
-
-    Attributes:
-        cut_in, cut_out: mesh axes that cut the input's and the output's channels.
-        mode: `"gather"`: every device has the filters of its output channels and gathers all input
-            channels; `"scatter"`: it has the filters' part for its input channels, and partial sums are
-            reduce-scattered (all-reduced where the output's channels cannot be cut).
-    """
-
-    cut_in: Axes
-    cut_out: Axes
-    mode: ChannelMode
-
-    @property
-    def collective(self) -> str | None:
-        """What moves: `"all-gather"`, `"reduce-scatter"`, `"all-reduce"` or nothing."""
-        if not self.cut_in or (self.mode == "gather" and not self.cut_out):
-            return None
-        return "all-gather" if self.mode == "gather" else "reduce-scatter" if self.cut_out else "all-reduce"
-
-
-def channel_plan(
-    layout: Layout,
-    mesh: AnyMesh | None,
-    channels: tuple[int, int],
-    pixels: tuple[int, int],
-    groups: int = 1,
-    mode: ChannelMode | None = None,
-) -> ChannelPlan:
-    """Chooses between gathering input channels and scattering partial sums: fewer bytes win.
-
-    With `n` channel shards a gather moves `(n-1)/n * channels_in * pixels_in` values to each device, a
-    reduce-scatter `(n-1)/n * channels_out * pixels_out`; the backward pass moves as many again.
-
-    Args:
-        layout, mesh: what cuts the channels.
-        channels: input and output channels.
-        pixels: input pixels a device computes from (halos included) and output pixels it computes, or
-            just their ratio.
-        groups: feature groups.
-        mode: the choice, where the caller has made it.
-
-    Raises:
-        UserError: groups with cut channels that do not divide by the channel axis.
-    """
-    cut_in, cut_out = (layout.channel_cut(c, mesh) for c in channels)
-    if groups > 1 and (cut_in or cut_out):
-        shards = size(mesh, cut_in or cut_out)  # type: ignore[arg-type]
-        if not cut_in or not cut_out or groups % shards:
-            raise UserError(
-                f"conv: groups={groups} with {channels[0]} -> {channels[1]} channels cannot be cut "
-                f"{shards}-fold on the channel axis; use groups that divide by {shards}, or a layout with "
-                f"channels=() for this layer"
-            )
-        return ChannelPlan((), cut_out, "gather")  # whole groups stay on a device
-    if cut_in and not cut_out:
-        return ChannelPlan(cut_in, (), "scatter")
-    if mode is None:
-        mode = "gather" if channels[0] * pixels[0] <= channels[1] * pixels[1] else "scatter"
-    return ChannelPlan(cut_in, cut_out, mode if cut_in else "gather")
-
-
 @functools.partial(jax.jit, static_argnames="config")
-def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
+def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
+    """Any convolution as one island."""
     layout, mesh = config.layout, active_mesh()
-    names = spatial_names(x.ndim - 2)
     batch = layout.cut("batch", mesh)
-    windows = []
-    for dim, name in enumerate(names):
-        extent, span = x.shape[dim + 1], window_sizes(kernel.shape[:-2], config.dilation)[dim]
-        axes = layout.cut(name, mesh)
-        window = Window(
-            extent, span, config.strides[dim], config.pads[dim], size(mesh, axes) if mesh else 1, axes
-        )
-        if window.extent_out < 1:
-            raise UserError(
-                f"a window of {span} rows does not fit the {name} of {extent} with padding {window.pad}; "
-                f"use padding='SAME' or a larger input"
-            )
-        windows.append(window)
+    windows = _windows(x, kernel, config, mesh)
     pixels = (
         math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
         math.prod(w.block_out for w in windows),
     )
-    plan = channel_plan(layout, mesh, (x.shape[-1], kernel.shape[-1]), pixels, config.groups, config.mode)
-    local_groups = config.groups // (size(mesh, plan.cut_out) if mesh and config.groups > 1 else 1)
-    cut_x = plan.cut_out if config.groups > 1 else plan.cut_in
+    channels = x.shape[-1], kernel.shape[-1]
+    plan = channel_plan(layout, mesh, channels, pixels, config.groups, config.channel_mode)
+    shards = size(mesh, plan.cut_out) if mesh is not None and config.groups > 1 else 1
+    local_groups = max(1, config.groups // shards)
+    sharing = None
+    if config.groups > 1 and plan.sharing > 1:
+        sharing = [list(range(i, i + plan.sharing)) for i in range(0, shards, plan.sharing)]
     kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh)
     kept_bias = island.at_rest(layout, kernel.shape[-1:], 0, mesh)
     vary = (*batch, *(a for w in windows for a in w.axes))
 
     space = [w.axes for w in windows]
-    cuts_in, cuts_out = [batch, *space, cut_x], [batch, *space, plan.cut_out]
+    cuts_in, cuts_out = [batch, *space, plan.cut_in], [batch, *space, plan.cut_out]
     extents_out = (x.shape[0], *(w.extent_out for w in windows), kernel.shape[-1])
     extents_in = x.shape
 
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
-        strides = list(config.strides)
+        strides, dilation = list(config.strides), list(config.input_dilation)
         pads = [(0, 0)] * len(windows)
         for dim, window in enumerate(windows):
-            if window.shards == 1 and window.size > 1:  # the convolution pads: cheaper, and not sent
-                pads[dim] = window.pad
+            alone = window.shards == 1 and window.mode == "constant"
+            if alone and (window.size > 1 or window.dilation > 1):
+                pads[dim] = window.pad  # the convolution pads: cheaper, and not sent
                 continue
             x = exchange(x, dim + 1, window, grouped=island.grouped(mesh))
-            if window.size == 1 and window.stride > 1:  # move only the rows that are used
+            if window.dilation > 1:
+                x, pads[dim], dilation[dim] = _dilated(x, dim + 1, window)
+            elif window.size == 1 and window.stride > 1:  # move only the rows that are used
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim + 1)
                 strides[dim] = 1
         if plan.collective == "all-gather":
-            x = lax.all_gather(x, plan.cut_in, axis=x.ndim - 1, tiled=True)
+            last = x.ndim - 1
+            x = lax.all_gather(x, plan.cut_in, axis=last, tiled=True, axis_index_groups=sharing)
         y = kernels.direct(
             x,
             kernel,
             strides=strides,
             dilation=config.dilation,
+            input_dilation=dilation,
             padding=pads,
             groups=local_groups,
             precision=config.precision,
@@ -304,3 +255,45 @@ def _conv(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
         bias,
     )
     return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
+
+
+def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> list[Window]:
+    """The window of every spatial dimension, cut as the layout says."""
+    found = []
+    for dim, name in enumerate(spatial_names(x.ndim - 2)):
+        span = window_sizes(kernel.shape[:-2], config.dilation)[dim]
+        axes = config.layout.cut(name, mesh)
+        window = Window(
+            x.shape[dim + 1],
+            span,
+            config.strides[dim],
+            config.pads[dim],
+            size(mesh, axes) if mesh is not None else 1,
+            axes,
+            config.input_dilation[dim],
+            config.padding_mode,
+        )
+        if window.extent_out < 1:
+            raise UserError(
+                f"a window of {span} rows does not fit the {name} of {window.extent} with padding "
+                f"{window.pad}; use padding='SAME' or a larger input"
+            )
+        found.append(window)
+    return found
+
+
+def _dilated(x: Array, dim: int, window: Window) -> tuple[Array, tuple[int, int], int]:
+    """Rows, padding and dilation with which a shard's outputs begin at its first window.
+
+    Shards whose outputs begin at different phases of the dilation have it written out.
+    """
+    rows = (window.block_out - 1) * window.stride + window.size
+    low = -min(window.phases)
+    high = rows + max(window.phases) - (window.need - 1) * window.dilation - 1
+    if len(set(window.phases)) == 1:
+        return x, (low, high), window.dilation
+    config = [(0, 0, 0)] * x.ndim
+    config[dim] = (low, max(0, high), window.dilation - 1)
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
+    starts = tuple(low + phase for phase in window.phases)
+    return block(x, dim, starts, rows, window.axes), (0, 0), 1

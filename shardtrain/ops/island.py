@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
@@ -12,6 +13,7 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, spec
 from shardtrain.mesh import size
+from shardtrain.ops.window import Reach
 
 
 def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any, *args: Any) -> Any:
@@ -57,6 +59,13 @@ def real(
     return x
 
 
+def own(table: np.ndarray, reach: Reach) -> Array:
+    """This shard's entry of a table with one for every shard of a dimension."""
+    if all((entry == table[0]).all() for entry in table):
+        return jnp.asarray(table[0])
+    return jnp.asarray(table)[lax.axis_index(reach.axes)]
+
+
 def crop_to(x: Array, extents: Sequence[int]) -> Array:
     """`x` cropped at the end of every dimension to `extents`."""
     return x if x.shape == tuple(extents) else lax.slice(x, (0,) * x.ndim, extents)
@@ -68,14 +77,16 @@ def even(extent: int, axes: Axes, mesh: AnyMesh | None) -> int:
     return -(-extent // shards) * shards
 
 
-def at_rest(layout: Layout, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None) -> P:
+def at_rest(
+    layout: Layout, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None, space: int = 0
+) -> P:
     """How a parameter enters the island: as it is kept, less axes that are manual outside already."""
     outside = compat.manual_axes(mesh) if mesh is not None else frozenset()
-    entries = layout.parameter(shape, channel, mesh)
+    entries = layout.parameter(shape, channel, mesh, space)
     return spec([tuple(a for a in axes_of(entry) if a not in outside) for entry in entries])
 
 
-def gather(parameter: Array, kept: P, layout: Layout, vary: Axes) -> Array:
+def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0) -> Array:
     """A parameter's shard made whole over the `parameters` axes; the gradient is reduce-scattered.
 
     Args:
@@ -83,15 +94,21 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes) -> Array:
         kept: its PartitionSpec.
         layout: names the axes it is spread over.
         vary: axes over which the data differ: the gradient is summed over them on the small shard.
+        space: how many leading dimensions are pixels, which stay where they are.
     """
-    spread = _spread(kept, layout)
+    spread: list[Axes] = [()] * space + _spread(kept, layout)[space:]
     if not any(spread):
         return parameter
     missing = tuple(a for a in vary if not any(a in axes_of(entry) for entry in kept))
     parameter = lax.pcast(parameter, missing, to="varying") if missing else parameter
     for dim, axes in enumerate(spread):
-        if axes:
+        idle = [a for a in axes if a not in vary]
+        if axes and not idle:
             parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True)
+            continue
+        for axis in reversed(axes):  # over an idle axis every device has the same afterwards
+            to = "invarying" if axis in idle else "varying"
+            parameter = lax.all_gather(parameter, axis, axis=dim, tiled=True, to=to)
     return parameter
 
 

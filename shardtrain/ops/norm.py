@@ -1,6 +1,8 @@
 """Normalization with the statistics of one device, whatever the mesh."""
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float
 
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.mesh import size
 from shardtrain.ops import island
 
 
@@ -167,17 +170,19 @@ def group_norm(
     bias: Float[Array, " channels"] | None = None,
     *,
     epsilon: float = 1e-6,
+    layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
     """Normalizes each group of channels of each example over all its pixels.
 
-    Plain global-view reductions, which XLA partitions well: two sums per example and channel cross each
-    spatial axis, and only groups that straddle channel shards cross the channel axis.
+    One island: two sums per example and group cross the axes that cut pixels and, where a group's channels
+    lie on several devices, those that cut channels, in one all-reduce; as many again backward.
 
     Args:
         x: input.
         groups: groups of channels; must divide them.
         scale, bias: the learned affine map, if any.
         epsilon: added to the variance.
+        layout: which mesh axes cut what; by name by default.
 
     Raises:
         UserError: channels that do not divide by the groups.
@@ -192,18 +197,27 @@ def group_norm(
     channels = x.shape[-1]
     if groups < 1 or channels % groups:
         raise UserError(f"group_norm: {channels} channels do not divide into {groups} groups")
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(dtype)
-    space = tuple(range(1, x.ndim - 1))
-    # Per channel first: what crosses the mesh is then 2 numbers per example and channel.
-    moments = jnp.stack([wide.mean(space), (wide**2).mean(space)]) if space else jnp.stack([wide, wide**2])
-    grouped = moments.reshape(2, x.shape[0], groups, channels // groups).mean(-1, keepdims=True)
-    grouped = jnp.broadcast_to(grouped, (2, x.shape[0], groups, channels // groups))
-    mean, square = grouped.reshape(2, x.shape[0], *[1] * len(space), channels)
-    inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + epsilon)
-    y = (wide - mean) * (inverse if scale is None else inverse * scale)
-    y = y if bias is None else y + bias
-    return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))
+    return _by_example(x, scale, bias, groups=groups, pixels=True, epsilon=epsilon, layout=layout or Layout())
+
+
+def instance_norm(
+    x: Float[Array, "batch *spatial channels"],
+    scale: Float[Array, " channels"] | None = None,
+    bias: Float[Array, " channels"] | None = None,
+    *,
+    epsilon: float = 1e-6,
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial channels"]:
+    """Normalizes each channel of each example over all its pixels; see `group_norm`.
+
+    Example:
+        >>> instance_norm(jnp.ones((8, 4, 4, 6))).shape
+        (8, 4, 4, 6)
+
+    References:
+        Ulyanov, Vedaldi and Lempitsky, Instance Normalization, 2016.
+    """
+    return group_norm(x, x.shape[-1], scale, bias, epsilon=epsilon, layout=layout)
 
 
 def layer_norm(
@@ -212,6 +226,7 @@ def layer_norm(
     bias: Float[Array, " channels"] | None = None,
     *,
     epsilon: float = 1e-6,
+    layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
     """Normalizes every pixel over its channels; with cut channels, two sums per pixel cross the axis.
 
@@ -222,10 +237,63 @@ def layer_norm(
     References:
         Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
+    return _by_example(x, scale, bias, groups=1, pixels=False, epsilon=epsilon, layout=layout or Layout())
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "pixels", "epsilon", "layout"))
+def _by_example(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    groups: int,
+    pixels: bool,
+    epsilon: float,
+    layout: Layout,
+) -> Array:
+    """Statistics of each example over groups of channels, and over all pixels if `pixels`."""
+    mesh, extents = active_mesh(), x.shape
+    space = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
+    channels = layout.channel_cut(extents[-1], mesh)
+    cut = [layout.cut("batch", mesh), *space, channels]
+    across = tuple(a for axes in space for a in axes)
+    vary = (*cut[0], *across)
+    kept = island.at_rest(layout, extents[-1:], 0, mesh)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(dtype)
-    mean = wide.mean(-1, keepdims=True)
-    var = jnp.maximum(0, (wide**2).mean(-1, keepdims=True) - mean**2)
-    y = (wide - mean) * (lax.rsqrt(var + epsilon) if scale is None else lax.rsqrt(var + epsilon) * scale)
-    y = y if bias is None else y + bias
-    return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))
+    out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
+    count = extents[-1] // groups * (math.prod(extents[1:-1]) if pixels else 1)
+
+    mine = extents[-1] // (size(mesh, channels) if mesh is not None else 1)
+    per_group = extents[-1] // groups
+    whole = mine % per_group == 0  # a group's channels are all on one device
+    over = (*(across if pixels else ()), *(() if whole else channels))
+
+    def to_groups(sums: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """Sums of this device's channels as those of its groups, and the way back."""
+        if whole:
+            grouped = sums.reshape(*sums.shape[:-1], mine // per_group, per_group).sum(-1)
+            return grouped, lambda s: jnp.repeat(s, per_group, axis=-1)
+        first = lax.axis_index(channels) * mine
+        member = (first + jnp.arange(mine))[:, None] // per_group == jnp.arange(groups)
+        member = member.astype(sums.dtype)
+        return sums @ member, lambda s: s @ member.T
+
+    def local(x: Array, scale: Array | None, bias: Array | None) -> Array:
+        wide = island.real(x, extents, cut, mesh).astype(dtype)
+        sums = jnp.stack([wide, wide**2])
+        if pixels and x.ndim > 2:
+            sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
+        sums, to_channels = to_groups(sums)
+        sums = lax.psum(sums, over) if over else sums
+        mean, square = to_channels(sums) / count
+        inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + epsilon)
+        scale, bias = (None if p is None else island.gather(p, kept, layout, vary) for p in (scale, bias))
+        y = (wide - mean) * (inverse if scale is None else inverse * scale)
+        y = y if bias is None else y + bias
+        return island.real(y, extents, cut, mesh).astype(out_dtype)
+
+    if mesh is None:
+        return local(x, scale, bias)
+    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    where = (spec(cut), None if scale is None else kept, None if bias is None else kept)
+    y = island.run(local, mesh, where, spec(cut), island.pad_to(x, even), scale, bias)
+    return island.crop_to(y, extents)

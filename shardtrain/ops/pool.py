@@ -15,9 +15,7 @@ from shardtrain.layout import Layout, active_mesh, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.halo import exchange
-from shardtrain.ops.window import Window, pads_of, tuple_of
-
-Padding = str | int | Sequence[int | tuple[int, int]]
+from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
 
 
 def max_pool(
@@ -90,33 +88,17 @@ def global_avg_pool(
         >>> global_avg_pool(jnp.ones((2, 8, 8, 3))).shape
         (2, 3)
     """
-    # A reduction of a global array is what XLA partitions well, uneven extents included.
-    cut = (layout or Layout()).activation((x.shape[0], x.shape[-1]), mesh := active_mesh())
-    y = x.mean(axis=tuple(range(1, x.ndim - 1)))
-    return y if mesh is None else lax.with_sharding_constraint(y, cut)
-
-
-def flatten(
-    x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
-) -> Float[Array, "batch features"]:
-    """All pixels and channels of an example in one row, whole on each device that has the example.
-
-    The one operator that undoes the cut of pixels and channels; put it where images are small.
-
-    Example:
-        >>> flatten(jnp.ones((2, 4, 4, 3))).shape
-        (2, 48)
-    """
-    mesh, layout = active_mesh(), layout or Layout()
-    if mesh is not None:
-        x = lax.with_sharding_constraint(x, spec([layout.cut("batch", mesh)] + [()] * (x.ndim - 1)))
-    return x.reshape(x.shape[0], -1)
+    return _global_avg_pool(x, layout or Layout())
 
 
 def _windows(
     x: Array, window: Sequence[int], strides: int | Sequence[int] | None, padding: Padding
 ) -> tuple[Window, ...]:
     rank = x.ndim - 2
+    if mode_of(padding) != "constant":
+        raise UserError(
+            f"padding={padding!r} is not for pooling; use 'SAME', 'VALID' or numbers, or ops.pad first"
+        )
     sizes = tuple_of(window, rank, "window")
     steps = tuple_of(strides, rank, "strides")
     pads = pads_of(padding, x.shape[1:-1], sizes, steps)
@@ -142,10 +124,8 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
     names = spatial_names(len(windows))
     cuts = [layout.cut(name, mesh) for name in names]
     windows = tuple(
-        Window(w.extent, w.size, w.stride, w.pad, size(mesh, axes) if mesh else 1, axes)
-        for w, axes in zip(windows, cuts, strict=True)
+        w.on(axes, 1 if mesh is None else size(mesh, axes)) for w, axes in zip(windows, cuts, strict=True)
     )
-
     batch, channels = layout.cut("batch", mesh), layout.channel_cut(x.shape[-1], mesh)
     cut = [batch, *cuts, channels]
     extents_in = x.shape
@@ -174,3 +154,22 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
     even = [island.even(n, axes, mesh) for n, axes in zip(x.shape, cut, strict=True)]
     y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to(x, even))
     return island.crop_to(y, extents_out)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _global_avg_pool(x: Array, layout: Layout) -> Array:
+    mesh, extents = active_mesh(), x.shape
+    space = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
+    cut = [layout.cut("batch", mesh), *space, layout.channel_cut(x.shape[-1], mesh)]
+    axes = tuple(a for entry in space for a in entry)
+
+    def local(x: Array) -> Array:
+        total = island.real(x, extents, cut, mesh).sum(tuple(range(1, x.ndim - 1)))
+        total = lax.psum(total, axes) if axes else total
+        return total / math.prod(extents[1:-1])
+
+    if mesh is None:
+        return local(x)
+    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], cut[-1]]), island.pad_to(x, even))
+    return island.crop_to(y, (extents[0], extents[-1]))

@@ -1,4 +1,4 @@
-"""How one dimension of a windowed operator (convolution, pooling) is cut: pure arithmetic, no arrays.
+"""How one dimension of a windowed operator (convolution, pooling, resizing) is cut: arithmetic, no arrays.
 
 Input and output are both cut in equal blocks of `ceil(extent / shards)` rows, the last ones padded: the
 tiling XLA itself gives to an uneven dimension, so cropping the padding moves nothing. Shard `i` owns the
@@ -6,40 +6,126 @@ outputs `[i*block_out, (i+1)*block_out)` and so needs the inputs `[start(i), sta
 owns `[i*block_in, (i+1)*block_in)`; the rest are halos, from as many neighbours as it takes.
 """
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 from jax import lax
 
 from shardtrain.errors import UserError
 
-Pads = Sequence[tuple[int, int]]
+Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Window:
-    """One dimension of a windowed operator over `shards` shards.
+AnyReach = TypeVar("AnyReach", bound="Reach")
+
+
+class Span(NamedTuple):
+    """The inputs `[start, stop)` that the outputs of `shard` are computed from; they may lie outside."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class Round(NamedTuple):
+    """One permute of a reroute: every device sends at most once and receives at most once."""
+
+    rows: int
+    starts: tuple[int, ...]  # for every sender, the first row of its block that it sends
+    senders: tuple[int, ...]  # for every receiver; itself, where nothing comes
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        return tuple((sender, i) for i, sender in enumerate(self.senders) if sender != i)
+
+
+def reroute(wanted: Sequence[Sequence[tuple[int, int]]], block: int) -> tuple[tuple[Round, ...], np.ndarray]:
+    """How every shard gets the rows that it wants, whoever has them.
+
+    Args:
+        wanted: for every shard, the owner and the place in the owner's block of each row.
+        block: rows of a block.
+
+    Returns:
+        Rounds of permutes, as few as rows in one stretch allow; and for every shard its rows as places in
+        its own block and, behind it, what came in each round.
+    """
+    n = len(wanted)
+    stretches: dict[tuple[int, int, int], int] = {}  # owner, receiver, first row: rows
+    homes: list[list[tuple[int, int, int]]] = [[] for _ in wanted]
+    for i, rows in enumerate(wanted):
+        for place, (owner, row) in enumerate(rows):
+            key = (owner, i, row)
+            if place and homes[i]:
+                last = homes[i][-1]
+                if last[0] == owner and last[2] + stretches.get(last, 0) == row:
+                    key = last
+            if owner != i:
+                stretches[key] = max(stretches.get(key, 0), row - key[2] + 1)
+            homes[i].append(key)
+    rounds: list[dict[int, tuple[int, int, int]]] = []  # of each: stretches by receiver
+    # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
+    order = sorted(stretches, key=lambda key: (-stretches[key], (key[1] - key[0]) % n, key))
+    for key in order:
+        free = (r for r in rounds if key[1] not in r and all(other[0] != key[0] for other in r.values()))
+        found = next(free, None)
+        if found is None:
+            rounds.append(found := {})
+        found[key[1]] = key
+    done, places, base = [], dict[tuple[int, int, int], int](), block
+    for taken in rounds:
+        count = max(stretches[key] for key in taken.values())
+        starts, senders = [0] * n, list(range(n))
+        for receiver, key in taken.items():
+            starts[key[0]], senders[receiver] = min(key[2], block - count), key[0]
+            places[key] = base + key[2] - starts[key[0]]
+        done.append(Round(count, tuple(starts), tuple(senders)))
+        base += count
+    table = np.array(
+        [
+            [
+                row if owner == i else places[key] + row - key[2]
+                for (owner, row), key in zip(wanted[i], homes[i], strict=True)
+            ]
+            for i in range(n)
+        ]
+    )
+    return tuple(done), table
+
+
+class Reach(ABC):
+    """Which inputs each output of one dimension is computed from, and who has them when both are cut.
 
     Attributes:
         extent: input rows, of all shards together.
-        size: rows of the window, dilation included.
-        stride: input rows from one output to the next.
-        pad: rows of padding before and after (negative crops).
         shards: how many devices cut this dimension.
         axes: the mesh axes they lie on.
+        mode: what lies outside the input: `"constant"`, or rows of the input again: `"wrap"` (a ring),
+            `"reflect"` (mirrored at the border row) or `"edge"` (the border row).
     """
 
     extent: int
-    size: int
-    stride: int
-    pad: tuple[int, int]
-    shards: int = 1
-    axes: tuple[str, ...] = ()
+    shards: int
+    axes: tuple[str, ...]
+    mode: str
 
     @property
+    @abstractmethod
     def extent_out(self) -> int:
-        return max(0, (self.extent + sum(self.pad) - self.size) // self.stride + 1)
+        """Output rows, of all shards together."""
+
+    @abstractmethod
+    def rows(self, output: int) -> tuple[int, int]:
+        """The inputs `[start, stop)` that `output` is computed from; both grow with `output`."""
+
+    def on(self: AnyReach, axes: tuple[str, ...], shards: int) -> AnyReach:
+        """The same, cut by `axes` into `shards`."""
+        return dataclasses.replace(self, axes=axes, shards=shards)  # type: ignore[type-var]
 
     @property
     def block_in(self) -> int:
@@ -49,52 +135,134 @@ class Window:
     def block_out(self) -> int:
         return -(-self.extent_out // self.shards)
 
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """What the shards need that own real outputs; the others' computations are cropped."""
+        busy = range(-(-self.extent_out // self.block_out))
+        ends = [(i * self.block_out, min((i + 1) * self.block_out, self.extent_out) - 1) for i in busy]
+        return tuple(
+            Span(i, self.rows(first)[0], self.rows(last)[1])
+            for i, (first, last) in zip(busy, ends, strict=True)
+        )
+
     @property
     def need(self) -> int:
         """Input rows that one shard's outputs are computed from."""
-        return (self.block_out - 1) * self.stride + self.size
-
-    @cached_property
-    def _spans(self) -> list[tuple[int, int, int]]:
-        """(shard, first row needed, row after the last needed) of the shards that own real outputs."""
-        step = self.block_out * self.stride
-        last = (self.extent_out - 1) * self.stride - self.pad[0] + self.size
-        busy = range(-(-self.extent_out // self.block_out))
-        starts = [i * step - self.pad[0] for i in busy]
-        return [(i, start, min(start + self.need, last)) for i, start in zip(busy, starts, strict=True)]
+        return max(1, *(stop - start for _, start, stop in self.spans))
 
     @cached_property
     def halo(self) -> tuple[int, int]:
         """Rows before and after its own block that some shard must be sent: those that exist."""
-        low = max(min(i * self.block_in - start, i * self.block_in) for i, start, _ in self._spans)
-        high = max(min(stop, self.extent) - (i + 1) * self.block_in for i, _, stop in self._spans)
-        return max(0, low), max(0, high)
+        reads = [span for span in self.spans if span.start < span.stop]
+        low = [min(i * self.block_in - start, i * self.block_in) for i, start, _ in reads]
+        high = [min(stop, self.extent) - (i + 1) * self.block_in for i, _, stop in reads]
+        return max([0, *low]), max([0, *high])
 
     def hops(self, rows: int) -> list[int]:
         """`rows` of halo as the rows taken from the 1st, 2nd, ... neighbour."""
         return [min(self.block_in, rows - taken) for taken in range(0, rows, self.block_in)]
 
-    @property
-    def drift(self) -> int:
-        """Rows by which a shard's first needed row moves against its block, from shard to shard."""
-        return self.block_out * self.stride - self.block_in
-
     @cached_property
     def _reach(self) -> int:
         """Rows before its own block that some shard needs, padding included."""
-        return max(0, *(i * self.block_in - start for i, start, _ in self._spans))
+        return max(0, *(i * self.block_in - start for i, start, _ in self.spans))
 
-    @property
-    def first(self) -> int:
-        """Where shard 0's outputs begin in its block extended by `_reach` rows in front."""
-        return self._reach - self.pad[0]
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each shard's outputs begin in its block extended by `_reach` rows in front."""
+        found = [start - i * self.block_in + self._reach for i, start, _ in self.spans]
+        return (*found, *found[-1:] * (self.shards - len(found)))
 
     @property
     def fill(self) -> tuple[int, int]:
         """Rows of padding to add before and after the block and its halos."""
-        total = max(self.first + i * self.drift + self.need for i, _, _ in self._spans)
+        total = max(self.offsets) + self.need
         low, high = self.halo
         return self._reach - low, max(0, total - self._reach - self.block_in - high)
+
+    def source(self, row: int) -> int:
+        """The input row that stands at `row`, outside the input too; not for mode `"constant"`."""
+        last = self.extent - 1
+        if self.mode == "wrap":
+            return row % self.extent
+        if self.mode == "reflect" and last:
+            row = row % (2 * last)
+            return min(row, 2 * last - row)
+        return min(max(row, 0), last)
+
+    @cached_property
+    def repeated(self) -> tuple[tuple[Round, ...], np.ndarray]:
+        """The `reroute` of every shard's `need` rows, where rows outside the input are rows of it."""
+        wanted = []
+        for _, start, stop in self.spans:
+            rows = [min(start + place, max(start, stop - 1)) for place in range(self.need)]
+            wanted.append([divmod(self.source(row), self.block_in) for row in rows])
+        wanted += [[(shard, 0)] * self.need for shard in range(len(self.spans), self.shards)]
+        return reroute(wanted, self.block_in)
+
+
+@dataclass(frozen=True)
+class Window(Reach):
+    """A window that moves over the input.
+
+    Attributes:
+        extent: input rows, of all shards together.
+        size: rows of the window, dilation included.
+        stride: rows from one output to the next.
+        pad: rows of padding before and after (negative crops).
+        shards, axes, mode: see `Reach`.
+        dilation: of the input: `dilation - 1` rows of zeros between two of it, which is a transposed
+            convolution. Window, stride and padding count in these rows.
+    """
+
+    extent: int
+    size: int
+    stride: int
+    pad: tuple[int, int]
+    shards: int = 1
+    axes: tuple[str, ...] = ()
+    dilation: int = 1
+    mode: str = "constant"
+
+    @property
+    def extent_out(self) -> int:
+        dilated = (self.extent - 1) * self.dilation + 1
+        return max(0, (dilated + sum(self.pad) - self.size) // self.stride + 1)
+
+    def rows(self, output: int) -> tuple[int, int]:
+        first = output * self.stride - self.pad[0]
+        return -(-first // self.dilation), (first + self.size - 1) // self.dilation + 1
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Dilated rows from each shard's first needed row to the start of its first window; 0 or less."""
+        step = self.block_out * self.stride
+        found = [i * step - self.pad[0] - start * self.dilation for i, start, _ in self.spans]
+        return (*found, *found[-1:] * (self.shards - len(found)))
+
+
+@dataclass(frozen=True)
+class Bands(Reach):
+    """Outputs with a range of inputs each: adaptive pooling, resizing.
+
+    Attributes:
+        extent: input rows, of all shards together.
+        ranges: for every output its inputs `[start, stop)`, inside the input.
+        shards, axes, mode: see `Reach`.
+    """
+
+    extent: int
+    ranges: tuple[tuple[int, int], ...]
+    shards: int = 1
+    axes: tuple[str, ...] = ()
+    mode: str = "constant"
+
+    @property
+    def extent_out(self) -> int:
+        return len(self.ranges)
+
+    def rows(self, output: int) -> tuple[int, int]:
+        return self.ranges[output]
 
 
 def tuple_of(value: int | Sequence[int] | None, rank: int, what: str) -> tuple[int, ...]:
@@ -109,20 +277,26 @@ def tuple_of(value: int | Sequence[int] | None, rank: int, what: str) -> tuple[i
     return values
 
 
+MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+"""Names of paddings that repeat rows of the input, as Flax has them, and the `mode` of their windows."""
+
+
+def mode_of(padding: Padding) -> str:
+    """The `Reach.mode` that `padding` asks for."""
+    return MODES.get(padding.upper(), "constant") if isinstance(padding, str) else "constant"
+
+
 def pads_of(
-    padding: str | int | Sequence[int | tuple[int, int]],
-    extents: Sequence[int],
-    sizes: Sequence[int],
-    strides: Sequence[int],
+    padding: Padding, extents: Sequence[int], sizes: Sequence[int], strides: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Rows of padding before and after, for every dimension.
 
     Args:
-        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), one number, or for each dimension a number or a
-            `(before, after)` pair, as in Flax.
+        padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"` (1-D), one number, or for each
+            dimension a number or a `(before, after)` pair, as in Flax.
 
     Raises:
-        UserError: anything else.
+        UserError: anything else, or a repeating padding that is wider than the input.
     """
     if isinstance(padding, str):
         name = padding.upper()
@@ -130,9 +304,40 @@ def pads_of(
             return [(int(a), int(b)) for a, b in lax.padtype_to_pads(extents, sizes, strides, name)]
         if name == "CAUSAL" and len(extents) == 1:
             return [(sizes[0] - 1, 0)]
-        raise UserError(f"padding={padding!r}: use 'SAME', 'VALID', a number, or (before, after) pairs")
+        if name in MODES:
+            pads = [((k - 1) // 2, k // 2) for k in sizes]
+            check_repeats(MODES[name], extents, pads)
+            return pads
+        raise UserError(
+            f"padding={padding!r}: use 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', a number, or "
+            f"(before, after) pairs"
+        )
+    return pairs_of(padding, len(extents))
+
+
+def pairs_of(padding: int | Sequence[int | tuple[int, int]], rank: int) -> list[tuple[int, int]]:
+    """Numbers of rows as `(before, after)` for each of `rank` dimensions.
+
+    Raises:
+        UserError: for another number of dimensions.
+    """
     if isinstance(padding, int):
-        padding = [padding] * len(extents)
-    if len(padding) != len(extents):
-        raise UserError(f"padding={padding}: {len(extents)} spatial dimensions need {len(extents)} entries")
+        padding = [padding] * rank
+    if len(padding) != rank:
+        raise UserError(f"padding={padding}: {rank} spatial dimensions need {rank} entries")
     return [(p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding]
+
+
+def check_repeats(mode: str, extents: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:
+    """Refuses padding that would need the input more than once over, as PyTorch does.
+
+    Raises:
+        UserError: more rows of padding than the input has to give.
+    """
+    for extent, pad in zip(extents, pads, strict=True):
+        most = {"wrap": extent, "reflect": extent - 1}.get(mode)
+        if most is not None and max(pad) > most:
+            raise UserError(
+                f"{mode} padding of {pad} rows for an extent of {extent}, which has {most} to give; "
+                f"use less, or a larger input"
+            )

@@ -156,10 +156,10 @@ def _rows(
     axes = None if mesh is None else _axes(groups, mesh)
     for array, size in arrays:
         payload = {"all-gather": size // n, "reduce-scatter": size * n}.get(kind, size)
-        yield Collective(kind, array, n, axes, times, payload, _ring(kind, n, payload * times), source)
+        yield Collective(kind, array, n, axes, times, payload, ring(kind, n, payload * times), source)
 
 
-def _ring(kind: str, n: int, payload: int) -> int:
+def ring(kind: str, n: int, payload: int) -> int:
     """Bytes that one of `n` devices sends."""
     if kind == "collective-permute":
         return payload

@@ -52,8 +52,5 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
         if equation.primitive.name == "shard_map":
             continue
         yield equation
-        for value in equation.params.values():
-            for part in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+        for inner in compat.inner_jaxprs(equation):
+            yield from _equations(inner)

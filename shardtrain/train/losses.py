@@ -1,5 +1,7 @@
 """Losses and metrics: one value for every example, so that means are over real examples on any mesh."""
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from jaxtyping import Float, Int
@@ -27,6 +29,42 @@ def mean_squared_error(
         Array([1., 1.], dtype=float32)
     """
     return ((outputs - targets) ** 2).reshape(outputs.shape[0], -1).mean(axis=1)
+
+
+def pixel_cross_entropy(
+    logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
+) -> Float[Array, " batch"]:
+    """Softmax cross-entropy of every pixel with its label, the mean over an example's pixels, in nats.
+
+    Example:
+        >>> pixel_cross_entropy(jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 4, 4), int))  # log(3) each
+        Array([1.0986123, 1.0986123], dtype=float32)
+    """
+    # Not optax's, whose gather has a scatter as its gradient: XLA folds that into a constant of all pixels.
+    true = labels[..., None] == jnp.arange(logits.shape[-1])
+    pixels = jax.nn.logsumexp(logits, axis=-1) - jnp.where(true, logits, 0).sum(-1)
+    return pixels.mean(tuple(range(1, pixels.ndim)))
+
+
+def dice(
+    logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
+) -> Float[Array, " batch"]:
+    """The Dice coefficient of the predicted classes, the mean over all but class 0, the background.
+
+    `2 |A and B| / (|A| + |B|)`; a class that is in neither labels nor prediction counts as 1.
+
+    Example:
+        >>> dice(jnp.eye(2)[jnp.array([[0, 1, 1, 0]])], jnp.array([[0, 1, 0, 0]]))  # 2 * 1 / (2 + 1)
+        Array([0.6666667], dtype=float32)
+
+    References:
+        Dice, Measures of the Amount of Ecologic Association Between Species, 1945.
+    """
+    classes = jnp.arange(1, logits.shape[-1])
+    found, true = (c[..., None] == classes for c in (logits.argmax(-1), labels))
+    space = tuple(range(1, labels.ndim))
+    both, either = (found & true).sum(space), found.sum(space) + true.sum(space)
+    return jnp.where(either > 0, 2 * both / jnp.maximum(either, 1), 1).mean(-1).astype(logits.dtype)
 
 
 def accuracy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:

@@ -49,7 +49,8 @@ def place(
 
     Args:
         inputs: arrays `(rows, *spatial, channels)`, this process's rows; others are cut on the batch alone.
-        targets: arrays `(rows, ...)`, or None.
+        targets: arrays `(rows, ...)`, or None. One value for every pixel of the (only) input, as for
+            segmentation, is cut as the pixels are.
         batch_size: of the global batch.
         mesh, layout: where to.
         batch_only: cut no pixels, for models that have no layers which could take them.
@@ -94,15 +95,25 @@ def place(
         names = spatial_names(len(shape) - 2)
         return put(x, [batch, *(layout.cut(n, mesh) for n in names), layout.channel_cut(shape[-1], mesh)])
 
+    images = [np.shape(x) for x in jax.tree.leaves(inputs)]
+    dense = images[0][1:-1] if len(images) == 1 and not batch_only and 3 <= len(images[0]) <= 5 else ()
+
+    def put_target(x: Any) -> jax.Array:
+        shape = np.shape(x)
+        if dense and shape[1 : len(dense) + 1] == dense:
+            space = [layout.cut(name, mesh) for name in spatial_names(len(dense))]
+            return put(x, [batch, *space, *[()] * (len(shape) - len(dense) - 1)])
+        return put(x, [batch] + [()] * (len(shape) - 1))
+
     batch = layout.cut("batch", mesh)
     # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
     full = rows == len(share) and jax.process_count() == 1
     real = None if full else put(np.arange(len(share)) < rows, [batch])
     return Batch(
         jax.tree.map(put_input, inputs),
-        jax.tree.map(lambda x: put(x, [batch] + [()] * (np.ndim(x) - 1)), targets),
+        jax.tree.map(put_target, targets),
         real,
-        tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves(inputs)),
+        tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves((inputs, targets))),
     )
 
 
@@ -110,7 +121,12 @@ def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) 
     """This process's first `rows` rows of global outputs, as numpy arrays."""
     start = local_rows(mesh, layout, batch_size).start
     whole = NamedSharding(mesh, P())
-    return jax.tree.map(lambda y: np.asarray(jax.device_put(y, whole))[start : start + rows], outputs)
+
+    def on_host(y: jax.Array) -> np.ndarray:
+        # A process that sees all shards puts them together on the host: no device need hold them all.
+        return np.asarray(y if y.is_fully_addressable else jax.device_put(y, whole))[start : start + rows]
+
+    return jax.tree.map(on_host, outputs)
 
 
 def rows_of(inputs: Any) -> int:

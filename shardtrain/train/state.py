@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain.layout import Layout
 from shardtrain.nn import partition
+from shardtrain.nn.base import name
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +83,6 @@ class Variables:
 def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
     """The model's graph, its parameters, and its other variables."""
     return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
-
-
-def name(path: tuple) -> str:
-    """`("blocks", 0, "conv1", "kernel")` as `"blocks.0.conv1.kernel"`."""
-    return ".".join(map(str, path))
 
 
 def _flatten(state: nnx.State) -> dict[str, Array]:

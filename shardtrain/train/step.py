@@ -11,7 +11,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from shardtrain.errors import UserError
+from shardtrain.layout import Layout
 from shardtrain.nn.context import examples
+from shardtrain.nn.flow import resharded
 from shardtrain.ops.conv import CONTRACTION
 from shardtrain.ops.island import crop_to
 from shardtrain.train.state import TrainState, Variables
@@ -29,7 +31,7 @@ class Batch:
         inputs: for the model; pixels are padded to whole blocks, see `extents`.
         targets: for the loss.
         real: False for rows that fill up a ragged batch; None where all rows are real.
-        extents: the true extents of the inputs' leaves after the batch, static.
+        extents: the true extents of the inputs' and targets' leaves after the batch, static.
     """
 
     inputs: Any
@@ -42,9 +44,9 @@ class Batch:
         """Rows of the global batch."""
         return jax.tree.leaves(self.inputs)[0].shape[0]
 
-    def cropped(self) -> Any:
-        """The inputs in their true extents. The crop moves nothing: it is the tiling XLA itself uses."""
-        leaves, tree = jax.tree.flatten(self.inputs)
+    def cropped(self) -> tuple[Any, Any]:
+        """Inputs and targets in their true extents. The crop moves nothing: XLA itself tiles so."""
+        leaves, tree = jax.tree.flatten((self.inputs, self.targets))
         whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
         return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
 
@@ -63,7 +65,7 @@ class Program:
     accumulate: int
     dtype: DTypeLike | None
     remat: str | Callable[..., bool] | None
-    spread: tuple[str, ...]
+    layout: Layout
 
     def _sums(self, outputs: Any, targets: Any, real: Array | None, rows: int) -> dict[str, Array]:
         """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
@@ -95,12 +97,12 @@ class Program:
             return policies.save_only_these_names(CONTRACTION)
         if self.remat == "nothing":
             return policies.nothing_saveable
-        return self._all_but_gathered if self.spread else None
+        return self._all_but_gathered if self.layout.parameters else None
 
     def _all_but_gathered(self, primitive: Any, *_: Any, **params: Any) -> bool:
         """Parameters are gathered again in the backward pass rather than kept whole between the passes."""
         axes = params.get("axis_name", ())
-        return not (primitive.name.startswith("all_gather") and set(axes) <= set(self.spread))
+        return not (primitive.name.startswith("all_gather") and set(axes) <= set(self.layout.parameters))
 
     def _gradients(
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
@@ -109,8 +111,9 @@ class Program:
 
         def summed_loss(params: dict) -> tuple[Array, Any]:
             model: Any = self.variables.model(self._cast(params), model_state, train=True)
-            with examples(index, real):
-                outputs = model(self._cast(inputs))
+            inputs_cast = self._cast(inputs)
+            with examples(index, real), resharded(model, self.layout, inputs_cast):
+                outputs = model(inputs_cast)
             sums = self._sums(outputs, targets, real, index.shape[0])
             return sums["loss"], (sums, Variables.state_of(model))
 
@@ -124,7 +127,8 @@ class Program:
         With `accumulate=m`, microbatch `i` holds the examples `i, i+m, i+2m, ...`: every device cuts it out
         of the rows that it has already.
         """
-        inputs, targets, real = batch.cropped(), batch.targets, batch.real
+        inputs, targets = batch.cropped()
+        real = batch.real
         rows, parts = batch.rows, self.accumulate
         if parts == 1:
             grads, (sums, model_state) = self._gradients(
@@ -158,7 +162,9 @@ class Program:
     def eval_step(self, params: dict, model_state: dict, batch: Batch) -> tuple[Any, dict[str, Array]]:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
-        with examples(jnp.arange(batch.rows), batch.real):
-            outputs = model(self._cast(batch.cropped()))
-        sums = {} if batch.targets is None else self._sums(outputs, batch.targets, batch.real, batch.rows)
+        inputs, targets = batch.cropped()
+        inputs = self._cast(inputs)
+        with examples(jnp.arange(batch.rows), batch.real), resharded(model, self.layout, inputs):
+            outputs = model(inputs)
+        sums = {} if targets is None else self._sums(outputs, targets, batch.real, batch.rows)
         return outputs, sums

@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from rich.table import Table
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Axes, Layout, axes_of
+from shardtrain.layout import Axes, Layout
 from shardtrain.mesh import make_mesh, text
 from shardtrain.nn import partition
-from shardtrain.nn.layers import Partitioned
+from shardtrain.nn.base import Partitioned, name
 from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.state import TrainState, Variables, opt_state_specs, shardings
@@ -93,16 +93,17 @@ class Trainer:
             optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         self.accumulate = accumulate
         self._variables = Variables(model)
-        spread = axes_of(self.layout.parameters)
-        self._program = Program(self._variables, optimizer, loss, metrics, accumulate, dtype, remat, spread)
+        self._program = Program(
+            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout
+        )
         plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
-        masks = [".".join(map(str, path)) for path, m in plain if isinstance(m, nnx.Dropout)]
+        masks = [name(path) for path, m in plain if isinstance(m, nnx.Dropout)]
         if masks and accumulate > 1:
             raise UserError(
                 f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
                 f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
             )
-        self._plain_norms = [".".join(map(str, path)) for path, m in plain if isinstance(m, nnx.BatchNorm)]
+        self._plain_norms = [name(path) for path, m in plain if isinstance(m, nnx.BatchNorm)]
         self._batch_only = not any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
+from jax.sharding import PartitionSpec as P
 
-from shardtrain import nn
+from shardtrain import Layout, nn
 from shardtrain.errors import UserError
 from shardtrain.mesh import make_mesh
 
@@ -16,6 +17,17 @@ CASES = {
     "Conv": (nnx.Conv, nn.Conv, (8, 16, (3, 3)), {"strides": 2, "padding": 1}),
     "Conv, no bias": (nnx.Conv, nn.Conv, (8, 5, (5, 5)), {"use_bias": False, "padding": "VALID"}),
     "Conv, groups": (nnx.Conv, nn.Conv, (8, 8, (3, 3)), {"feature_group_count": 8, "kernel_dilation": 2}),
+    "Conv, circular": (nnx.Conv, nn.Conv, (8, 16, (4, 3)), {"padding": "CIRCULAR", "strides": (2, 1)}),
+    "Conv, reflect": (nnx.Conv, nn.Conv, (8, 4, (3, 5)), {"padding": "REFLECT"}),
+    "Conv, input dilation": (nnx.Conv, nn.Conv, (8, 4, (3, 3)), {"input_dilation": (2, 1), "padding": 2}),
+    "ConvTranspose": (nnx.ConvTranspose, nn.ConvTranspose, (8, 4, (3, 2), (2, 2)), {}),
+    "ConvTranspose, turned": (
+        nnx.ConvTranspose,
+        nn.ConvTranspose,
+        (8, 16, (4, 3), (2, 3)),
+        {"transpose_kernel": True, "padding": "CIRCULAR"},
+    ),
+    "InstanceNorm": (nnx.InstanceNorm, nn.InstanceNorm, (8,), {}),
     "Linear": (nnx.Linear, nn.Linear, (8, 10), {}),
     "BatchNorm": (nnx.BatchNorm, nn.BatchNorm, (8,), {"momentum": 0.9}),
     "GroupNorm": (nnx.GroupNorm, nn.GroupNorm, (8,), {"num_groups": 2}),
@@ -57,11 +69,43 @@ def test_parity_with_nnx(case, spec):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), found, expected)
 
 
-@pytest.mark.parametrize("name", ["Conv", "Linear", "BatchNorm", "GroupNorm", "LayerNorm"])
+@pytest.mark.parametrize("name", ["Conv", "ConvTranspose", "Linear", "BatchNorm", "GroupNorm", "LayerNorm"])
 def test_the_same_key_gives_the_same_weights(name):
     theirs, ours, args, kwargs = CASES[name]
     a, b = (nnx.state(make(*args, **kwargs, rngs=nnx.Rngs(3))) for make in (theirs, ours))
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(a), nnx.to_pure_dict(b))
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,height=2,channel=2"])
+def test_locally_connected_is_linens(spec):
+    """The parameters of `flax.linen.ConvLocal`, name for name, give its outputs."""
+    x = jax.random.normal(jax.random.key(0), (4, 7, 6, 8), jnp.float64)
+    theirs = linen.ConvLocal(6, (3, 3), (2, 1), padding="SAME", param_dtype=jnp.float64)
+    variables = theirs.init(jax.random.key(1), x)
+    variables = jax.tree.map(lambda v: jax.random.normal(jax.random.key(2), v.shape, v.dtype), variables)
+    ours = nn.LocallyConnected(8, 6, (7, 6), 3, (2, 1), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    nnx.update(ours, nnx.State({k: nnx.Param(v) for k, v in variables["params"].items()}))
+    with jax.set_mesh(make_mesh(spec)):
+        np.testing.assert_allclose(ours(x), theirs.apply(variables, x), atol=1e-10)
+
+
+def test_locally_connected_starts_with_the_variance_of_a_convolution():
+    layer = nn.LocallyConnected(8, 6, (16, 16), 3, rngs=nnx.Rngs(0))
+    assert float(layer.kernel[...].std()) == pytest.approx((8 * 9) ** -0.5, rel=0.05)
+    with pytest.raises(UserError, match=r"made for inputs \(batch, 16, 16, 8\), not \(2, 16, 8, 8\)"):
+        layer(jnp.ones((2, 16, 8, 8)))
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,channel=4"])
+def test_embed_looks_up_and_attends(spec):
+    theirs, ours = (make(12, 8, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for make in (nnx.Embed, nn.Embed))
+    indices = jnp.array([[0, 11, -1], [5, 5, 12]])
+    with jax.set_mesh(make_mesh(spec)):
+        np.testing.assert_array_equal(ours(indices), theirs(indices))
+        query = jax.random.normal(jax.random.key(0), (4, 8), jnp.float64)
+        np.testing.assert_allclose(ours.attend(query), theirs.attend(query), atol=1e-12)
+    with pytest.raises(UserError, match="looks up integers, not float"):
+        ours(query)
 
 
 def test_pools_are_those_of_nnx():
@@ -95,8 +139,13 @@ def test_batches_of_any_rank():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda r: nn.Conv(1, 1, (3,), input_dilation=2, rngs=r), "input_dilation"),
-        (lambda r: nn.Conv(1, 1, (3,), padding="CIRCULAR", rngs=r), "CIRCULAR"),
+        (lambda r: nn.Conv(1, 1, (3,), input_dilation=0, rngs=r), "input_dilation=0 for 1 spatial"),
+        (lambda r: nn.Conv(1, 1, (3,), padding="MIRROR", rngs=r), "padding='MIRROR'; use 'SAME'"),
+        (lambda r: nn.Conv(1, 1, (3, 3), padding="CAUSAL", rngs=r), "padding='CAUSAL'; use 'SAME'"),
+        (lambda r: nn.ConvTranspose(1, 1, (3,), padding="REFLECT", rngs=r), "REFLECT' is not defined"),
+        (lambda r: nn.ConvTranspose(1, 1, (3,), (1, 2), rngs=r), "strides=.* for 1 spatial"),
+        (lambda r: nn.LocallyConnected(1, 1, (4, 4), 5, padding="VALID", rngs=r), "does not fit the height"),
+        (lambda r: nn.InstanceNorm(3, axis_name="data", rngs=r), "leave the axes out"),
         (lambda r: nn.Conv(1, 1, (3, 3), (1, 2, 3), rngs=r), "strides=.* for 2 spatial dimensions"),
         (lambda r: nn.BatchNorm(3, axis=1, rngs=r), "channels last"),
         (lambda r: nn.BatchNorm(3, axis_name="data", rngs=r), "leave axis_name out"),
@@ -166,3 +215,12 @@ def test_rows_must_be_a_multiple_of_the_examples():
         assert layer(jnp.ones((12, 3))).shape == (12, 3)
         with pytest.raises(UserError, match="6 rows for a batch of 4"):
             layer(jnp.ones((6, 3)))
+
+
+def test_filters_that_cannot_be_cut_are_said(caplog):
+    mesh = make_mesh("height=2,width=4")
+    layer = nn.LocallyConnected(1, 4, (7, 8), 3, rngs=nnx.Rngs(0))
+    nn.assign(layer, mesh, Layout(), {})
+    assert layer.kept(mesh) == {"kernel": P(None, "width", None, None), "bias": P(None, "width", None)}
+    (said,) = (r.getMessage() for r in caplog.records if "filters" in r.getMessage())
+    assert "7 rows of height, which do not divide by height=2: each device keeps all" in said

@@ -19,9 +19,21 @@ from shardtrain import Layout, UserError, make_mesh, ops
 from shardtrain.mesh import parse
 from shardtrain.plan.census import census
 
-from .parity import LAYOUTS, MESHES, examples, numbers, parity, place, reference_conv
-
-CHANNEL_SHARDS = {mesh: parse(mesh).get("channel", 1) for mesh in MESHES}
+from .parity import (
+    ALL_MESHES,
+    LAYOUTS,
+    MESHES,
+    PIPES,
+    by_stage,
+    examples,
+    manual_over_pipe,
+    named,
+    numbers,
+    on_stages,
+    parity,
+    place,
+    reference_conv,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Case:
     groups: int
     mode: str | None
     layout: Layout
+    input_dilation: tuple[int, ...] | int = 1
 
     def args(self) -> list[Any]:
         return [numbers(*self.x), numbers(*self.kernel), numbers(self.kernel[-1]) if self.bias else None]
@@ -49,6 +62,7 @@ class Case:
             strides=self.strides,
             padding=self.padding,
             dilation=self.dilation,
+            input_dilation=self.input_dilation,
             groups=self.groups,
             layout=self.layout,
             channel_mode=self.mode,
@@ -56,7 +70,7 @@ class Case:
 
     @property
     def reference(self) -> Any:
-        return reference_conv(self.strides, self.padding, self.dilation, self.groups)
+        return reference_conv(self.strides, self.padding, self.dilation, self.groups, self.input_dilation)
 
 
 @st.composite
@@ -69,18 +83,24 @@ def convolutions(draw: Any, channel_shards: int = 1, ranks: tuple[int, ...] = (1
     dilation = [draw(st.sampled_from((1, 1, 2))) for _ in range(rank)]
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     extents = [draw(st.integers(1, 13 if rank < 3 else 6)) for _ in range(rank)]
-    kind = draw(st.sampled_from(("SAME", "VALID", "pairs")))
+    kind = draw(st.sampled_from(("SAME", "VALID", "pairs", "CIRCULAR", "REFLECT")))
     padding: Any = kind
     if kind == "pairs":
         padding = tuple((draw(st.integers(-1, s)), draw(st.integers(-1, s))) for s in spans)
-    if kind != "SAME":
+    if kind in ("CIRCULAR", "REFLECT"):  # padding repeats no row twice
+        extents = [max(e, s // 2 + (kind == "REFLECT")) for e, s in zip(extents, spans, strict=True)]
+    elif kind != "SAME":
         extra = [0] * rank if kind == "VALID" else [min(0, a) + min(0, b) for a, b in padding]
         total = [0] * rank if kind == "VALID" else [a + b for a, b in padding]
         extents = [max(e, s - t, 1 - low) for e, s, t, low in zip(extents, spans, total, extra, strict=True)]
-    groups = draw(st.sampled_from((1, 1, 1, channel_shards, 2 * channel_shards)))
+    input_dilation = (1,) * rank
+    if kind in ("SAME", "VALID", "pairs") and draw(st.booleans()):
+        input_dilation = tuple(draw(st.sampled_from((1, 2, 3))) for _ in range(rank))
+    groups = draw(st.sampled_from((1, 1, 1, channel_shards, 2 * channel_shards, max(1, channel_shards // 2))))
     per_group = [draw(st.integers(1, 3)) for _ in range(2)]
     whole = draw(st.booleans()) and groups == 1  # channels that the axis divides, or whatever comes
-    c_in, c_out = (groups * n * (channel_shards if whole else 1) for n in per_group)
+    shared = max(1, channel_shards // groups) if groups > 1 else 1  # devices of one group
+    c_in, c_out = (groups * n * (channel_shards if whole else shared) for n in per_group)
     return Case(
         x=(draw(st.integers(1, 4)), *extents, c_in),
         kernel=(*kernel, c_in // groups, c_out),
@@ -91,13 +111,14 @@ def convolutions(draw: Any, channel_shards: int = 1, ranks: tuple[int, ...] = (1
         groups=groups,
         mode=draw(st.sampled_from((None, "gather", "scatter"))),
         layout=draw(st.sampled_from(LAYOUTS)),
+        input_dilation=input_dilation,
     )
 
 
 @st.composite
-def on_meshes(draw: Any) -> tuple[str, Case]:
-    mesh = draw(st.sampled_from(MESHES))
-    return mesh, draw(convolutions(CHANNEL_SHARDS[mesh]))
+def on_meshes(draw: Any, meshes: tuple[str, ...] = MESHES) -> tuple[str, Case]:
+    mesh = draw(st.sampled_from(meshes))
+    return mesh, draw(convolutions(parse(mesh).get("channel", 1)))
 
 
 @examples(16)
@@ -110,16 +131,18 @@ def test_any_convolution_on_any_mesh(drawn):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @examples(400)
-@given(on_meshes())
-def test_many_convolutions_on_any_mesh(drawn):
+@given(on_meshes(ALL_MESHES))
+def test_many_convolutions_on_every_mesh(drawn):
     mesh, case = drawn
     parity(case.op, case.reference, case.args(), mesh)
 
 
-def case(x, kernel, *, bias=True, strides=1, padding="SAME", dilation=1, groups=1, mode=None, layout=None):
+def case(
+    x, kernel, *, bias=True, strides=1, padding="SAME", dilation=1, groups=1, mode=None, layout=None, **more
+):
     rank = len(x) - 2
     many = [(v,) * rank if isinstance(v, int) else v for v in (strides, dilation)]
-    return Case(x, kernel, bias, many[0], padding, many[1], groups, mode, layout or Layout())
+    return Case(x, kernel, bias, many[0], padding, many[1], groups, mode, layout or Layout(), **more)
 
 
 NOTORIOUS = {
@@ -167,6 +190,22 @@ NOTORIOUS = {
         "depth=2,height=2,channel=2",
         case((2, 5, 3, 4, 2), (3, 3, 3, 2, 4), strides=(2, 1, 1)),
     ),
+    "ring of 7 rows on 4 shards, 5 columns on 2": (
+        "height=4,width=2",
+        case((2, 7, 5, 2), (3, 4, 2, 3), padding="CIRCULAR"),
+    ),
+    "mirrored at both borders, uneven": (
+        "height=4,width=2",
+        case((2, 7, 5, 2), (5, 4, 2, 3), padding="REFLECT"),
+    ),
+    "input dilated, shards begin in other phases": (
+        "height=4,width=2",
+        case((2, 7, 5, 2), (3, 2, 2, 3), strides=2, input_dilation=(3, 2)),
+    ),
+    "2 devices share a group, ring of pixels": (
+        "height=2,channel=4",
+        case((2, 5, 3, 8), (3, 3, 4, 4), groups=2, padding="CIRCULAR", layout=Layout(parameters=("height",))),
+    ),
     "parameters spread over all data axes": (
         "data=2,height=2,width=2",
         case((2, 6, 6, 8), (3, 3, 8, 8), layout=Layout(parameters=("data", "height", "width"))),
@@ -176,9 +215,18 @@ NOTORIOUS = {
         case((2, 6, 6, 4), (3, 3, 4, 4), mode="scatter", layout=Layout(parameters=("data",))),
     ),
 }
+SELDOM = {
+    "ring once around, shards of 1": ("height=8", case((1, 5, 3, 2), (11, 1, 2, 2), padding="CIRCULAR")),
+    "ring, stride 2, dilated": (
+        "width=4",
+        case((2, 10, 2), (4, 2, 3), strides=2, dilation=2, padding="CIRCULAR"),
+    ),
+    "mirror reaches two shards away": ("width=4", case((2, 7, 2), (12, 2, 2), padding="REFLECT")),
+    "4 devices share a group": ("channel=8", case((2, 5, 3, 8), (3, 3, 4, 16), groups=2, strides=2)),
+}
 
 
-@pytest.mark.parametrize(("mesh", "case"), NOTORIOUS.values(), ids=NOTORIOUS)
+@pytest.mark.parametrize(("mesh", "case"), named(NOTORIOUS, SELDOM))
 def test_notorious(mesh, case):
     parity(case.op, case.reference, case.args(), mesh)
 
@@ -228,34 +276,153 @@ def test_linear(mesh, rank, channels, bias, mode, layout):
         parity(op, lambda x, w: x @ w, args, mesh)
 
 
+IDLE = Layout(parameters=("height",))
+ROW = (3, 4, 8)  # one spatial dimension: `height` cuts nothing of it
+
+ON_IDLE = {
+    "linear": (lambda x, k: ops.linear(x, k, layout=IDLE), lambda x, k: x @ k, [(3, 8), (8, 6)]),
+    "convolution": (
+        lambda x, k: ops.conv(x, k, layout=IDLE),
+        reference_conv(1, "SAME"),
+        [ROW, (3, 8, 6)],
+    ),
+    "locally connected": (
+        lambda x, k: ops.local(x, k, window=(1,), layout=IDLE),
+        lambda x, k: jnp.einsum("nwc,wco->nwo", x, k),
+        [ROW, (4, 8, 6)],
+    ),
+    "layer norm": (
+        lambda x, s: ops.layer_norm(x, s, layout=IDLE),
+        lambda x, s: (x - x.mean(2, keepdims=True)) / jnp.sqrt(x.var(2, keepdims=True) + 1e-6) * s,
+        [ROW, (8,)],
+    ),
+    "embedding": (
+        lambda t: ops.embed(jnp.arange(6).reshape(2, 3), t, layout=IDLE),
+        lambda t: t[:6].reshape(2, 3, 8),
+        [(7, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "reference", "shapes"), ON_IDLE.values(), ids=ON_IDLE)
+def test_parameters_spread_over_an_idle_axis(op, reference, shapes):
+    """As in the head of a network whose images are cut by height: rows are gone, parameters still spread."""
+    parity(op, reference, [numbers(*shape) for shape in shapes], "height=2")
+
+
 # --- inside a pipeline: manual over `pipe`, other axes left to the islands -------------------------------
 
 
-def manual_over_pipe(f, in_specs, out_specs):
-    # jax 0.10 cannot lower the gradient of a nested shard_map whose outer one checks varying axes.
-    return jax.shard_map(f, axis_names={"pipe"}, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def on_stages(op):
-    """`op` on every stage's own arrays, which lie along a leading dimension of 2."""
-
-    def staged(*args):
-        def stage(*args):
-            return op(*(a[0] for a in args))[None]
-
-        return manual_over_pipe(stage, (P("pipe"),) * len(args), P("pipe"))(*args)
-
-    return staged
-
-
 @examples(6)
-@given(
-    st.sampled_from(("pipe=2,height=4", "pipe=2,height=2,width=2", "pipe=2,data=2,channel=2")),
-    convolutions(2, ranks=(1, 2, 2)),
-)
+@given(st.sampled_from(PIPES), convolutions(2, ranks=(1, 2, 2)))
 def test_halos_by_grouped_collectives(mesh, case):
     args = [numbers(2, *case.x), numbers(2, *case.kernel)]
     parity(on_stages(case.op), jax.vmap(case.reference), args, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@examples(100)
+@given(st.sampled_from(PIPES), convolutions(2, ranks=(1, 2, 2)))
+def test_many_halos_by_grouped_collectives(mesh, case):
+    args = [numbers(2, *case.x), numbers(2, *case.kernel)]
+    parity(on_stages(case.op), jax.vmap(case.reference), args, mesh)
+
+
+def nearest(x):
+    return jax.image.resize(x, (x.shape[0], 8, 9, x.shape[-1]), "nearest")
+
+
+def halves(x):
+    """Adaptive pooling of 7 rows and 6 columns to 2 and 3, window by window."""
+    rows = x[:, 0:4], x[:, 3:7]
+    return jnp.stack([jnp.stack([r[:, :, j : j + 2] for j in (0, 2, 4)], 1) for r in rows], 1)
+
+
+SAME = {"strides": (2, 1), "padding": "SAME"}
+IMAGE = (3, 7, 6, 4)
+
+STAGED = {
+    "circular convolution": (
+        lambda x, k: ops.conv(x, k, padding="CIRCULAR"),
+        reference_conv(1, "CIRCULAR"),
+        [(3, 3, 4, 2)],
+    ),
+    "transposed convolution": (
+        lambda x, k: ops.conv_transpose(x, k, strides=2),
+        lambda x, k: lax.conv_transpose(x, k, (2, 2), "SAME"),
+        [(3, 3, 4, 2)],
+    ),
+    "locally connected": (
+        lambda x, k: ops.local(x, k, window=(3, 2), padding="VALID"),
+        lambda x, k: lax.conv_general_dilated_local(
+            x, k, (1, 1), "VALID", (3, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        [(5, 5, 24, 2)],
+    ),
+    "max pool": (lambda x: ops.max_pool(x, (3, 3), **SAME), lambda x: nnx.max_pool(x, (3, 3), **SAME), []),
+    "mean pool": (lambda x: ops.avg_pool(x, (3, 3), **SAME), lambda x: nnx.avg_pool(x, (3, 3), **SAME), []),
+    "resize": (lambda x: ops.resize(x, (8, 9)), nearest, []),
+    "linear resize": (
+        lambda x: ops.resize(x, (9, 4), method="linear"),
+        lambda x: jax.image.resize(x, (3, 9, 4, 4), "linear", antialias=False),
+        [],
+    ),
+    "pad": (
+        lambda x: ops.pad(x, ((2, 1), (0, 3)), mode="reflect"),
+        lambda x: jnp.pad(x, ((0, 0), (2, 1), (0, 3), (0, 0)), mode="reflect"),
+        [],
+    ),
+    "adaptive mean": (lambda x: ops.adaptive_avg_pool(x, (2, 3)), lambda x: halves(x).mean((3, 4)), []),
+    "adaptive maximum": (lambda x: ops.adaptive_max_pool(x, (2, 3)), lambda x: halves(x).max((3, 4)), []),
+    "global mean": (ops.global_avg_pool, lambda x: x.mean((1, 2)), []),
+    "flatten": (ops.flatten, lambda x: x.reshape(3, -1), []),
+    "batch norm": (
+        lambda x, s, b: ops.batch_norm(x, s, b)[0],
+        lambda x, s, b: (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5) * s + b,
+        [(4,), (4,)],
+    ),
+    "group norm": (
+        lambda x, s, b: ops.group_norm(x, 2, s, b),
+        lambda x, s, b: standard(x.reshape(3, 7, 6, 2, 2), (1, 2, 4)).reshape(x.shape) * s + b,
+        [(4,), (4,)],
+    ),
+    "instance norm": (ops.instance_norm, lambda x, s, b: standard(x, (1, 2)) * s + b, [(4,), (4,)]),
+    "layer norm": (ops.layer_norm, lambda x, s, b: standard(x, 3) * s + b, [(4,), (4,)]),
+}
+
+
+def standard(x, dims):
+    return (x - x.mean(dims, keepdims=True)) / jnp.sqrt(x.var(dims, keepdims=True) + 1e-6)
+
+
+OFTEN = "circular convolution", "transposed convolution", "linear resize", "group norm"
+EVERY_STAGE = {(name, mesh): (mesh, *STAGED[name]) for name in STAGED for mesh in PIPES}
+DAILY = {
+    f"{name} on {mesh}": v for (name, mesh), v in EVERY_STAGE.items() if name in OFTEN and mesh == PIPES[1]
+}
+OTHERS = {f"{name} on {mesh}": v for (name, mesh), v in EVERY_STAGE.items()}
+OTHERS = {name: v for name, v in OTHERS.items() if name not in DAILY}
+
+
+@pytest.mark.parametrize(("mesh", "op", "reference", "shapes"), named(DAILY, OTHERS))
+def test_every_operator_on_stages(mesh, op, reference, shapes):
+    args = [numbers(2, *IMAGE), *(numbers(2, *shape, seed=i) for i, shape in enumerate(shapes))]
+    parity(on_stages(op), by_stage(reference), args, mesh)
+
+
+@pytest.mark.parametrize("mesh", [PIPES[2], pytest.param(PIPES[0], marks=pytest.mark.slow)])
+def test_embedding_on_stages(mesh):
+    indices = np.random.default_rng(0).integers(-5, 5, (2, 3, 4))
+
+    def op(table):
+        stage = lambda i, t: ops.embed(i[0], t[0])[None]  # noqa: E731
+        return manual_over_pipe(stage, (P("pipe"), P("pipe")), P("pipe"))(jnp.asarray(indices), table)
+
+    def reference(table):
+        return jnp.stack([jnp.take(table[i], indices[i], axis=0) for i in range(2)])
+
+    parity(op, reference, [numbers(2, 5, 4)], mesh)
 
 
 TICKS = 5  # 4 microbatches through 2 stages
@@ -341,7 +508,10 @@ X, KERNEL = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4))
         (X, KERNEL, {"groups": 2}, "groups=2 do not agree"),
         (X, jnp.ones((7, 1, 4, 4)), {"padding": "VALID"}, "window of 7 rows does not fit the height of 6"),
         (X, KERNEL, {"padding": "VALID", "dilation": 3}, "window of 7 rows does not fit"),
-        (X, KERNEL, {"padding": "REFLECT"}, "padding='REFLECT'.*use 'SAME'"),
+        (X, KERNEL, {"padding": "SYMMETRIC"}, "padding='SYMMETRIC'.*use 'SAME'"),
+        (X, jnp.ones((13, 1, 4, 4)), {"padding": "REFLECT"}, "extent of 6, which has 5 to give"),
+        (X, jnp.ones((14, 1, 4, 4)), {"padding": "CIRCULAR"}, "extent of 6, which has 6 to give"),
+        (X, KERNEL, {"padding": "CIRCULAR", "input_dilation": 2}, "use conv_transpose for a ring"),
         (X, KERNEL, {"padding": "CAUSAL"}, "padding='CAUSAL'"),
         (X, KERNEL, {"padding": ((1, 1),)}, "2 spatial dimensions need 2 entries"),
         (X, KERNEL, {"strides": 0}, "strides=0 for 2 spatial dimensions"),
@@ -358,8 +528,8 @@ def test_refused(x, kernel, options, message):
 
 def test_groups_that_the_channel_axis_cannot_cut():
     with jax.set_mesh(make_mesh("channel=8")):
-        with pytest.raises(UserError, match="groups=2 with 8 -> 8 channels cannot be cut 8-fold"):
-            ops.conv(jnp.ones((2, 6, 6, 8)), jnp.ones((3, 3, 4, 8)), groups=2)
+        with pytest.raises(UserError, match="groups=3 with 24 -> 24 channels cannot be cut 8-fold"):
+            ops.conv(jnp.ones((2, 6, 6, 24)), jnp.ones((3, 3, 8, 24)), groups=3)
         with pytest.raises(UserError, match="groups=2 with 8 -> 6 channels cannot be cut"):
             ops.conv(jnp.ones((2, 6, 6, 8)), jnp.ones((3, 3, 4, 6)), groups=2)
 

@@ -13,11 +13,13 @@ from jax import lax
 
 from shardtrain import Layout, ops
 from shardtrain.ops import halo, island, norm, pool
-from shardtrain.ops.window import Window
+from shardtrain.ops.window import Reach, Window
 
-from .parity import numbers, parity, reference_conv
-from .test_conv import on_stages
-from .test_norm import statistics_parity
+from .parity import numbers, on_stages, parity, reference_conv
+from .test_local import Case as Local
+from .test_local import test_filters_stay_with_their_pixels as filters_stay
+from .test_norm import affine_args, flax_norm, statistics_parity
+from .test_transpose import Case as Transposed
 from .test_window import halos_are_minimal, rows_arrive
 
 
@@ -46,6 +48,26 @@ def pool_parity(x):
     options = {"strides": (1, 1), "padding": "SAME"}
     op, reference = (lambda x, f=f: f(x, (3, 1), **options) for f in (ops.max_pool, nnx.max_pool))
     parity(op, reference, [x], "height=4")
+
+
+def case_parity(mesh, case):
+    parity(case.op, case.reference, case.args(), mesh)
+
+
+def ring_parity():
+    args = [numbers(2, 8, 3, 2), numbers(7, 1, 2, 2)]
+    parity(functools.partial(ops.conv, padding="CIRCULAR"), reference_conv(1, "CIRCULAR"), args, "height=4")
+
+
+def groups_parity():
+    args = [numbers(2, 3, 8), numbers(1, 4, 8)]
+    parity(functools.partial(ops.conv, groups=2), reference_conv(1, "SAME", groups=2), args, "channel=4")
+
+
+def group_norm_parity():
+    reference = flax_norm(nnx.GroupNorm, 12, True, num_groups=2)  # 3 channels a device
+    args = affine_args((2, 3, 12), True)
+    parity(lambda x, s, b: ops.group_norm(x, 2, s, b), reference, args, "channel=4")
 
 
 NORM = functools.partial(statistics_parity, shape=(4, 7, 4, 3), affine=True, real=None)
@@ -130,8 +152,8 @@ def scatter_without_sum(patch):
 def gather_in_another_order(patch):
     right = lax.all_gather
 
-    def wrong(x, axes, *, axis, tiled):
-        return jnp.roll(right(x, axes, axis=axis, tiled=tiled), x.shape[axis], axis)
+    def wrong(x, axes, *, axis, **options):
+        return jnp.roll(right(x, axes, axis=axis, **options), x.shape[axis], axis)
 
     patch.setattr(lax, "all_gather", wrong)
 
@@ -188,6 +210,70 @@ def gradient_to_all_ties(patch):
     patch.setattr(pool, "lax", SimpleNamespace(**{**vars(lax), "reduce_window": wrong}))
 
 
+def ring_one_hop_too_few(patch):
+    """Either way round, rows from farther than the next shard never come."""
+    right = halo._received
+
+    def wrong(x, dim, part, axes, grouped):
+        n = len(part.senders)
+        near = [(i - sender) % n in (1, n - 1) for i, sender in enumerate(part.senders)]
+        rows = right(x, dim, part, axes, grouped)
+        return jnp.where(jnp.asarray(near)[lax.axis_index(axes)], rows, 0)
+
+    patch.setattr(halo, "_received", wrong)
+
+
+def groups_one_device_on(patch):
+    """The devices that share a group are taken to begin one device too late."""
+    right = lax.all_gather
+
+    def wrong(x, axes, *, axis_index_groups=None, **options):
+        if axis_index_groups is not None:
+            n = max(map(max, axis_index_groups)) + 1
+            axis_index_groups = [[(device + 1) % n for device in group] for group in axis_index_groups]
+        return right(x, axes, axis_index_groups=axis_index_groups, **options)
+
+    patch.setattr(lax, "all_gather", wrong)
+
+
+def groups_one_channel_on(patch):
+    """A device counts the channels of its groups from one too many."""
+    count = SimpleNamespace(**{**vars(jnp), "arange": lambda n: jnp.arange(n) + int(n == 3)})
+    patch.setattr(norm, "jnp", count)
+
+
+def transposed_padding_shifted(patch):
+    module = importlib.import_module("shardtrain.ops.transpose")
+    right = module.transposed_pads
+    patch.setattr(module, "transposed_pads", lambda *args: [(a + 1, b - 1) for a, b in right(*args)])
+
+
+def border_gradient_twice(patch):
+    """What a shard's first row gets back is added to by the neighbour, which had it all already."""
+    right = pool.exchange
+
+    def wrong(x, dim, window, **options):
+        row = lax.broadcasted_iota(int, x.shape, dim)
+        border = (row == 0) & (lax.axis_index(window.axes) > 0)
+        return right(jnp.where(border, 2 * x - lax.stop_gradient(x), x), dim, window, **options)
+
+    patch.setattr(pool, "exchange", wrong)
+
+
+def filters_reduced_over_space(patch, axes=("data", "height")):
+    """The gradient of filters is summed as a convolution's is, though every pixel has its own."""
+
+    @jax.custom_vjp
+    def summed(kernel):
+        return lax.pcast(kernel, ("data",), to="varying")
+
+    def backward(_, gradient):
+        return (lax.pcast(lax.psum(gradient, axes), ("height",), to="varying"),)
+
+    summed.defvjp(lambda kernel: (summed(kernel), None), backward)
+    patch.setattr(island, "gather", lambda parameter, kept, layout, vary, space: summed(parameter))
+
+
 TIES = np.random.default_rng(0).integers(0, 2, (2, 8, 3, 4)).astype(float)
 
 MUTANTS = {
@@ -217,6 +303,25 @@ MUTANTS = {
     "statistics without gradient": (frozen_statistics, functools.partial(NORM, "data=2,height=4")),
     "padding of zero wins": (padding_of_zero, functools.partial(pool_parity, numbers(2, 8, 3, 4) - 9)),
     "gradient to all equal values": (gradient_to_all_ties, functools.partial(pool_parity, TIES)),
+    "one hop too few to filters of their own": (
+        nearest_hop_only,
+        functools.partial(case_parity, "width=8", Local((2, 8, 2), (5,), 2)),
+    ),
+    "one hop too few around a ring": (ring_one_hop_too_few, ring_parity),
+    "groups begin a device late": (groups_one_device_on, groups_parity),
+    "groups begin a channel late": (groups_one_channel_on, group_norm_parity),
+    "transposed padding shifted": (
+        transposed_padding_shifted,
+        functools.partial(case_parity, "height=4", Transposed((2, 8, 3, 2), (3, 3), 2, strides=2)),
+    ),
+    "gradient of a border row twice": (
+        border_gradient_twice,
+        functools.partial(pool_parity, numbers(2, 8, 3, 4)),
+    ),
+    "filters summed over pixels": (
+        filters_reduced_over_space,
+        functools.partial(case_parity, "data=2,height=4", Local((2, 8, 3, 2), (3, 1), 2)),
+    ),
 }
 
 
@@ -236,21 +341,26 @@ def test_a_wrong_operator_is_noticed(monkeypatch, mutate, compare):
         compare()
 
 
+def test_sums_over_pixels_are_noticed_in_bytes(monkeypatch):
+    filters_reduced_over_space(monkeypatch)
+    with pytest.raises(AssertionError, match="all-reduce"):
+        filters_stay(3, 1)
+
+
 @pytest.mark.parametrize(
     ("attribute", "change", "check"),
     [
-        ("first", lambda right: lambda w: right(w) + 1, rows_arrive),
+        ("offsets", lambda right: lambda w: tuple(o + 1 for o in right(w)), rows_arrive),
         ("halo", lambda right: lambda w: (right(w)[0], max(0, right(w)[1] - 1)), rows_arrive),
         ("halo", lambda right: lambda w: (right(w)[0], right(w)[1] + 1), halos_are_minimal),
-        ("drift", lambda right: lambda w: 0, rows_arrive),
+        ("offsets", lambda right: lambda w: right(w)[:1] * w.shards, rows_arrive),
     ],
     ids=["late start", "halo too short", "halo too long", "blocks do not drift"],
 )
 def test_wrong_arithmetic_is_noticed(monkeypatch, attribute, change, check):
     window = 13, 5, 3, (2, 2), 4
     check(Window(*window))
-    descriptor = vars(Window)[attribute]
-    right = descriptor.fget if isinstance(descriptor, property) else descriptor.func
-    monkeypatch.setattr(Window, attribute, property(change(right)))
+    right = vars(Reach)[attribute].func
+    monkeypatch.setattr(Reach, attribute, property(change(right)))
     with pytest.raises(AssertionError):
         check(Window(*window))

@@ -35,7 +35,7 @@ def gathered(w, shard):
         assert all(count == w.block_in for count in hops[:-1])
     first = shard * w.block_in
     held = [-1] * before + list(range(first - low, first + w.block_in + high)) + [-1] * after
-    start = w.first + shard * w.drift
+    start = w.offsets[shard]
     assert start >= 0
     assert start + w.need <= len(held)
     return [r if 0 <= r < w.extent else -1 for r in held[start : start + w.need]]
@@ -116,12 +116,14 @@ def test_forms_of_padding():
     assert pads_of([1, (0, 2)], (5, 5), (3, 3), (1, 1)) == [(1, 1), (0, 2)]
     assert pads_of("causal", (5,), (3,), (1,)) == [(2, 0)]
     for padding, extents, message in (
-        ("CIRCULAR", (5,), "padding='CIRCULAR'"),
+        ("SYMMETRIC", (5,), "padding='SYMMETRIC'"),
+        ("CIRCULAR", (1, 5), "wrap padding of"),
+        ("REFLECT", (1,), "reflect padding of .* extent of 1, which has 0 to give"),
         ("CAUSAL", (5, 5), "padding='CAUSAL'"),
         ([1, 1], (5,), "1 spatial dimensions need 1 entries"),
     ):
         with pytest.raises(UserError, match=message):
-            pads_of(padding, extents, (3,) * len(extents), (1,) * len(extents))
+            pads_of(padding, extents, (5,) * len(extents), (1,) * len(extents))
 
 
 def test_one_value_for_every_dimension():

@@ -1,4 +1,4 @@
-"""Running a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
+"""Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
 import itertools
 import os
@@ -17,7 +17,15 @@ from shardtrain.mesh import parse
 
 Flags = TypeVar("Flags")
 
-RUN_FILES = ("result.json", "metrics.jsonl", "curve.png", "checkpoints", "tensorboard")
+RUN_FILES = (
+    "result.json",
+    "metrics.jsonl",
+    "curve.png",
+    "predictions.png",
+    "memory.png",
+    "checkpoints",
+    "tensorboard",
+)
 """What a run leaves in its folder; nothing else is ever moved."""
 
 MOST_DEVICES = 512

@@ -1,6 +1,6 @@
-"""Models for images, ready for any mesh."""
+"""Residual networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -9,54 +9,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain import ops
 from shardtrain.errors import UserError
-from shardtrain.nn.layers import AvgPool, BatchNorm, Conv, GroupNorm, Linear, MaxPool
-
-
-class LeNet(nnx.Module):
-    """LeNet-5 with ReLU: two convolutions with average pooling, three linear layers.
-
-    Args:
-        classes: outputs.
-        image: height, width and channels of the input.
-        dtype: of the computation.
-        param_dtype: of the parameters.
-        rngs: for the initial values.
-
-    Example:
-        >>> LeNet(classes=10, image=(28, 28, 1), rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
-        (2, 10)
-
-    References:
-        LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998.
-    """
-
-    def __init__(
-        self,
-        classes: int = 10,
-        image: Sequence[int] = (28, 28, 1),
-        *,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        height, width, channels = image
-        if min(height, width) < 4:
-            raise UserError(f"LeNet halves its images twice; {height}x{width} is too small, 4x4 is the least")
-        self.conv1 = Conv(channels, 8, (5, 5), **kinds)
-        self.conv2 = Conv(8, 16, (5, 5), **kinds)
-        self.pool = AvgPool((2, 2), strides=(2, 2))
-        self.linear1 = Linear(16 * (height // 4) * (width // 4), 120, **kinds)
-        self.linear2 = Linear(120, 84, **kinds)
-        self.head = Linear(84, classes, **kinds)
-
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        x = self.pool(nnx.relu(self.conv1(x)))
-        x = self.pool(nnx.relu(self.conv2(x)))
-        x = ops.flatten(x, layout=self.linear1.layout)
-        return self.head(nnx.relu(self.linear2(nnx.relu(self.linear1(x)))))
+from shardtrain.nn.contract import Conv, Linear
+from shardtrain.nn.norm import BatchNorm, GroupNorm
+from shardtrain.nn.pool import GlobalAvgPool, MaxPool
 
 
 class _Block(nnx.Module):
@@ -193,6 +149,7 @@ class ResNet(nnx.Module):
                 blocks.append(block(features, width << stage, stride, make_norm, kinds_conv))
                 features = (width << stage) * block.expansion
         self.blocks = nnx.List(blocks)
+        self.mean = GlobalAvgPool()
         self.head = Linear(features, classes, **kinds)
         self.remat = remat
 
@@ -201,4 +158,4 @@ class ResNet(nnx.Module):
         x = x if self.pool is None else self.pool(x)
         for block in self.blocks:
             x = nnx.remat(type(block).__call__)(block, x) if self.remat else block(x)
-        return self.head(ops.global_avg_pool(x, layout=self.head.layout))
+        return self.head(self.mean(x))

@@ -1,0 +1,19 @@
+"""Recipes on the command line: their flags and checks, and a run from its first step to its files."""
+
+from shardtrain.cli.pictures import picture
+from shardtrain.cli.run import Folder, Report, RunFlags, Task, at_least_1, kinds, make_trainer, one_of, run
+from shardtrain.cli.start import main
+
+__all__ = [
+    "Folder",
+    "Report",
+    "RunFlags",
+    "Task",
+    "at_least_1",
+    "kinds",
+    "main",
+    "make_trainer",
+    "one_of",
+    "picture",
+    "run",
+]

@@ -1,0 +1,310 @@
+"""What all recipes have in common: flags, optimizer, and the way from the first step to the files."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from shardtrain.cli.start import check_out, open_run, start_jax
+from shardtrain.errors import UserError
+from shardtrain.mesh import make_mesh, parse
+from shardtrain.plan import census
+from shardtrain.train import Trainer, losses, metrics
+from shardtrain.train.step import PerExample
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
+
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags of every recipe, which says its defaults for the first three and may add its own.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Flags(RunFlags):
+        ...     mesh: str = "data=2,height=2"
+        ...     data: str = "digits"
+        ...     out: Folder = Path("runs/mine")
+    """
+
+    mesh: str
+    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features.
+    One size may be -1 and takes the devices that are left."""
+    data: str
+    """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
+    .npz files."""
+    out: Folder
+    """Folder of the run. An earlier run in it is moved aside, never overwritten."""
+    steps: int = 200
+    """Updates in all."""
+    batch_size: int = 128
+    """Examples for one update, over all devices."""
+    seed: int = 0
+    """Of initial weights, data order and dropout."""
+    optimizer: str = "sgd"
+    """sgd (momentum 0.9), adam, adamw, lamb."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that a later
+    --resume with more --steps is to lengthen."""
+    weight_decay: float = 5e-4
+    """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
+    clip_norm: float | None = None
+    """Clip gradients to this global norm."""
+    accumulate: int = 1
+    """Microbatches for one update."""
+    parameters: str = ""
+    """Mesh axis to spread parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
+    remat: Literal["none", "contractions", "nothing"] = "none"
+    """What the backward pass keeps: everything, only outputs of convolutions and linear maps, or nothing."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute in it; parameters and optimizer stay in float32."""
+    x64: bool = False
+    """Everything in float64, to compare meshes to the last bit."""
+    devices: int | None = None
+    """Simulated CPU devices where there is no accelerator; as many as the mesh needs by default."""
+    resume: bool = False
+    """Go on from the checkpoint in --out, on this or another mesh."""
+    compare: bool = False
+    """At the end, repeat the first 20 steps on one device and show both losses."""
+
+
+Flags = TypeVar("Flags", bound=RunFlags)
+
+
+class Batches(Protocol):
+    """The training batches from step `start` on: those `rows` of each that this process holds."""
+
+    def __call__(self, *, start: int, rows: range) -> Iterator[tuple[Any, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe has to say of its run besides what every run says.
+
+    Attributes:
+        result: more entries of `result.json`.
+        rows: more rows of the closing table, name and value.
+        tables: more tables to print.
+    """
+
+    result: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe trains, and on what.
+
+    Attributes:
+        name: of the model, `"resnet8"`.
+        model: the network; `nnx.jit` around its making compiles all initial values at once.
+        train: the training batches.
+        test: the test batches, those rows of each that this process holds.
+        loss, metrics: as `Trainer` takes them.
+        score: the metric that the run is judged by.
+        report: called after the evaluation with the trainer and the run's folder, for pictures and numbers
+            of the recipe's own.
+    """
+
+    name: str
+    model: nnx.Module
+    train: Batches
+    test: Callable[[range], Iterable[tuple[Any, Any]]]
+    loss: PerExample = losses.cross_entropy
+    metrics: Mapping[str, PerExample] | None = None
+    score: str = "accuracy"
+    report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
+
+
+def kinds(flags: RunFlags) -> dict[str, Any]:
+    """The arguments that every model takes: `param_dtype` and `rngs`."""
+    return {"param_dtype": jnp.float64 if flags.x64 else jnp.float32, "rngs": nnx.Rngs(flags.seed)}
+
+
+def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
+    """Refuses a value of a flag that is none of the possible ones.
+
+    Example:
+        >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: --model resnet19: there is no such model; there are resnet8, resnet18
+    """
+    if value not in possible:
+        raise UserError(f"--{flag} {value}: there is {what}; there are {', '.join(possible)}")
+
+
+def at_least_1(flag: str, *values: int) -> None:
+    """Refuses a flag's values below 1.
+
+    Example:
+        >>> at_least_1("features", 8, 0)
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: --features 8 0: use 1 or more
+    """
+    if any(value < 1 for value in values):
+        raise UserError(f"--{flag} {' '.join(map(str, values))}: use 1 or more")
+
+
+def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
+    """Trains, evaluates, and writes the run's files; `make_task` is called when jax is set up.
+
+    Raises:
+        UserError: whatever flags, data and mesh can get wrong, before a file is written.
+
+    Example:
+        >>> def train(flags: Flags) -> None:
+        ...     cli.run(flags, make_task)
+    """
+    check(flags)
+    start_jax(flags.devices, flags.mesh, x64=flags.x64)
+    mesh = make_mesh(flags.mesh)
+    out = check_out(flags.out, resume=flags.resume)
+    task = make_task(flags)
+    trainer = make_trainer(flags, task, mesh)
+    start = trainer.restore(out / "checkpoints") if flags.resume else 0
+    if start >= flags.steps:
+        raise UserError(
+            f"--resume: the run in {out} has {start} steps done; ask for more than --steps {flags.steps}"
+        )
+    rows_here = trainer.rows(flags.batch_size)
+    feed = task.train(start=start, rows=rows_here)
+    first = next(feed)
+    trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
+    open_run(out, resume=flags.resume)
+    if start:
+        Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
+    with metrics.Recorder(out, start) as recorder:
+        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder])
+    saved = trainer.save(out / "checkpoints")
+    test = trainer.evaluate(task.test(rows_here))
+    report = task.report(trainer, out)
+    rows = metrics.read(out / "metrics.jsonl")
+    speeds = sorted(row["images_per_second"] for row in rows)
+    result = {
+        "mesh": dict(mesh.shape),
+        "model": task.name,
+        "data": flags.data,
+        "steps": flags.steps,
+        "losses": [row["loss"] for row in rows],
+        "final_loss": rows[-1]["loss"],
+        f"test_{task.score}": test[task.score],
+        "images_per_second": speeds[len(speeds) // 2],
+        "census": census.summary(census.census(trainer.compiled_text(), mesh)),
+        **report.result,
+        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items()},
+    }
+    title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
+    metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
+    metrics.plot_curves(rows, out / "curve.png", title)
+    console = Console(width=100)
+    console.print(closing_table(flags, task, title, result, saved, report))
+    for table in report.tables:
+        console.print(table)
+    if flags.compare:
+        console.print(comparison(flags, task, result["losses"]))
+
+
+def check(flags: RunFlags) -> None:
+    """Refuses flags that no data and no mesh could make right."""
+    one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
+    for name in ("steps", "batch_size", "accumulate"):
+        at_least_1(name.replace("_", "-"), getattr(flags, name))
+    if not 0 < flags.lr < float("inf"):
+        raise UserError(f"--lr {flags.lr}: use a positive learning rate")
+    if flags.x64 and flags.dtype != "float32":
+        raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
+    if flags.resume and flags.compare:
+        raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
+    if flags.parameters and flags.parameters not in parse(flags.mesh):
+        raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
+
+
+def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
+    """The optimizer that --optimizer names, with its schedule."""
+    warmup = max(1, flags.steps // 10)
+    rate: Any = flags.lr
+    if flags.schedule == "cosine":
+        steps = max(flags.steps, warmup + 1)
+        rate = optax.warmup_cosine_decay_schedule(flags.lr / 10, flags.lr, warmup, steps)
+
+    def kernels(params: dict[str, jax.Array]) -> dict[str, bool]:
+        return {name: name.endswith("kernel") for name in params}
+
+    if flags.optimizer == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(flags.weight_decay, mask=kernels), optax.sgd(rate, momentum=0.9)
+        )
+    if flags.optimizer == "adam":
+        return optax.adam(rate)
+    make = {"adamw": optax.adamw, "lamb": optax.lamb}[flags.optimizer]
+    return make(rate, weight_decay=flags.weight_decay, mask=kernels)
+
+
+def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
+    """The trainer on `mesh`; everything that flags can get wrong is refused here."""
+    return Trainer(
+        task.model,
+        make_optimizer(flags),
+        mesh=mesh,
+        loss=task.loss,
+        metrics=task.metrics,
+        parameters=flags.parameters if flags.parameters in mesh.shape else (),
+        accumulate=flags.accumulate,
+        dtype=None if flags.dtype == "float32" else flags.dtype,
+        remat=None if flags.remat == "none" else flags.remat,
+        clip_norm=flags.clip_norm,
+    )
+
+
+def closing_table(
+    flags: RunFlags, task: Task, title: str, result: Mapping[str, Any], saved: Path, report: Report
+) -> Table:
+    """The run in a short table."""
+    table = Table(show_header=False, title=title)
+    table.add_row(f"test {task.score}", f"{100 * result[f'test_{task.score}']:.2f} %")
+    table.add_row("last training loss", f"{result['final_loss']:.4f}")
+    speed = result["images_per_second"]
+    table.add_row("images/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
+    moved = sum(row["bytes"] for row in result["census"])
+    table.add_row("sent by each device", f"{moved / 1024:,.0f} KiB a step")
+    for name, value in report.rows.items():
+        table.add_row(name, value)
+    folder = flags.out
+    table.add_row("checkpoint", str(folder / "checkpoints" / saved.name))
+    table.add_row("metrics", f"{folder / 'metrics.jsonl'} (TensorBoard: {folder / 'tensorboard'})")
+    table.add_row("plot", str(folder / "curve.png"))
+    table.add_row("all numbers", str(folder / "result.json"))
+    return table
+
+
+def comparison(flags: RunFlags, task: Task, losses: Sequence[float], steps: int = 20) -> Table:
+    """Repeats the first steps on one device: both losses side by side."""
+    one = make_mesh("data=1", devices=jax.devices()[:1])
+    trainer = make_trainer(flags, task, one)
+    feed = task.train(start=0, rows=trainer.rows(flags.batch_size))
+    rows = trainer.fit(feed, steps=min(steps, flags.steps))
+    table = Table(title=f"the same run on one device, first {len(rows)} steps")
+    for column in ("step", flags.mesh, "one device", "relative difference"):
+        table.add_column(column, justify="right")
+    gaps = [abs(a - row["loss"]) / abs(row["loss"]) for a, row in zip(losses, rows, strict=False)]
+    for k in sorted({0, 1, 4, 9, 14, len(rows) - 1} & set(range(len(rows)))):
+        table.add_row(str(k + 1), f"{losses[k]:.6f}", f"{rows[k]['loss']:.6f}", f"{gaps[k]:.1e}")
+    table.add_section()
+    table.add_row("largest", "", "", f"{max(gaps):.1e}")
+    return table

@@ -1,0 +1,340 @@
+"""Contractions in Flax NNX: the arguments, parameter names and initial values of their `nnx` namesakes.
+
+Each subclasses its namesake where there is one, so weights, checkpoints and code move over unchanged; only
+the call goes through `shardtrain.ops`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from shardtrain import ops
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh, active_mesh, spatial_names
+from shardtrain.nn.base import Partitioned, placed
+from shardtrain.ops.channels import ChannelMode
+from shardtrain.ops.local import local_windows
+from shardtrain.ops.transpose import transposed_pads
+from shardtrain.ops.window import MODES, Padding, tuple_of
+
+
+class Contraction(Partitioned):
+    """A kernel from channels to channels: convolutions, linear maps, locally connected layers."""
+
+    in_features: int
+    out_features: int
+    feature_group_count: int = 1
+    use_bias: bool
+    kernel: nnx.Param[Array]
+    pixel_dims = 0
+    """Leading dimensions of kernel and bias that are pixels."""
+
+    def pixels(self) -> tuple[int, int]:
+        """Input pixels for every output pixel, as the choice of what to move counts them."""
+        return 1, 1
+
+    def channel_plan(self, mesh: AnyMesh | None) -> ops.ChannelPlan:
+        """What moves on the channel axis in this layer.
+
+        Decided from the layer alone, padding aside, so that the kernel can be placed before a batch is
+        seen.
+        """
+        channels = self.in_features, self.out_features
+        return ops.channel_plan(self.layout, mesh, channels, self.pixels(), self.feature_group_count)
+
+    def channel_mode(self) -> ChannelMode:
+        return self.channel_plan(active_mesh()).mode
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        shape = self.kernel.shape
+        cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
+        kept = {"kernel": self.layout.parameter(shape, cut, mesh, self.pixel_dims)}
+        if self.use_bias:
+            shape = (*shape[: self.pixel_dims], self.out_features)
+            kept["bias"] = self.layout.parameter(shape, -1, mesh, self.pixel_dims)
+        return kept
+
+    def channels(self) -> tuple[int, ...]:
+        return (self.in_features, self.out_features)
+
+
+class Conv(Contraction, nnx.Conv):
+    """`nnx.Conv`, cut on batch, space and channels; see `shardtrain.ops.conv`.
+
+    Raises:
+        UserError: at construction, for strides, dilations or padding that make no convolution, and for a
+            `conv_general_dilated` of one's own.
+
+    Example:
+        >>> conv = Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
+        >>> conv(jnp.ones((2, 8, 8, 3))).shape
+        (2, 8, 8, 16)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rank = len(self.kernel_size)
+        for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
+            tuple_of(getattr(self, name), rank, name)
+        _check_padding("nn.Conv", self.padding, rank)
+        if self.conv_general_dilated is not lax.conv_general_dilated:
+            raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
+
+    def pixels(self) -> tuple[int, int]:
+        strides = tuple_of(self.strides, len(self.kernel_size), "strides")
+        return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.kernel_size))
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Convolves `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+        x, leading = _one_batch(inputs, len(self.kernel_size))
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+        y = ops.conv(
+            x,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            groups=self.feature_group_count,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y.reshape(*leading, *y.shape[1:])
+
+
+class ConvTranspose(Contraction, nnx.ConvTranspose):
+    """`nnx.ConvTranspose`, cut on batch, space and channels; see `shardtrain.ops.conv_transpose`.
+
+    `ops.torch_padding` gives the `padding` for PyTorch's arguments.
+
+    Raises:
+        UserError: at construction, for strides, dilation or padding that make no convolution.
+
+    Example:
+        >>> up = ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
+        >>> up(jnp.ones((2, 7, 8, 8))).shape
+        (2, 14, 16, 4)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rank = len(self.kernel_size)
+        strides = tuple_of(self.strides, rank, "strides")
+        tuple_of(self.kernel_dilation, rank, "kernel_dilation")
+        transposed_pads(self.padding, self.kernel_size, strides)
+
+    def pixels(self) -> tuple[int, int]:
+        return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.kernel_size))
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        kept = super().kept(mesh)
+        if self.transpose_kernel:  # kept as (*window, outputs, inputs)
+            *window, outputs, inputs = self.kernel.shape
+            cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
+            turned = self.layout.parameter((*window, inputs, outputs), cut, mesh)
+            kept["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
+        return kept
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+        x, leading = _one_batch(inputs, len(self.kernel_size))
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+        y = ops.conv_transpose(
+            x,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y.reshape(*leading, *y.shape[1:])
+
+
+class Linear(Contraction, nnx.Linear):
+    """`nnx.Linear`, its kernel cut by columns or by rows; see `shardtrain.ops.linear`.
+
+    Example:
+        >>> Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        (8, 10)
+    """
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps the last dimension of `(batch, *spatial, channels)`, or of one vector."""
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        y = ops.linear(
+            x[None] if x.ndim == 1 else x,
+            kernel,
+            bias,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y[0] if x.ndim == 1 else y
+
+
+class LocallyConnected(Contraction, nnx.Module):
+    """A convolution with filters of its own at every pixel; see `shardtrain.ops.local`.
+
+    The arguments and parameters of `flax.linen.ConvLocal`, and `image`: the filters are as many as output
+    pixels, so these must be known. Filters and biases are cut as the pixels are: they are kept, updated
+    and used where their pixel is. Unlike Linen's, the default initial values have the variance of a
+    convolution's, whatever the number of pixels.
+
+    Args:
+        in_features, out_features: channels.
+        image: extents of the input, which say how many dimensions there are.
+        kernel_size: of the window.
+        strides, padding, kernel_dilation: as in `nnx.Conv`.
+        use_bias: one bias for every output value.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        precision: of the products.
+        kernel_init, bias_init: initial values.
+        rngs: for them.
+
+    Raises:
+        UserError: at construction, for a window that does not fit the image, or inputs of another size.
+
+    Example:
+        >>> layer = LocallyConnected(1, 16, (8, 8), (3, 3), rngs=nnx.Rngs(0))
+        >>> layer.kernel.shape, layer(jnp.ones((2, 8, 8, 1))).shape
+        ((8, 8, 9, 16), (2, 8, 8, 16))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        image: Sequence[int],
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.image = tuple(image)
+        rank = self.pixel_dims = len(self.image)
+        self.kernel_size = tuple_of(kernel_size, rank, "kernel_size")
+        self.strides, self.padding = (
+            tuple_of(strides, rank, "strides"),
+            padding if isinstance(padding, str | int) else tuple(padding),
+        )
+        self.kernel_dilation = tuple_of(kernel_dilation, rank, "kernel_dilation")
+        windows = local_windows(self.image, self.kernel_size, self.strides, padding, self.kernel_dilation)
+        self.image_out = tuple(w.extent_out for w in windows)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.dtype, self.precision = dtype, precision
+        kernel_init = kernel_init or nnx.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", batch_axis=tuple(range(rank))
+        )
+        shape = (*self.image_out, in_features * math.prod(self.kernel_size), out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        biases = (*self.image_out, out_features)
+        self.bias = nnx.Param(bias_init(rngs.params(), biases, param_dtype)) if use_bias else None
+
+    def pixels(self) -> tuple[int, int]:
+        return math.prod(s for s, k in zip(self.strides, self.kernel_size, strict=True) if k > 1), 1
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.image))
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `(batch, *image, channels)`."""
+        if inputs.ndim != len(self.image) + 2 or inputs.shape[1:] != (*self.image, self.in_features):
+            raise UserError(
+                f"nn.LocallyConnected was made for inputs (batch, "
+                f"{', '.join(map(str, (*self.image, self.in_features)))}), not {inputs.shape}"
+            )
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        return ops.local(
+            x,
+            kernel,
+            bias,
+            window=self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+        )
+
+
+class Embed(Partitioned, nnx.Embed):
+    """`nnx.Embed`, its table cut by rows over the channel axis; see `shardtrain.ops.embed`.
+
+    Example:
+        >>> Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 16)
+    """
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        return {"embedding": self.layout.parameter((self.num_embeddings, self.features), 0, mesh)}
+
+    def channels(self) -> tuple[int, ...]:
+        return (self.num_embeddings,)
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Looks up `(batch, *spatial)` integers."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
+        (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        return ops.embed(inputs, table, layout=self.layout)
+
+    def attend(self, query: Array) -> Array:
+        """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
+        query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")
+
+
+def _one_batch(inputs: Array, rank: int) -> tuple[Array, tuple[int, ...]]:
+    """`inputs` with one batch dimension, and the batch dimensions that it had."""
+    leading = inputs.shape[: inputs.ndim - rank - 1]
+    return inputs if len(leading) == 1 else inputs.reshape(-1, *inputs.shape[len(leading) :]), leading
+
+
+def _check_padding(what: str, padding: Padding, rank: int) -> None:
+    """Refuses at construction the names of paddings that the call would."""
+    names = ("SAME", "VALID", *MODES, *(("CAUSAL",) if rank == 1 else ()))
+    if isinstance(padding, str) and padding.upper() not in names:
+        raise UserError(f"{what}: padding={padding!r}; use {', '.join(map(repr, names))} or numbers")

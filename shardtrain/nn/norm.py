@@ -1,0 +1,133 @@
+"""Normalization layers with the arguments and parameter names of `nnx`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import ops
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh, spec
+from shardtrain.nn.base import Partitioned, placed
+from shardtrain.nn.context import current_examples
+
+
+class _Affine(Partitioned):
+    """The normalizations: a scale and a bias for every channel."""
+
+    num_features: int
+    scale: nnx.Param[Array] | None
+    bias: nnx.Param[Array] | None
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        names = [name for name in ("scale", "bias") if getattr(self, name) is not None]
+        return {name: self.layout.parameter((self.num_features,), 0, mesh) for name in names}
+
+    def channels(self) -> tuple[int, ...]:
+        return (self.num_features,)
+
+    def affine(self) -> tuple[Array | None, Array | None]:
+        scale, bias = self.scale, self.bias
+        return None if scale is None else scale[...], None if bias is None else bias[...]
+
+
+class BatchNorm(_Affine, nnx.BatchNorm):
+    """`nnx.BatchNorm` with the statistics of the whole batch on every mesh, real examples only.
+
+    Under gradient accumulation the statistics are those of a microbatch, as everywhere in the field.
+
+    Raises:
+        UserError: at construction, for an `axis` that is not the last, or an `axis_name`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.axis != -1:
+            raise UserError(f"nn.BatchNorm: axis={self.axis}; arrays are channels last here, so axis=-1")
+        if self.axis_name is not None:
+            raise UserError("nn.BatchNorm: leave axis_name out; statistics are over the whole batch already")
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        running = spec([self.layout.channel_cut(self.num_features, mesh)])  # state, so never spread
+        return super().kept(mesh) | {"mean": running, "var": running}
+
+    @placed
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Normalizes `(batch, *spatial, channels)`.
+
+        Args:
+            x: the input.
+            use_running_average: as in Flax; overrides the constructor's.
+            mask: `(batch,)`, which examples count; the trainer's by default.
+        """
+        running = self.use_running_average if use_running_average is None else use_running_average
+        if running is None:
+            raise UserError(
+                "nn.BatchNorm: say use_running_average=True or False, or call model.train() or .eval()"
+            )
+        scale, bias = self.affine()
+        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        if running:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            inverse = lax.rsqrt(self.var[...].astype(wide) + self.epsilon)
+            y = (x.astype(wide) - self.mean[...]) * (inverse if scale is None else inverse * scale)
+            return (y if bias is None else y + bias).astype(x.dtype)
+        real = current_examples(x.shape[0]).real if mask is None else mask
+        y, mean, var = ops.batch_norm(x, scale, bias, epsilon=self.epsilon, examples=real, layout=self.layout)
+        for statistic, new in ((self.mean, mean), (self.var, var)):
+            old = statistic[...]
+            moved = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
+            # A microbatch of a ragged batch may hold no example at all, and then says nothing.
+            statistic[...] = moved if real is None else jnp.where(real.any(), moved, old)
+        return y
+
+
+class GroupNorm(_Affine, nnx.GroupNorm):
+    """`nnx.GroupNorm`: each example by itself, so cut batches need nothing, cut pixels one small sum."""
+
+    def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.num_features = num_features
+        if self.reduction_axes is not None or self.axis_name is not None:
+            raise UserError("nn.GroupNorm: reduction_axes and axis_name have no place here; leave them out")
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        scale, bias = self.affine()
+        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        return ops.group_norm(x, self.num_groups, scale, bias, epsilon=self.epsilon, layout=self.layout)
+
+
+class LayerNorm(_Affine, nnx.LayerNorm):
+    """`nnx.LayerNorm` over the channels."""
+
+    def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.num_features = num_features
+        if (self.reduction_axes, self.feature_axes, self.axis_name) != (-1, -1, None):
+            raise UserError("nn.LayerNorm: it normalizes the last axis; leave the *_axes and axis_name out")
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        scale, bias = self.affine()
+        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        return ops.layer_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
+
+
+class InstanceNorm(_Affine, nnx.InstanceNorm):
+    """`nnx.InstanceNorm`: each channel of each example by itself."""
+
+    def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if self.feature_axes != -1 or self.axis_name is not None:
+            raise UserError("nn.InstanceNorm: it normalizes the pixels of each channel; leave the axes out")
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        scale, bias = self.affine()
+        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        return ops.instance_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)

@@ -1,0 +1,163 @@
+"""Layers without parameters: pooling, resizing, joining, flattening, dropout."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from shardtrain import ops
+from shardtrain.errors import UserError
+from shardtrain.layout import active_mesh
+from shardtrain.nn.base import Partitioned, placed
+from shardtrain.nn.context import current_examples
+from shardtrain.ops.window import Padding, tuple_of
+
+
+class MaxPool(Partitioned, nnx.Module):
+    """`nnx.max_pool` as a layer; see `shardtrain.ops.max_pool`.
+
+    Example:
+        >>> MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
+    """
+
+    def __init__(
+        self, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = "VALID"
+    ) -> None:
+        self.window_shape = tuple(window_shape)
+        self.strides = tuple_of(strides, len(self.window_shape), "strides")
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.max_pool(
+            x, self.window_shape, strides=self.strides, padding=self.padding, layout=self.layout
+        )
+
+
+class AvgPool(Partitioned, nnx.Module):
+    """`nnx.avg_pool` as a layer; see `shardtrain.ops.avg_pool`."""
+
+    def __init__(
+        self,
+        window_shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        padding: Padding = "VALID",
+        count_include_pad: bool = True,
+    ) -> None:
+        self.window_shape = tuple(window_shape)
+        self.strides = tuple_of(strides, len(self.window_shape), "strides")
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        self.count_include_pad = count_include_pad
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.avg_pool(
+            x,
+            self.window_shape,
+            strides=self.strides,
+            padding=self.padding,
+            count_include_pad=self.count_include_pad,
+            layout=self.layout,
+        )
+
+
+class GlobalAvgPool(Partitioned, nnx.Module):
+    """The mean over all pixels as a layer; see `shardtrain.ops.global_avg_pool`."""
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.global_avg_pool(x, layout=self.layout)
+
+
+class AdaptiveAvgPool(Partitioned, nnx.Module):
+    """Average pooling to images of `extents`; see `shardtrain.ops.adaptive_avg_pool`.
+
+    Example:
+        >>> AdaptiveAvgPool((6, 6))(jnp.ones((2, 13, 8, 3))).shape
+        (2, 6, 6, 3)
+    """
+
+    def __init__(self, extents: Sequence[int]) -> None:
+        self.extents = tuple_of(tuple(extents), len(extents), "extents")
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.adaptive_avg_pool(x, self.extents, layout=self.layout)
+
+
+class Flatten(Partitioned, nnx.Module):
+    """All pixels and channels in one row; see `shardtrain.ops.flatten`."""
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.flatten(x, layout=self.layout)
+
+
+class Concat(Partitioned, nnx.Module):
+    """Activations joined along their channels; see `shardtrain.ops.concat`.
+
+    Example:
+        >>> Concat()(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))).shape
+        (2, 4, 4, 8)
+    """
+
+    @placed
+    def __call__(self, x: Array, *others: Array) -> Array:
+        return ops.concat((x, *others), layout=self.layout)
+
+
+class Upsample(Partitioned, nnx.Module):
+    """Every spatial dimension `factor` times as long; see `shardtrain.ops.resize`.
+
+    Example:
+        >>> Upsample(2, "linear")(jnp.ones((2, 7, 8, 3))).shape
+        (2, 14, 16, 3)
+    """
+
+    def __init__(self, factor: int | Sequence[int], method: Literal["nearest", "linear"] = "nearest") -> None:
+        self.factor = factor if isinstance(factor, int) else tuple(factor)
+        self.method = method
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        factors = tuple_of(self.factor, x.ndim - 2, "factor")
+        extents = [n * f for n, f in zip(x.shape[1:-1], factors, strict=True)]
+        return ops.resize(x, extents, method=self.method, layout=self.layout)
+
+
+class Dropout(Partitioned, nnx.Dropout):
+    """`nnx.Dropout` whose mask is drawn example by example.
+
+    The mask depends on the key and on each example's place in the batch: not on the mesh, and not on how a
+    batch is split into microbatches.
+    """
+
+    @placed
+    def __call__(
+        self, inputs: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | Array | None = None
+    ) -> Array:
+        off = self.deterministic if deterministic is None else deterministic
+        if off is None:
+            raise UserError("nn.Dropout: say deterministic=True or False, or call model.train() or .eval()")
+        if off or self.rate == 0.0:
+            return inputs
+        if self.rate == 1.0:
+            return jnp.zeros_like(inputs)
+        source = self.rngs if rngs is None else rngs
+        if source is None:
+            raise UserError("nn.Dropout: give rngs, to the constructor or to the call")
+        source = source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
+        key = source if isinstance(source, jax.Array) else source()
+        shape = [1 if d in self.broadcast_dims else n for d, n in enumerate(inputs.shape)]
+        index = current_examples(inputs.shape[0]).index[: shape[0]]
+        draw = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.rate, shape[1:]))
+        mesh = active_mesh()
+        mask = draw(index)
+        if mesh is not None and inputs.ndim > 1 and not self.broadcast_dims:
+            # One bit pattern on every mesh; each device draws only its part of it.
+            mask = lax.with_sharding_constraint(mask, self.layout.activation(inputs.shape, mesh))
+        return jnp.where(mask, inputs / (1 - self.rate), 0).astype(inputs.dtype)

@@ -1,0 +1,78 @@
+"""What happens to the channels of one contraction where they are cut."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh, Axes, Layout
+from shardtrain.mesh import size
+
+ChannelMode = Literal["gather", "scatter"]
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What happens to the channels of one convolution.
+
+    Attributes:
+        cut_in, cut_out: mesh axes that cut the input's and the output's channels.
+        mode: `"gather"`: every device has the filters of its output channels and gathers all input
+            channels; `"scatter"`: it has the filters' part for its input channels, and partial sums are
+            reduce-scattered (all-reduced where the output's channels cannot be cut).
+        sharing: neighbouring devices that share the channels of a group: all of them without groups, 1 if
+            every device has whole groups.
+    """
+
+    cut_in: Axes
+    cut_out: Axes
+    mode: ChannelMode
+    sharing: int
+
+    @property
+    def collective(self) -> str | None:
+        """What moves: `"all-gather"`, `"reduce-scatter"`, `"all-reduce"` or nothing."""
+        if not self.cut_in or self.sharing == 1 or (self.mode == "gather" and not self.cut_out):
+            return None
+        return "all-gather" if self.mode == "gather" else "reduce-scatter" if self.cut_out else "all-reduce"
+
+
+def channel_plan(
+    layout: Layout,
+    mesh: AnyMesh | None,
+    channels: tuple[int, int],
+    pixels: tuple[int, int],
+    groups: int = 1,
+    mode: ChannelMode | None = None,
+) -> ChannelPlan:
+    """Chooses between gathering input channels and scattering partial sums: fewer bytes win.
+
+    With `n` channel shards a gather moves `(n-1)/n * channels_in * pixels_in` values to each device, a
+    reduce-scatter `(n-1)/n * channels_out * pixels_out`; the backward pass moves as many again.
+
+    Args:
+        layout, mesh: what cuts the channels.
+        channels: input and output channels.
+        pixels: input pixels a device computes from (halos included) and output pixels it computes, or
+            just their ratio.
+        groups: feature groups.
+        mode: the choice, where the caller has made it.
+
+    Raises:
+        UserError: groups with cut channels where neither divides by the other.
+    """
+    cut_in, cut_out = (layout.channel_cut(c, mesh) for c in channels)
+    cut = cut_in or cut_out
+    shards = size(mesh, cut) if mesh is not None and cut else 1
+    if groups > 1 and cut:
+        if not cut_in or not cut_out or (groups % shards and shards % groups):
+            raise UserError(
+                f"conv: groups={groups} with {channels[0]} -> {channels[1]} channels cannot be cut "
+                f"{shards}-fold on the channel axis; use groups that divide by {shards}, or a layout with "
+                f"channels=() for this layer"
+            )
+        return ChannelPlan(cut_in, cut_out, "gather", max(1, shards // groups))
+    if cut_in and not cut_out:
+        return ChannelPlan(cut_in, (), "scatter", shards)
+    if mode is None:
+        mode = "gather" if channels[0] * pixels[0] <= channels[1] * pixels[1] else "scatter"
+    return ChannelPlan(cut_in, cut_out, mode if cut_in else "gather", shards)

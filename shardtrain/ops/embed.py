@@ -1,0 +1,75 @@
+"""Embedding tables cut by rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.ops import island
+
+
+def embed(
+    indices: Int[Array, "batch *spatial"],
+    table: Float[Array, "rows features"],
+    *,
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial features"]:
+    """Rows of a table by their numbers, the table cut by rows over the axes that cut channels.
+
+    One island. Every device looks up what it has and has zeros for the rest; the sums are reduce-scattered
+    over the features (all-reduced where those cannot be cut). The gradient adds to a device's own rows.
+
+    Args:
+        indices: negative ones count from the end; beyond the table the result is NaN, as in Flax.
+        table: the embeddings. Rows that do not divide by the axes are padded on the way in.
+        layout: which mesh axes cut what; by name by default. Dimensions of `indices` after the batch count
+            as pixels: the last is `width`.
+
+    Example:
+        >>> embed(jnp.array([[0, 2, 1]]), jnp.ones((3, 8))).shape
+        (1, 3, 8)
+
+    References:
+        Shoeybi et al., Megatron-LM, 2019, section 3 (the vocabulary-parallel embedding).
+    """
+    return _embed(indices, table, layout or Layout())
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _embed(indices: Array, table: Array, layout: Layout) -> Array:
+    mesh = active_mesh()
+    rows, features = table.shape
+    space = [layout.cut(name, mesh) for name in spatial_names(indices.ndim - 1)]
+    cut = [layout.cut("batch", mesh), *space]
+    by_rows, by_features = layout.cut("channels", mesh), layout.channel_cut(features, mesh)
+    vary = tuple(a for axes in cut for a in axes)
+    kept = island.at_rest(layout, table.shape, 0, mesh)
+    kept = spec([by_rows, *(tuple(a for a in layout.parameters if a in (entry or ())) for entry in kept[1:])])
+    extents = (*indices.shape, features)
+
+    def local(indices: Array, table: Array) -> Array:
+        table = island.gather(table, kept, layout, vary)
+        wanted = jnp.where(indices < 0, indices + rows, indices)
+        mine = wanted - (lax.axis_index(by_rows) * table.shape[0] if by_rows else 0)
+        have = (mine >= 0) & (mine < table.shape[0])
+        found = jnp.take(table, jnp.where(have, mine, 0), axis=0)
+        found = jnp.where(have[..., None], found, 0)
+        if by_rows and by_features:
+            found = lax.psum_scatter(found, by_rows, scatter_dimension=found.ndim - 1, tiled=True)
+        elif by_rows:
+            found = lax.psum(found, by_rows)
+        exists = (wanted >= 0) & (wanted < rows)
+        found = jnp.where(exists[..., None], found, jnp.nan)
+        return island.real(found, extents, [*cut, by_features], mesh)
+
+    if mesh is None:
+        return local(indices, table)
+    even = [island.even(n, axes, mesh) for n, axes in zip(indices.shape, cut, strict=True)]
+    table = island.pad_to(table, (island.even(rows, by_rows, mesh), features))
+    y = island.run(
+        local, mesh, (spec(cut), kept), spec([*cut, by_features]), island.pad_to(indices, even), table
+    )
+    return island.crop_to(y, extents)

@@ -1,0 +1,235 @@
+"""Padding, resizing and adaptive pooling: outputs that each read a range of inputs of their own."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.mesh import size
+from shardtrain.ops import island
+from shardtrain.ops.halo import exchange
+from shardtrain.ops.window import Bands, Reach, Window, check_repeats, pairs_of, tuple_of
+
+PAD_MODES = ("constant", "wrap", "reflect", "edge")
+
+
+def pad(
+    x: Float[Array, "batch *spatial channels"],
+    padding: int | Sequence[int | tuple[int, int]],
+    *,
+    mode: str = "constant",
+    value: float = 0.0,
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial_out channels"]:
+    """Rows added before and after in every spatial dimension; negative numbers crop.
+
+    The output is cut in equal blocks again, so padding on one side alone moves rows between neighbours.
+    Convolutions and pooling pad by themselves, which moves less.
+
+    Args:
+        x: input, channels last.
+        padding: a number, or for each spatial dimension a number or `(before, after)`.
+        mode: `"constant"`, `"wrap"`, `"reflect"` or `"edge"`, as in `numpy.pad`.
+        value: for mode `"constant"`.
+        layout: which mesh axes cut what; by name by default.
+
+    Raises:
+        UserError: a mode that there is not; more rows repeated than there are, or none left.
+
+    Example:
+        >>> pad(jnp.ones((2, 7, 8, 3)), ((1, 1), (2, 2)), mode="reflect").shape
+        (2, 9, 12, 3)
+    """
+    if mode not in PAD_MODES:
+        raise UserError(f"pad: mode={mode!r}; there are {', '.join(map(repr, PAD_MODES))}")
+    extents = x.shape[1:-1]
+    pads = pairs_of(padding, len(extents))
+    check_repeats(mode, extents, pads)
+    windows = tuple(Window(n, 1, 1, p, mode=mode) for n, p in zip(extents, pads, strict=True))
+    if any(w.extent_out < 1 for w in windows):
+        raise UserError(f"pad: padding {pads} leaves nothing of extents {extents}; crop less")
+    return _pad(x, windows, float(value), layout or Layout())
+
+
+def resize(
+    x: Float[Array, "batch *spatial channels"],
+    extents: Sequence[int],
+    *,
+    method: Literal["nearest", "linear"] = "nearest",
+    layout: Layout | None = None,
+) -> Float[Array, "batch *spatial_out channels"]:
+    """Resamples every spatial dimension, pixels centred, without antialiasing.
+
+    The numbers of `jax.image.resize(..., antialias=False)`; of PyTorch's `interpolate` with
+    `mode="nearest-exact"`, and with `"linear"`, `"bilinear"` or `"trilinear"`.
+
+    Args:
+        x: input, channels last.
+        extents: of the output.
+        method: the nearest input, or a mean of the two nearest in each dimension.
+        layout: which mesh axes cut what; by name by default.
+
+    Raises:
+        UserError: extents of another number of dimensions, or below 1.
+
+    Example:
+        >>> resize(jnp.ones((2, 7, 8, 3)), (14, 16), method="linear").shape
+        (2, 14, 16, 3)
+    """
+    wanted = tuple_of(extents, x.ndim - 2, "extents")
+    weigh = {"nearest": _nearest, "linear": _linear}.get(method)
+    if weigh is None:
+        raise UserError(f"resize: method={method!r}; there are 'nearest' and 'linear'")
+    weights = tuple(weigh(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
+    return _weighted(x, weights, layout or Layout())
+
+
+def adaptive_avg_pool(
+    x: Float[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
+) -> Float[Array, "batch *spatial_out channels"]:
+    """The mean of windows that share the input out among `extents` outputs, as evenly as they can.
+
+    Output `i` of `m` reads the inputs from `floor(i * n / m)` to `ceil((i + 1) * n / m)`, as in PyTorch.
+
+    Args:
+        x: input, channels last.
+        extents: of the output.
+        layout: which mesh axes cut what; by name by default.
+
+    Raises:
+        UserError: extents of another number of dimensions, or below 1.
+
+    Example:
+        >>> adaptive_avg_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
+        (2, 6, 6, 3)
+    """
+    wanted = tuple_of(extents, x.ndim - 2, "extents")
+    weights = []
+    for n, m in zip(x.shape[1:-1], wanted, strict=True):
+        weights.append(tuple((a, (1 / (b - a),) * (b - a)) for a, b in _shares(n, m)))
+    return _weighted(x, tuple(weights), layout or Layout())
+
+
+def adaptive_max_pool(
+    x: Float[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
+) -> Float[Array, "batch *spatial_out channels"]:
+    """The largest value of windows as in `adaptive_avg_pool`.
+
+    Of equal values the first of a column gets the gradient, then the first of the columns.
+
+    Example:
+        >>> adaptive_max_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
+        (2, 6, 6, 3)
+    """
+    wanted = tuple_of(extents, x.ndim - 2, "extents")
+    ranges = tuple(_shares(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
+    return _largest(x, ranges, layout or Layout())
+
+
+def _shares(n: int, m: int) -> tuple[tuple[int, int], ...]:
+    return tuple((i * n // m, -(-(i + 1) * n // m)) for i in range(m))
+
+
+Weights = tuple[tuple[int, tuple[float, ...]], ...]
+"""For every output its first input and the weights of the inputs from there."""
+
+
+def _nearest(n: int, m: int) -> Weights:
+    return tuple(((2 * o + 1) * n // (2 * m), (1.0,)) for o in range(m))
+
+
+def _linear(n: int, m: int) -> Weights:
+    found = []
+    for o in range(m):
+        place = min(max((o + 0.5) * n / m - 0.5, 0.0), n - 1.0)
+        first = min(math.floor(place), max(n - 2, 0))
+        share = place - first
+        two = (first, (1 - share, share))
+        found.append(two if 0 < share < 1 else (first + round(share), (1.0,)))  # no input of weight 0
+    return tuple(found)
+
+
+@functools.partial(jax.jit, static_argnames=("windows", "value", "layout"))
+def _pad(x: Array, windows: tuple[Window, ...], value: float, layout: Layout) -> Array:
+    return _each_dimension(x, windows, layout, lambda x, dim, reach: x, value)
+
+
+@functools.partial(jax.jit, static_argnames=("weights", "layout"))
+def _weighted(x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
+    bands = tuple(
+        Bands(n, tuple((first, first + len(shares)) for first, shares in rows))
+        for n, rows in zip(x.shape[1:-1], weights, strict=True)
+    )
+
+    def combine(x: Array, dim: int, reach: Reach) -> Array:
+        rows = weights[dim - 1]
+        times, rest = divmod(len(rows), reach.extent)
+        copies = not rest and rows == tuple((o // times, (1.0,)) for o in range(len(rows)))
+        if copies and times * x.shape[dim] == reach.block_out:
+            return jnp.repeat(x, times, axis=dim)
+        matrices = np.zeros((reach.shards, reach.block_out, reach.need))
+        for shard, start, _ in reach.spans:
+            outputs = range(shard * reach.block_out, min((shard + 1) * reach.block_out, len(rows)))
+            for place, o in enumerate(outputs):
+                first, shares = rows[o]
+                matrices[shard, place, first - start : first - start + len(shares)] = shares
+        matrix = island.own(matrices, reach).astype(x.dtype)
+        return jnp.moveaxis(jnp.tensordot(x, matrix, ((dim,), (1,))), -1, dim)
+
+    return _each_dimension(x, bands, layout, combine)
+
+
+@functools.partial(jax.jit, static_argnames=("ranges", "layout"))
+def _largest(x: Array, ranges: tuple[tuple[tuple[int, int], ...], ...], layout: Layout) -> Array:
+    bands = tuple(Bands(n, rows) for n, rows in zip(x.shape[1:-1], ranges, strict=True))
+
+    def combine(x: Array, dim: int, reach: Reach) -> Array:
+        rows = ranges[dim - 1]
+        widest = max(stop - start for start, stop in rows)
+        places = np.zeros((reach.shards, reach.block_out, widest), int)
+        for shard, start, _ in reach.spans:
+            outputs = range(shard * reach.block_out, min((shard + 1) * reach.block_out, len(rows)))
+            for place, o in enumerate(outputs):
+                first, stop = rows[o]
+                # A shorter window reads its last input again: never a new largest value.
+                places[shard, place] = np.minimum(np.arange(first, first + widest), stop - 1) - start
+        index = island.own(places, reach)
+        windows = jnp.take(x, index.reshape(-1), axis=dim)
+        windows = windows.reshape(*x.shape[:dim], reach.block_out, widest, *x.shape[dim + 1 :])
+        chosen = jnp.expand_dims(windows.argmax(dim + 1), dim + 1)  # the first, for the gradient
+        return jnp.take_along_axis(windows, chosen, axis=dim + 1).squeeze(dim + 1)
+
+    return _each_dimension(x, bands, layout, combine)
+
+
+def _each_dimension(x, reaches, layout, combine, fill=0.0):  # type: ignore[no-untyped-def]
+    """One island that gives `combine` the rows which a shard's outputs read, dimension by dimension."""
+    mesh = active_mesh()
+    cuts = [layout.cut(name, mesh) for name in spatial_names(len(reaches))]
+    reaches = [
+        r.on(axes, 1 if mesh is None else size(mesh, axes)) for r, axes in zip(reaches, cuts, strict=True)
+    ]
+    cut = [layout.cut("batch", mesh), *cuts, layout.channel_cut(x.shape[-1], mesh)]
+    extents_in = x.shape
+    extents_out = (x.shape[0], *(r.extent_out for r in reaches), x.shape[-1])
+
+    def local(x: Array) -> Array:
+        x = island.real(x, extents_in, cut, mesh, fill)
+        for dim, reach in enumerate(reaches, start=1):
+            x = exchange(x, dim, reach, fill=fill, grouped=island.grouped(mesh))
+            x = combine(x, dim, reach)
+        return island.real(x, extents_out, cut, mesh)
+
+    if mesh is None:
+        return local(x)
+    even = [island.even(n, axes, mesh) for n, axes in zip(x.shape, cut, strict=True)]
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to(x, even))
+    return island.crop_to(y, extents_out)

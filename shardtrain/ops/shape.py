@@ -1,0 +1,121 @@
+"""Flattening and concatenation: operators that change which values a dimension holds."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.mesh import size
+from shardtrain.ops import island
+from shardtrain.ops.halo import rerouted
+from shardtrain.ops.reshard import move
+from shardtrain.ops.window import reroute
+
+
+def flatten(
+    x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
+) -> Float[Array, "batch features"]:
+    """All pixels and channels of an example in one row, cut as channels are.
+
+    The one operator that undoes the cut of pixels; put it where images are small. Pixels are gathered;
+    where they divide by the axes that cut channels, those come to cut them by an all-to-all, otherwise
+    channels are gathered too and every device keeps its features.
+
+    Example:
+        >>> flatten(jnp.ones((2, 4, 4, 3))).shape
+        (2, 48)
+    """
+    return _flatten(x, layout or Layout())
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _flatten(x: Array, layout: Layout) -> Array:
+    mesh, extents = active_mesh(), x.shape
+    space = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
+    channels = layout.channel_cut(x.shape[-1], mesh)
+    cut = [layout.cut("batch", mesh), *space, channels]
+    pixels = math.prod(extents[1:-1])
+    features = pixels * extents[-1]
+    shards = 1 if mesh is None else size(mesh, channels)
+    turns = bool(channels) and pixels % shards == 0
+
+    def local(x: Array) -> Array:
+        # Every device then has the same: each cuts its part out of the gradient, which moves nothing.
+        for dim, axes in enumerate(cut[1:] if not turns else space, start=1):
+            if axes:
+                x = lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying")
+        x = island.crop_to(x, (x.shape[0], *extents[1:-1], x.shape[-1]))
+        x = x.reshape(x.shape[0], pixels, x.shape[-1])
+        if turns:
+            x = lax.all_to_all(x, channels, 1, 2, tiled=True)
+        return x.reshape(x.shape[0], -1)
+
+    if mesh is None:
+        return local(x)
+    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    rest = channels if turns else ()
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], rest]), island.pad_to(x, even))
+    y = island.crop_to(y, (extents[0], features))
+    return move(y, (cut[0], rest), (cut[0], layout.channel_cut(features, mesh)))
+
+
+def concat(
+    arrays: Sequence[Float[Array, "batch *spatial _"]], *, layout: Layout | None = None
+) -> Float[Array, "batch *spatial channels"]:
+    """Activations joined along their channels, as `jnp.concatenate(arrays, axis=-1)`.
+
+    Where channels are cut, a device's block of the result comes from other devices' blocks: those
+    channels, and no more, travel between neighbours. XLA's own partitioner moves whole arrays here.
+
+    Args:
+        arrays: of the same batch and pixels.
+        layout: which mesh axes cut what; by name by default.
+
+    Raises:
+        UserError: arrays of different batch or pixels, or none.
+
+    Example:
+        >>> concat([jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))]).shape
+        (2, 4, 4, 8)
+    """
+    if len({x.shape[:-1] for x in arrays}) != 1:
+        raise UserError(f"concat: shapes {[x.shape for x in arrays]}; all but the channels must agree")
+    return _concat(tuple(arrays), layout or Layout())
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
+    mesh = active_mesh()
+    total = sum(x.shape[-1] for x in arrays)
+    cuts = {layout.channel_cut(n, mesh) for n in (total, *(x.shape[-1] for x in arrays))}
+    if mesh is None or len(cuts) > 1 or cuts == {()}:
+        return jnp.concatenate(arrays, axis=-1)
+    extents = arrays[0].shape[:-1]
+    space = [layout.cut(name, mesh) for name in spatial_names(len(extents) - 1)]
+    cut = [layout.cut("batch", mesh), *space, cuts.pop()]
+    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=False)]
+
+    shards = size(mesh, cut[-1])
+    blocks = [x.shape[-1] // shards for x in arrays]
+    # Every device's channels of the result, as (owner, place among the owner's channels of all arrays).
+    places = [
+        (c // block, sum(blocks[:k]) + c % block)
+        for k, block in enumerate(blocks)
+        for c in range(block * shards)
+    ]
+    wanted = [places[i * total // shards : (i + 1) * total // shards] for i in range(shards)]
+    rounds, table = reroute(wanted, sum(blocks))
+
+    def local(*arrays: Array) -> Array:
+        x = jnp.concatenate(arrays, axis=-1)
+        return rerouted(x, x.ndim - 1, rounds, table, cut[-1], grouped=island.grouped(mesh))
+
+    padded = [island.pad_to(x, (*even, x.shape[-1])) for x in arrays]
+    y = island.run(local, mesh, (spec(cut),) * len(arrays), spec(cut), *padded)
+    return island.crop_to(y, (*extents, total))

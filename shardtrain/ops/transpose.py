@@ -1,0 +1,151 @@
+"""Transposed convolution, with Flax's and PyTorch's conventions of padding."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout
+from shardtrain.ops.channels import ChannelMode
+from shardtrain.ops.conv import Config, check, convolve, window_sizes
+from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
+
+
+def conv_transpose(
+    x: Float[Array, "batch *spatial channels_in"],
+    kernel: Float[Array, "*window _ _"],
+    bias: Float[Array, " channels_out"] | None = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    layout: Layout | None = None,
+    channel_mode: ChannelMode | None = None,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "batch *spatial_out channels_out"]:
+    """Transposed convolution in 1, 2 or 3 dimensions: `strides - 1` zeros between inputs, then a window.
+
+    One island, as `conv`; what travels are rows of the small input, not of the large output.
+
+    Args:
+        x: input; the leading dimension is the batch.
+        kernel: filters, Flax's layout.
+        bias: added to every output pixel.
+        strides: rows of output for one of input.
+        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D) or `"CIRCULAR"` as in `flax.nnx.ConvTranspose`, or
+            rows to add around the dilated input; `torch_padding` gives those for PyTorch's convention.
+        dilation: of the kernel.
+        groups: feature groups, see `conv`.
+        transpose_kernel: the kernel is that of the convolution this one transposes: mirrored, and of
+            shape `(*window, channels_out / groups, channels_in)`. PyTorch's weights are such a kernel.
+        layout, channel_mode, precision, preferred_element_type: see `conv`.
+
+    Returns:
+        The output, cut as the input is.
+
+    Raises:
+        UserError: as `conv`.
+
+    Example:
+        >>> conv_transpose(jnp.ones((2, 7, 8, 4)), jnp.ones((2, 2, 4, 6)), strides=2, padding="VALID").shape
+        (2, 14, 16, 6)
+        >>> weight = jnp.ones((4, 6, 3, 3))  # torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1)
+        >>> kernel, pads = weight.transpose(2, 3, 1, 0), torch_padding((3, 3), 1, output_padding=1)
+        >>> x = jnp.ones((2, 7, 8, 4))
+        >>> conv_transpose(x, kernel, strides=2, padding=pads, transpose_kernel=True).shape
+        (2, 14, 16, 6)
+
+    References:
+        Dumoulin and Visin, A Guide to Convolution Arithmetic for Deep Learning, 2016, section 4.
+    """
+    rank = kernel.ndim - 2
+    if transpose_kernel:
+        kernel = _transposed(kernel, groups)
+    check("conv_transpose", x, kernel, bias, groups)
+    strides = tuple_of(strides, rank, "strides")
+    dilation = tuple_of(dilation, rank, "dilation")
+    sizes = window_sizes(kernel.shape[:-2], dilation)
+    pads = transposed_pads(padding, sizes, strides, transpose_kernel)
+    mode = mode_of(padding)
+    check_repeats(mode, [n * s for n, s in zip(x.shape[1:-1], strides, strict=True)], pads)
+    config = Config(
+        (1,) * rank,
+        dilation,
+        strides,
+        tuple(pads),
+        mode,
+        groups,
+        layout or Layout(),
+        channel_mode,
+        precision,
+        preferred_element_type,
+    )
+    return convolve(x, kernel, bias, config=config)
+
+
+def torch_padding(
+    window: Sequence[int],
+    padding: int | Sequence[int] = 0,
+    *,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> list[tuple[int, int]]:
+    """The `padding` of `conv_transpose` that PyTorch's arguments mean.
+
+    PyTorch's `padding` crops the output of the full transposed convolution at both ends, `output_padding`
+    adds rows at its end: `(n - 1) * stride - 2 * padding + dilation * (window - 1) + output_padding + 1`.
+
+    Raises:
+        UserError: another number of values than the window has dimensions.
+
+    Example:
+        >>> torch_padding((4, 4), 1, output_padding=1)
+        [(2, 3), (2, 3)]
+    """
+    rank = len(window)
+    spans = window_sizes(window, tuple_of(dilation, rank, "dilation"))
+    crops, extra = (pairs_of(value, rank) for value in (padding, output_padding))
+    return [(k - 1 - p, k - 1 - p + q) for k, (p, _), (_, q) in zip(spans, crops, extra, strict=True)]
+
+
+def transposed_pads(
+    padding: Padding, sizes: Sequence[int], strides: Sequence[int], transpose_kernel: bool = False
+) -> list[tuple[int, int]]:
+    """Rows of padding around the dilated input of a transposed convolution, as Flax reads `padding`."""
+    name = padding.upper() if isinstance(padding, str) else None
+    if name == "REFLECT":
+        raise UserError("conv_transpose: padding='REFLECT' is not defined; use 'SAME', 'VALID' or 'CIRCULAR'")
+    if name in ("SAME", "VALID"):
+        return [_transposed_pad(name, k, s) for k, s in zip(sizes, strides, strict=True)]
+    if name == "CIRCULAR":
+        found = []
+        for k, s in zip(sizes, strides, strict=True):
+            spare = max(0, k - s)  # even windows lean to the left, or to the right if transposed
+            low = k - 1 - (-(-spare // 2) if transpose_kernel else spare // 2)
+            found.append((low, s - 2 + k - low))
+        return found
+    return pads_of(padding, sizes, sizes, strides)
+
+
+def _transposed_pad(name: str, k: int, s: int) -> tuple[int, int]:
+    """As `jax.lax.conv_transpose` pads for `"SAME"` (output `s` times the input) and `"VALID"`."""
+    if name == "VALID":
+        return k - 1, s - 1 + max(k - s, 0)
+    low = k - 1 if s > k - 1 else -(-(k + s - 2) // 2)
+    return low, k + s - 2 - low
+
+
+def _transposed(kernel: Array, groups: int) -> Array:
+    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
+    *window, outputs, inputs = kernel.shape
+    if inputs % groups:
+        raise UserError(f"conv_transpose: {inputs} input channels do not divide into groups={groups}")
+    kernel = jnp.flip(kernel, range(len(window)))
+    kernel = kernel.reshape(*window, outputs, groups, inputs // groups)
+    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, inputs // groups, groups * outputs)

@@ -1,0 +1,200 @@
+"""A model on a mesh, layer by layer, before anything is compiled or placed."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Axes, Layout, axes_of
+from shardtrain.mesh import size, text
+from shardtrain.nn import flow, partition
+from shardtrain.nn.base import name
+from shardtrain.plan.trace import Sent, layer_of, sent
+
+WHAT = {
+    "collective-permute": "halos",
+    "all-gather": "gather",
+    "reduce-scatter": "scatter",
+    "all-reduce": "sum",
+    "all-to-all": "turn",
+}
+"""What the collectives are for, in the words of the table; what changes a layout is `"reshard"`."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer of a model on a mesh.
+
+    Attributes:
+        path: of the layer; `""` collects what lies outside all layers of ours.
+        kind: its class.
+        shape: of its output, of the last call if there are several; None if it was not called or inputs
+            were not given.
+        cut: the mesh axes of every dimension of the output.
+        parameters: bytes of its parameters on each device.
+        sent: what a training step moves for it, forward and backward.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...] | None
+    cut: tuple[Axes, ...]
+    parameters: int
+    sent: tuple[Sent, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What one device sends in a step."""
+        return sum(s.bytes for s in self.sent)
+
+
+def lines(
+    model: nnx.Module,
+    mesh: Mesh,
+    inputs: Any = None,
+    *,
+    layout: partition.LayoutTable | None = None,
+    parameters: str | Axes = (),
+) -> list[Line]:
+    """The layers of `model` on `mesh`: how they are cut, what they keep, what they send in a step.
+
+    A step is the forward pass and the gradient by all parameters; the loss, metrics and the optimizer's
+    norms add a few numbers. Read from a trace: nothing is compiled, no array is made.
+
+    Args:
+        model: any NNX model; its layers get their layouts, as from a `Trainer`.
+        mesh: from `make_mesh`.
+        inputs: shape of the batch, `(batch, *spatial, channels)`, or an array or `jax.ShapeDtypeStruct`.
+            Without it only parameters are listed.
+        layout, parameters: as for `Trainer`.
+
+    Raises:
+        UserError: what the model cannot do on this mesh, or with these inputs.
+    """
+    default = Layout(parameters=parameters)
+    partition.assign(model, mesh, default, layout or {})
+    found = partition.leaves(model)
+    paths = list(found)
+    kept = _parameter_bytes(model, mesh, default)
+    moved: dict[str, list[Sent]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if inputs is not None:
+        batch = _batch(inputs)
+        for row in sent(_step(model, mesh, default, batch), mesh):
+            moved[layer_of(row.scope, paths)].append(row)
+        calls = flow.trace(model, batch)
+        shapes = {call.path: call.shape_out for call in calls}
+        paths.sort(key=lambda path: next((i for i, c in enumerate(calls) if c.path == path), len(calls)))
+    lies = flow.layouts(model)
+
+    def line(path: str, kind: str) -> Line:
+        shape = shapes.get(path)
+        lie = lies.get(path)
+        cut = () if shape is None or lie is None else tuple(map(axes_of, lie.activation(shape, mesh)))
+        return Line(path, kind, shape, cut, kept.get(path, 0), tuple(moved.get(path, ())))
+
+    found_lines = [line(path, type(found[path]).__name__) for path in paths]
+    return found_lines + ([line("", "")] if moved.get("") or kept.get("") else [])
+
+
+def summary(
+    model: nnx.Module,
+    mesh: Mesh,
+    inputs: Any = None,
+    *,
+    layout: partition.LayoutTable | None = None,
+    parameters: str | Axes = (),
+) -> Table:
+    """A table of layers: output and how it is cut, parameters per device, bytes sent per step and by what.
+
+    Args, Raises: as `lines`.
+
+    Example:
+        >>> model = models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0))
+        >>> rich.print(summary(model, make_mesh("data=2,height=4"), (64, 16, 16, 1)))  # doctest: +SKIP
+    """
+    rows = lines(model, mesh, inputs, layout=layout, parameters=parameters)
+    moved = [_by_what(row.sent) for row in rows]
+    kinds = [what for what in ("reshard", *WHAT.values()) if any(m[what] for m in moved)]
+    table = Table(
+        title=f"{type(model).__name__} on {text(mesh)}: KiB on, and sent by, each device",
+        caption="/n: cut n-fold; kept: parameters; sent: in a forward and backward pass, and by what: "
+        "change of layout (reshard), collective-permute (halos), all-gather, reduce-scatter, "
+        "all-reduce (sum), all-to-all (turn)",
+        show_footer=True,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("layer", "all", overflow="fold")
+    table.add_column("type", no_wrap=True)
+    table.add_column("output", no_wrap=True)
+    table.add_column("kept", _kib(sum(row.parameters for row in rows)), justify="right", no_wrap=True)
+    table.add_column("sent", _kib(sum(row.bytes for row in rows)), justify="right", no_wrap=True)
+    for what in kinds:
+        table.add_column(what, _kib(sum(m[what] for m in moved)), justify="right", no_wrap=True)
+    for row, by in zip(rows, moved, strict=True):
+        output = "x".join(
+            f"{n}/{size(mesh, axes)}" if axes else str(n)
+            for n, axes in zip(row.shape or (), row.cut, strict=False)
+        )
+        numbers = [row.parameters, row.bytes, *(by[what] for what in kinds)]
+        table.add_row(row.path or "(outside)", row.kind, output, *map(_kib, numbers))
+    return table
+
+
+def _kib(amount: int) -> str:
+    """KiB with three digits or more, nothing for nothing."""
+    return "" if not amount else f"{amount / 1024:,.{max(0, 2 - len(str(amount // 1024)))}f}"
+
+
+def _by_what(moved: Sequence[Sent]) -> Counter[str]:
+    totals: Counter[str] = Counter()
+    for s in moved:
+        totals["reshard" if "reshard" in s.scope else WHAT[s.kind]] += s.bytes
+    return totals
+
+
+def _parameter_bytes(model: nnx.Module, mesh: Mesh, default: Layout) -> Counter[str]:
+    specs: dict[tuple, P] = partition.parameter_spec(model, mesh, default)
+    found: Counter[str] = Counter()
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        shards = math.prod(size(mesh, axes_of(entry)) for entry in specs[path])
+        value = variable.get_value()
+        found[name(path[:-1])] += math.prod(value.shape) * value.dtype.itemsize // shards
+    return found
+
+
+def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(inputs, Sequence):
+        return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
+    if not hasattr(inputs, "shape"):
+        raise UserError(f"summary: inputs={inputs!r}; give the batch's shape, such as (64, 28, 28, 1)")
+    return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+
+
+def _step(model: nnx.Module, mesh: Mesh, default: Layout, batch: jax.ShapeDtypeStruct) -> Any:
+    """The jaxpr of a forward pass and the gradient by all parameters."""
+    graph, *values = nnx.split(model, nnx.Param, ...)
+
+    def step(params: Any, rest: Any, x: Any) -> Any:
+        def forward(params: Any) -> Any:
+            merged: Any = nnx.merge(graph, params, rest, copy=True)
+            with flow.resharded(merged, default, x):
+                return merged(x)
+
+        y, pull = jax.vjp(forward, params)
+        return y, pull(jax.tree.map(jnp.ones_like, y))
+
+    shapes = jax.eval_shape(lambda: tuple(values))
+    with jax.set_mesh(mesh):
+        return jax.make_jaxpr(step)(*shapes, batch).jaxpr

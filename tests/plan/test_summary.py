@@ -1,0 +1,169 @@
+"""What the summary foretells from a trace is what the compiled step sends, byte for byte."""
+
+import io
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from rich.console import Console
+
+import shardtrain as st
+from shardtrain import Layout, UserError, make_mesh, models
+from shardtrain.layout import axes_of
+from shardtrain.nn import flow, partition
+from shardtrain.plan import census, summary
+from shardtrain.plan.summary import lines
+
+LATE = {"batch": ("data", "height"), "height": ()}
+LATE_LENET = dict.fromkeys(("conv2", "pool2", "flatten", "linear*", "head"), LATE)
+
+
+def float64(make, *args, **options):
+    return make(*args, **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+
+CASES = {
+    "lenet": (models.LeNet, {"image": (16, 16, 1)}, "data=2,height=2,channel=2", (8, 16, 16, 1), {}, ()),
+    "lenet, batch cut late": (
+        models.LeNet,
+        {"image": (16, 16, 1)},
+        "data=2,height=4",
+        (8, 16, 16, 1),
+        LATE_LENET,
+        (),
+    ),
+    "resnet, spread": (
+        models.ResNet,
+        {"depth": 8, "classes": 10, "channels": 1},
+        "data=4,height=2",
+        (8, 16, 16, 1),
+        {},
+        ("data",),
+    ),
+    "local": (models.LocalNet, {"image": (8, 8, 1)}, "height=2,width=2,channel=2", (8, 8, 8, 1), {}, ()),
+    "unet": (
+        models.UNet,
+        {"classes": 4, "rank": 3, "features": (8, 16)},
+        "depth=2,height=2,channel=2",
+        (2, 8, 8, 8, 1),
+        {},
+        (),
+    ),
+}
+
+
+def compiled_step(model, mesh, shape, table, parameters):
+    """The compiled forward and backward pass from arrays that lie as the layouts say."""
+    default = Layout(parameters=parameters)
+    partition.assign(model, mesh, default, table)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    specs = partition.parameter_spec(model, mesh, default)
+
+    def struct(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float64, sharding=NamedSharding(mesh, spec))
+
+    x = struct(shape, default.activation(shape, mesh))
+    flat = [(path, v.replace(struct(v.shape, specs[path]))) for path, v in nnx.to_flat_state(params)]
+    params = nnx.from_flat_state(flat)
+
+    def step(params, x, cotangent):
+        def forward(params):
+            merged = nnx.merge(graph, params, rest, copy=True)
+            with flow.resharded(merged, default, x):
+                return merged(x)
+
+        y, pull = jax.vjp(forward, params)
+        return y, pull(cotangent)[0]
+
+    with jax.set_mesh(mesh):
+        out = jax.eval_shape(lambda p, x: nnx.merge(graph, p, rest, copy=True)(x), params, x)
+        last = partition.leaves(model)["head"].layout
+        cotangent = struct(out.shape, last.activation(out.shape, mesh))
+        places = jax.tree.map(lambda s: s.sharding, (cotangent, params))
+        return jax.jit(step, out_shardings=places).lower(params, x, cotangent).compile()
+
+
+def by_kind_and_axes(rows):
+    total = Counter()
+    for row in rows:
+        total[row.kind, row.axes] += row.bytes
+    return total
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_trace_foretells_every_byte(case):
+    make, options, mesh, shape, table, parameters = case
+    mesh, model = make_mesh(mesh), float64(make, **options)
+    foretold = lines(
+        model, mesh, jax.ShapeDtypeStruct(shape, jnp.float64), layout=table, parameters=parameters
+    )
+    sent = census.census(compiled_step(model, mesh, shape, table, parameters), mesh)
+    assert by_kind_and_axes(s for line in foretold for s in line.sent) == by_kind_and_axes(sent)
+    assert all(line.path for line in foretold), "some bytes belong to no layer"
+
+    specs = partition.parameter_spec(model, mesh, Layout(parameters=parameters))
+    kept = sum(
+        v.get_value().addressable_shards[0].data.nbytes
+        if not any(map(axes_of, specs[p]))
+        else jax.device_put(v.get_value(), NamedSharding(mesh, specs[p])).addressable_shards[0].data.nbytes
+        for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    )
+    assert sum(line.parameters for line in foretold) == kept
+
+
+def test_a_change_of_layout_moves_the_closed_form():
+    """(n-1)/n of a device's block of conv2's input, there and back; nothing else is moved for it."""
+    mesh = make_mesh("data=2,height=4")
+    model = float64(models.LeNet, image=(16, 16, 1))
+    found = {
+        line.path: line
+        for line in lines(model, mesh, jax.ShapeDtypeStruct((8, 16, 16, 1), "f8"), layout=LATE_LENET)
+    }
+    moved = {path: [s for s in line.sent if "reshard" in s.scope] for path, line in found.items()}
+    assert {path for path, rows in moved.items() if rows} == {"conv2"}
+    block = 4 * 2 * 8 * 8 * 8  # 8/2 images, 8/4 rows, 8 columns, 8 channels of 8 bytes
+    assert [(s.kind, s.axes, s.payload) for s in moved["conv2"]] == [("all-to-all", ("height",), block)] * 2
+    assert sum(s.bytes for s in moved["conv2"]) == 2 * 3 * block // 4
+    assert found["pool1"].cut == (("data",), ("height",), (), ())
+    assert found["pool2"].cut == (("data", "height"), (), (), ())
+
+
+def test_the_table_fits_a_terminal():
+    mesh = make_mesh("data=2,height=2,channel=2")
+    model = models.ResNet(18, classes=10, rngs=nnx.Rngs(0))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(st.summary(model, mesh, (64, 64, 64, 3)))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 100
+    for word in (
+        "blocks.7.conv2",
+        "64/2x2/2x2x512/2",
+        "halos",
+        "gather",
+        "scatter",
+        "sum",
+        "ResNet on data=2",
+    ):
+        assert word in shown
+    parameters_only = Console(width=100, record=True, file=io.StringIO())
+    parameters_only.print(st.summary(model, mesh))
+    assert "halos" not in parameters_only.export_text()
+
+
+def test_what_is_refused():
+    model, mesh = models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0)), make_mesh("data=2,height=4")
+    with pytest.raises(UserError, match=r"inputs=7; give the batch's shape, such as \(64, 28, 28, 1\)"):
+        st.summary(model, mesh, 7)
+    with pytest.raises(UserError, match="the pattern 'nothing' matches no layer"):
+        st.summary(model, mesh, layout={"nothing": LATE})
+
+
+def test_a_wrong_trace_is_noticed(monkeypatch):
+    """A halo row too many in the operator shows in both; one that the trace leaves out does not."""
+    right = summary.sent
+    monkeypatch.setattr(summary, "sent", lambda *args: right(*args)[1:])
+    with pytest.raises(AssertionError):
+        test_the_trace_foretells_every_byte(CASES["lenet"])

@@ -1,0 +1,31 @@
+"""A recipe as a user runs it: in a process of its own, with nothing of the test's jax in its environment."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(recipe, *flags):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+
+
+def gaps(done):
+    """The relative differences of the table that --compare prints."""
+    return [float(gap) for gap in re.findall(r"│\s+(\d\.\de[-+]\d\d) │", done.stdout)]
+
+
+def check_refused(done, message, out):
+    """One sentence with `message`, exit status 2, and nothing written."""
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not out.exists()
