@@ -3,10 +3,11 @@
     pip install 'shardtrain[volumes]'
     python recipes/train_volume.py --out runs/volume
 
-(8 simulated devices, under 2 minutes on 2 cores.) Input is the T1 image of the MNI152 template, 3 mm a voxel;
-the labels are other, grey matter and white matter. Each example is a box cut out at a random place, and each
-device holds its block of the box and the halo that a convolution needs. With --memory the closing table says
-what the compiler reserves on each of 1, 2, 4, ... devices for a step on the same box at 1 mm.
+(8 simulated devices, about 2 minutes on 2 cores, a Dice coefficient of about 0.83.) Input is the T1 image of
+the MNI152 template, 3 mm a voxel; the labels are other, grey matter and white matter. Each example is a box
+cut out at a random place, and each device holds its block of the box and the halo that a convolution needs.
+With --memory the run also says what the compiler reserves on each of 1, 2, 4, ... devices for a step on the
+same box at 1 mm.
 
 There is one brain, the mean of 152, and its left half is the mirror image of the right one: a test on the
 other half would be a test on the training data. So the net learns from the back 60 % and is tested on the
@@ -155,8 +156,9 @@ def plot_memory(needs: Sequence[Mapping[str, Any]], path: Path) -> None:
         for n, size, row in zip(devices, mib, needs, strict=True):
             axis.annotate(row["mesh"], (n, size), (6, 6), textcoords="offset points", fontsize=8)
         axis.set_xticks(devices, map(str, devices))
-        axis.set_xticks([], minor=True)
-        axis.set(xlabel="devices", ylabel="MiB on each device", xlim=(0.9, 16))
+        axis.set_yticks(mib, [f"{size:,.0f}" for size in mib])
+        axis.minorticks_off()
+        axis.set(xlabel="devices", ylabel="MiB on each device", xlim=(0.9, 24), ylim=(None, 1.4 * mib[0]))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
         figure.suptitle("memory of a training step", fontsize=10)

@@ -25,6 +25,17 @@ from shardtrain.ops.transpose import transposed_pads
 from shardtrain.ops.window import MODES, Padding, tuple_of
 
 
+def lecun_normal(
+    key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, out_sharding: Any = None
+) -> Array:
+    """`nnx`'s default initial values of kernels, bit for bit, in a tenth of the time to compile.
+
+    Drawn with one dimension for all inputs of a window: XLA takes seconds over a draw in 4 or 5 dimensions.
+    """
+    flat = math.prod(shape[:-1]), shape[-1]
+    return nnx.initializers.lecun_normal()(key, flat, dtype, out_sharding).reshape(shape)
+
+
 class Contraction(Partitioned):
     """A kernel from channels to channels: convolutions, linear maps, locally connected layers."""
 
@@ -79,7 +90,7 @@ class Conv(Contraction, nnx.Conv):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
         for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
             tuple_of(getattr(self, name), rank, name)
@@ -133,7 +144,7 @@ class ConvTranspose(Contraction, nnx.ConvTranspose):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
         strides = tuple_of(self.strides, rank, "strides")
         tuple_of(self.kernel_dilation, rank, "kernel_dilation")

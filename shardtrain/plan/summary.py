@@ -128,7 +128,9 @@ def summary(
     kinds = [what for what in ("reshard", *WHAT.values()) if any(m[what] for m in moved)]
     table = Table(
         title=f"{type(model).__name__} on {text(mesh)}: KiB on, and sent by, each device",
-        caption="/n: cut n-fold; kept: parameters; sent: in a forward and backward pass, and by what: "
+        caption=None
+        if inputs is None
+        else "/n: cut n-fold; kept: parameters; sent: in a forward and backward pass, and by what: "
         "change of layout (reshard), collective-permute (halos), all-gather, reduce-scatter, "
         "all-reduce (sum), all-to-all (turn)",
         show_footer=True,

@@ -46,6 +46,62 @@ def test_lenet_on_a_mesh():
         np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(model, x), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("make", "count"), [(models.AlexNet, 61_100_840), (models.VGG, 138_357_544)])
+def test_classics_have_the_published_sizes(make, count):
+    """The parameter counts of torchvision's alexnet and vgg16."""
+    assert parameters(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))) == count
+
+
+OTHERS = {
+    "alexnet": (models.AlexNet, {"hidden": 16}, (2, 67, 63, 3), "data=2,height=2,channel=2"),
+    "vgg": (
+        models.VGG,
+        {"depth": 11, "width": 4, "hidden": 16},
+        (2, 33, 32, 3),
+        "height=2,width=2,channel=2",
+    ),
+    "local": (models.LocalNet, {"image": (9, 8, 2)}, (4, 9, 8, 2), "data=2,height=2,channel=2"),
+    "unet of signals": (models.UNet, {"classes": 3, "rank": 1, "features": (8, 16)}, (2, 19, 1), "width=4"),
+    "unet of images": (
+        models.UNet,
+        {"classes": 3, "rank": 2, "features": (8, 16), "norm": "batch"},
+        (2, 9, 7, 1),
+        "height=3,channel=2",
+    ),
+    "unet of volumes": (
+        models.UNet,
+        {"classes": 3, "rank": 3, "features": (4, 8), "remat": True},
+        (1, 7, 6, 9, 1),
+        "depth=2,height=2,width=2",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "shape", "mesh"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in ("alexnet", "vgg") else [])
+        for name, case in OTHERS.items()
+    ],
+)
+def test_models_are_the_same_on_a_mesh(make, options, shape, mesh):
+    """Outputs, and the gradients of all parameters."""
+
+    @nnx.jit
+    def outcome(model, x):
+        model.eval()
+        return nnx.value_and_grad(lambda m: (y := jnp.sin(m(x))).sum() + (y**2).sum())(model)
+
+    init = nnx.jit(lambda: make(**options, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    expected = outcome(init(), x)
+    on_mesh, model = make_mesh(mesh), init()
+    partition.assign(model, on_mesh, Layout(), {})
+    with jax.set_mesh(on_mesh):
+        found = outcome(model, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, expected)
+
+
 def test_recomputing_blocks_changes_no_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1), jnp.float64)
 
@@ -65,3 +121,12 @@ def test_what_there_is_not():
         models.ResNet(8, norm="layer", rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="3x8 is too small"):
         models.LeNet(10, (3, 8, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="no depth 12; there are 11, 13, 16, 19"):
+        models.VGG(12, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="rank=4; images have 1, 2 or 3"):
+        models.UNet(2, rank=4, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="give two levels or more"):
+        models.UNet(2, features=(8,), rngs=nnx.Rngs(0))
+    alexnet = nnx.eval_shape(lambda: models.AlexNet(rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match="62x64 are too small, 63x63 is the least"):
+        alexnet(jnp.ones((1, 62, 64, 3)))

@@ -61,10 +61,10 @@ class PlainDropout(Small):
         self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
 
-class WithEmbed(Small):
+class WithScale(Small):
     def __init__(self):
         super().__init__()
-        self.embed = nnx.Embed(8, 8, rngs=nnx.Rngs(0))
+        self.scale = nnx.RMSNorm(8, rngs=nnx.Rngs(0))
 
 
 def images(count, seed=0, rows=7):
@@ -373,8 +373,8 @@ def test_every_parameter_gradient_is_summed_once():
             "'drop' is a plain nnx.Dropout",
         ),
         (
-            lambda: small_trainer("channel=2", model=WithEmbed()),
-            "'embed', a plain Embed, would be kept whole",
+            lambda: small_trainer("channel=2", model=WithScale()),
+            "'scale', a plain RMSNorm, would be kept whole",
         ),
         (lambda: small_trainer().compiled_text(), "no compiled step yet"),
     ],
