@@ -71,17 +71,27 @@ def arrivals(layouts: Mapping[str, Layout]) -> Iterator[None]:
         _arrivals.reset(token)
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array) and value.ndim >= 2
+
+
+def _mark(value: Any, label: str) -> Any:
+    return checkpoint_name(value, label) if _is_array(value) else value
+
+
 def placed(call: Callable[..., Any]) -> Callable[..., Any]:
     """A layer's `__call__` with its input moved to the layer's layout, and its path in the program."""
 
     @functools.wraps(call)
     def placed_call(self: Partitioned, x: Array, *args: Any, **kwargs: Any) -> Any:
         if _recording.get():
-            x = checkpoint_name(x, ARRIVES + self.path)
+            x, args = _mark(x, ARRIVES + self.path), tuple(_mark(a, ARRIVES + self.path) for a in args)
         with jax.named_scope(self.path or type(self).__name__):
             if self.path in _arrivals.get():
-                x = ops.reshard(x, _arrivals.get()[self.path], self.layout)
+                before = _arrivals.get()[self.path]
+                x = ops.reshard(x, before, self.layout)
+                args = tuple(ops.reshard(a, before, self.layout) if _is_array(a) else a for a in args)
             y = call(self, x, *args, **kwargs)
-        return checkpoint_name(y, LEAVES + self.path) if _recording.get() else y
+        return _mark(y, LEAVES + self.path) if _recording.get() else y
 
     return placed_call

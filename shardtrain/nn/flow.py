@@ -1,5 +1,6 @@
 """Which layer's output arrives at which layer: read from a trace of the model, on no device."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from shardtrain import compat
 from shardtrain.layout import Layout
 from shardtrain.nn.base import ARRIVES, LEAVES, Partitioned, arrivals, recording
 
+log = logging.getLogger(__name__)
+
 Origin = frozenset[str]
 """The layers that a value was last computed by; `""` is the model's input."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one layer.
+    """One array that arrives at one call of one layer.
 
     Attributes:
         path: of the layer.
@@ -71,9 +74,10 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[Call]) -> list[Origin
         elif label.startswith(LEAVES):
             path = label.removeprefix(LEAVES)
             outs = [frozenset({path})]
-            last = max(i for i, c in enumerate(calls) if c.path == path)
-            done = calls[last]
-            calls[last] = Call(path, done.origins, done.shape, equation.outvars[0].aval.shape)
+            shape = equation.outvars[0].aval.shape
+            for i, done in enumerate(calls):
+                if done.path == path and not done.shape_out:
+                    calls[i] = Call(path, done.origins, done.shape, shape)
         for inner in compat.inner_jaxprs(equation):
             same = len(inner.invars) == len(ins) and len(inner.outvars) == len(outs)
             found = _walk(inner, ins if same else [frozenset().union(*ins)] * len(inner.invars), calls)
@@ -103,6 +107,9 @@ def changes(model: nnx.Module, default: Layout, *inputs: Any) -> dict[str, Layou
     found: dict[str, set[Layout]] = {}
     for call in trace(model, *inputs):
         found.setdefault(call.path, set()).update(lies[origin] for origin in call.origins)
+    mixed = [path for path, befores in found.items() if len(befores) > 1]
+    if mixed:
+        log.warning("activations of several layouts arrive at %s: XLA moves them by itself", ", ".join(mixed))
     return {
         path: next(iter(befores))
         for path, befores in found.items()

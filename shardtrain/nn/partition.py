@@ -90,6 +90,16 @@ def _say_what_stays_whole(
             ", ".join(whole),
         )
     for path, module in found.items():
+        if isinstance(module, contract.Embed):
+            cut, rows = module.layout.cut("channels", mesh), module.num_embeddings
+            if cut and rows % size(mesh, cut):
+                log.warning(
+                    "the %d rows of %r do not divide by %s=%d: each device keeps all of them",
+                    rows,
+                    path,
+                    "*".join(cut),
+                    size(mesh, cut),
+                )
         if isinstance(module, Contraction) and module.pixel_dims:
             for rows, dimension in zip(module.kernel.shape, module.spatial() or (), strict=False):
                 axes = module.layout.cut(dimension, mesh)

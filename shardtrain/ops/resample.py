@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Float
+from jax import Array, lax
+from jaxtyping import Float, Num
 
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh, spatial_names, spec
@@ -60,7 +60,7 @@ def pad(
 
 
 def resize(
-    x: Float[Array, "batch *spatial channels"],
+    x: Num[Array, "batch *spatial channels"],
     extents: Sequence[int],
     *,
     method: Literal["nearest", "linear"] = "nearest",
@@ -78,7 +78,7 @@ def resize(
         layout: which mesh axes cut what; by name by default.
 
     Raises:
-        UserError: extents of another number of dimensions, or below 1.
+        UserError: extents of another number of dimensions, or below 1; values that are no floating point.
 
     Example:
         >>> resize(jnp.ones((2, 7, 8, 3)), (14, 16), method="linear").shape
@@ -89,11 +89,11 @@ def resize(
     if weigh is None:
         raise UserError(f"resize: method={method!r}; there are 'nearest' and 'linear'")
     weights = tuple(weigh(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
-    return _weighted(x, weights, layout or Layout())
+    return _weighted("resize", x, weights, layout or Layout())
 
 
 def adaptive_avg_pool(
-    x: Float[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
+    x: Num[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial_out channels"]:
     """The mean of windows that share the input out among `extents` outputs, as evenly as they can.
 
@@ -105,7 +105,7 @@ def adaptive_avg_pool(
         layout: which mesh axes cut what; by name by default.
 
     Raises:
-        UserError: extents of another number of dimensions, or below 1.
+        UserError: extents of another number of dimensions, or below 1; values that are no floating point.
 
     Example:
         >>> adaptive_avg_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
@@ -115,7 +115,7 @@ def adaptive_avg_pool(
     weights = []
     for n, m in zip(x.shape[1:-1], wanted, strict=True):
         weights.append(tuple((a, (1 / (b - a),) * (b - a)) for a, b in _shares(n, m)))
-    return _weighted(x, tuple(weights), layout or Layout())
+    return _weighted("adaptive_avg_pool", x, tuple(weights), layout or Layout())
 
 
 def adaptive_max_pool(
@@ -162,8 +162,14 @@ def _pad(x: Array, windows: tuple[Window, ...], value: float, layout: Layout) ->
     return _each_dimension(x, windows, layout, lambda x, dim, reach: x, value)
 
 
+def _weighted(what: str, x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{what}: values of {x.dtype} would be rounded to integers; give floating point")
+    return _sums(x, weights, layout)
+
+
 @functools.partial(jax.jit, static_argnames=("weights", "layout"))
-def _weighted(x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
+def _sums(x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
     bands = tuple(
         Bands(n, tuple((first, first + len(shares)) for first, shares in rows))
         for n, rows in zip(x.shape[1:-1], weights, strict=True)
@@ -182,7 +188,9 @@ def _weighted(x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
                 first, shares = rows[o]
                 matrices[shard, place, first - start : first - start + len(shares)] = shares
         matrix = island.own(matrices, reach).astype(x.dtype)
-        return jnp.moveaxis(jnp.tensordot(x, matrix, ((dim,), (1,))), -1, dim)
+        # Full precision: tensor cores would round weights and values.
+        y = jnp.tensordot(x, matrix, ((dim,), (1,)), precision=lax.Precision.HIGHEST)
+        return jnp.moveaxis(y, -1, dim)
 
     return _each_dimension(x, bands, layout, combine)
 

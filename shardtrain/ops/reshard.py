@@ -1,6 +1,7 @@
 """Moving an activation from one layout to another, where layouts change along a network."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ from jaxtyping import Float
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, axes_of, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
+
+log = logging.getLogger(__name__)
 
 Cuts = tuple[Axes, ...]
 
@@ -123,6 +126,12 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
     extents = x.shape
     steps = moves(extents, before, after, mesh)
     if steps is None:
+        log.warning(
+            "%s cut by %s and then by %s: blocks do not line up, so XLA moves them by itself",
+            "x".join(map(str, extents)),
+            spec(before),
+            spec(after),
+        )
         return lax.with_sharding_constraint(x, spec(after))
 
     @jax.named_scope("reshard")

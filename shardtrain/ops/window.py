@@ -7,11 +7,12 @@ owns `[i*block_in, (i+1)*block_in)`; the rest are halos, from as many neighbours
 """
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jax import lax
@@ -265,16 +266,27 @@ class Bands(Reach):
         return self.ranges[output]
 
 
-def tuple_of(value: int | Sequence[int] | None, rank: int, what: str) -> tuple[int, ...]:
-    """`value` for each of `rank` dimensions.
+def tuple_of(value: Any, rank: int, what: str) -> tuple[int, ...]:
+    """`value`, one number (None for 1) or several, for each of `rank` dimensions.
 
     Raises:
         UserError: the wrong number of values, or one below 1.
     """
-    values = (1 if value is None else value,) * rank if isinstance(value, int | None) else tuple(value)
+    try:
+        one = 1 if value is None else operator.index(value)
+        values: tuple[int, ...] = (one,) * rank
+    except TypeError:
+        values = _integers(value, what)
     if len(values) != rank or any(v < 1 for v in values):
         raise UserError(f"{what}={value} for {rank} spatial dimensions; give one positive number or {rank}")
     return values
+
+
+def _integers(values: Any, what: str) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(v) for v in values)
+    except TypeError as error:
+        raise UserError(f"{what}={values!r} is not made of whole numbers; give one, or several") from error
 
 
 MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -321,11 +333,17 @@ def pairs_of(padding: int | Sequence[int | tuple[int, int]], rank: int) -> list[
     Raises:
         UserError: for another number of dimensions.
     """
-    if isinstance(padding, int):
-        padding = [padding] * rank
-    if len(padding) != rank:
+    if hasattr(padding, "__index__"):
+        padding = [operator.index(padding)] * rank  # type: ignore[arg-type]
+    if not isinstance(padding, Sequence) or len(padding) != rank:
         raise UserError(f"padding={padding}: {rank} spatial dimensions need {rank} entries")
-    return [(p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding]
+    pairs = []
+    for entry in padding:
+        pair = _integers((entry, entry) if hasattr(entry, "__index__") else entry, "padding")
+        if len(pair) != 2:
+            raise UserError(f"padding={padding}: {entry} is not (before, after)")
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def check_repeats(mode: str, extents: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:

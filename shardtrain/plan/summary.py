@@ -71,8 +71,11 @@ def lines(
     A step is the forward pass and the gradient by all parameters; the loss, metrics and the optimizer's
     norms add a few numbers. Read from a trace: nothing is compiled, no array is made.
 
+    Where the model itself joins activations of different layouts, or a change of layout has blocks that do
+    not line up, XLA moves what it must: that is not in the trace, and a warning is logged.
+
     Args:
-        model: any NNX model; its layers get their layouts, as from a `Trainer`.
+        model: any NNX model.
         mesh: from `make_mesh`.
         inputs: shape of the batch, `(batch, *spatial, channels)`, or an array or `jax.ShapeDtypeStruct`.
             Without it only parameters are listed.
@@ -82,6 +85,7 @@ def lines(
         UserError: what the model cannot do on this mesh, or with these inputs.
     """
     default = Layout(parameters=parameters)
+    model = nnx.clone(model)  # the caller's keeps the layouts that it has
     partition.assign(model, mesh, default, layout or {})
     found = partition.leaves(model)
     paths = list(found)

@@ -224,3 +224,14 @@ def test_filters_that_cannot_be_cut_are_said(caplog):
     assert layer.kept(mesh) == {"kernel": P(None, "width", None, None), "bias": P(None, "width", None)}
     (said,) = (r.getMessage() for r in caplog.records if "filters" in r.getMessage())
     assert "7 rows of height, which do not divide by height=2: each device keeps all" in said
+
+
+def test_a_table_that_cannot_be_cut_is_said(caplog):
+    mesh = make_mesh("channel=8")
+    nn.assign(
+        nnx.Sequential(nn.Embed(1001, 8, rngs=nnx.Rngs(0)), nn.Linear(8, 8, rngs=nnx.Rngs(0))),
+        mesh,
+        Layout(),
+        {},
+    )
+    assert "1001 rows of 'layers.0' do not divide by channel=8: each device keeps all" in caplog.text

@@ -257,3 +257,11 @@ def test_refused(call, message):
         call(X)
     with jax.set_mesh(make_mesh("height=2,channel=2")), pytest.raises(UserError, match=message):
         call(X)
+
+
+def test_integers_are_refused():
+    """Weights are fractions: on integers they would round to nothing."""
+    x = jnp.arange(16).reshape(1, 4, 4, 1)
+    for op in (lambda: ops.adaptive_avg_pool(x, (2, 2)), lambda: ops.resize(x, (8, 8), method="linear")):
+        with pytest.raises(UserError, match="would be rounded to integers; give floating point"):
+            op()

@@ -1,5 +1,6 @@
 """The arithmetic of cut windows, shard by shard in plain integers: no arrays, no devices."""
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -132,4 +133,11 @@ def test_one_value_for_every_dimension():
     assert tuple_of((1, 2), 2, "strides") == (1, 2)
     for value in (0, -1, (1, 0), (1, 2, 3)):
         with pytest.raises(UserError, match="for 2 spatial dimensions; give one positive number or 2"):
+            tuple_of(value, 2, "strides")
+
+
+def test_numbers_of_other_kinds():
+    assert tuple_of(np.int64(2), 2, "strides") == (2, 2)
+    for value in (2.0, (1.0, 2), "two"):
+        with pytest.raises(UserError, match="is not made of whole numbers"):
             tuple_of(value, 2, "strides")

@@ -81,6 +81,8 @@ class UNet(nnx.Module):
             raise UserError(f"UNet: rank={rank}; images have 1, 2 or 3 spatial dimensions")
         if norm not in _NORMS:
             raise UserError(f"UNet: norm={norm!r}; there are {', '.join(map(repr, _NORMS))}")
+        if norm == "group" and any(f % 8 for f in features):
+            raise UserError(f"UNet: norm='group' has groups of 8 channels; {tuple(features)} do not divide")
         if len(features) < 2:
             raise UserError(f"UNet: features={tuple(features)}; give two levels or more, such as (32, 64)")
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
