@@ -5,7 +5,7 @@ the call goes through `shardtrain.ops`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,7 +76,28 @@ class Contraction(Partitioned):
         return (self.in_features, self.out_features)
 
 
-class Conv(Contraction, nnx.Conv):
+class _Convolution(Contraction):
+    """What convolution and its transpose have in common."""
+
+    kernel_size: tuple[int, ...]
+    mask: Array | None
+    bias: nnx.Param[Array] | None
+    dtype: DTypeLike | None
+    promote_dtype: Callable[..., Any]
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.kernel_size))
+
+    def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
+        """Input with one batch dimension, kernel and bias, and the batch dimensions that there were."""
+        leading = inputs.shape[: inputs.ndim - len(self.kernel_size) - 1]
+        x = inputs if len(leading) == 1 else inputs.reshape(-1, *inputs.shape[len(leading) :])
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        return *self.promote_dtype((x, kernel, bias), dtype=self.dtype), leading
+
+
+class Conv(_Convolution, nnx.Conv):
     """`nnx.Conv`, cut on batch, space and channels; see `shardtrain.ops.conv`.
 
     Raises:
@@ -102,16 +123,10 @@ class Conv(Contraction, nnx.Conv):
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
         return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
 
-    def spatial(self) -> tuple[str, ...] | None:
-        return spatial_names(len(self.kernel_size))
-
     @placed
     def __call__(self, inputs: Array) -> Array:
         """Convolves `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
-        x, leading = _one_batch(inputs, len(self.kernel_size))
-        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+        x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
             x,
             kernel,
@@ -129,7 +144,7 @@ class Conv(Contraction, nnx.Conv):
         return y.reshape(*leading, *y.shape[1:])
 
 
-class ConvTranspose(Contraction, nnx.ConvTranspose):
+class ConvTranspose(_Convolution, nnx.ConvTranspose):
     """`nnx.ConvTranspose`, cut on batch, space and channels; see `shardtrain.ops.conv_transpose`.
 
     `ops.torch_padding` gives the `padding` for PyTorch's arguments.
@@ -153,9 +168,6 @@ class ConvTranspose(Contraction, nnx.ConvTranspose):
     def pixels(self) -> tuple[int, int]:
         return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
 
-    def spatial(self) -> tuple[str, ...] | None:
-        return spatial_names(len(self.kernel_size))
-
     def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
         kept = super().kept(mesh)
         if self.transpose_kernel:  # kept as (*window, outputs, inputs)
@@ -168,10 +180,7 @@ class ConvTranspose(Contraction, nnx.ConvTranspose):
     @placed
     def __call__(self, inputs: Array) -> Array:
         """Maps `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
-        x, leading = _one_batch(inputs, len(self.kernel_size))
-        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
+        x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
             x,
             kernel,
@@ -263,10 +272,8 @@ class LocallyConnected(Contraction, nnx.Module):
         self.image = tuple(image)
         rank = self.pixel_dims = len(self.image)
         self.kernel_size = tuple_of(kernel_size, rank, "kernel_size")
-        self.strides, self.padding = (
-            tuple_of(strides, rank, "strides"),
-            padding if isinstance(padding, str | int) else tuple(padding),
-        )
+        self.strides = tuple_of(strides, rank, "strides")
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
         self.kernel_dilation = tuple_of(kernel_dilation, rank, "kernel_dilation")
         windows = local_windows(self.image, self.kernel_size, self.strides, padding, self.kernel_dilation)
         self.image_out = tuple(w.extent_out for w in windows)
@@ -336,12 +343,6 @@ class Embed(Partitioned, nnx.Embed):
         """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")
-
-
-def _one_batch(inputs: Array, rank: int) -> tuple[Array, tuple[int, ...]]:
-    """`inputs` with one batch dimension, and the batch dimensions that it had."""
-    leading = inputs.shape[: inputs.ndim - rank - 1]
-    return inputs if len(leading) == 1 else inputs.reshape(-1, *inputs.shape[len(leading) :]), leading
 
 
 def _check_padding(what: str, padding: Padding, rank: int) -> None:

@@ -1,7 +1,10 @@
 """What happens to the channels of one contraction where they are cut."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from jax import Array, lax
 
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout
@@ -34,6 +37,18 @@ class ChannelPlan:
         if not self.cut_in or self.sharing == 1 or (self.mode == "gather" and not self.cut_out):
             return None
         return "all-gather" if self.mode == "gather" else "reduce-scatter" if self.cut_out else "all-reduce"
+
+    def gathered(self, x: Array, groups: Sequence[Sequence[int]] | None = None) -> Array:
+        """The input that a device's kernel takes; `groups` of devices share channels, all by default."""
+        if self.collective != "all-gather":
+            return x
+        return lax.all_gather(x, self.cut_in, axis=x.ndim - 1, tiled=True, axis_index_groups=groups)
+
+    def summed(self, y: Array) -> Array:
+        """A device's channels of the output, from what its kernel gives."""
+        if self.collective == "reduce-scatter":
+            return lax.psum_scatter(y, self.cut_in, scatter_dimension=y.ndim - 1, tiled=True)
+        return lax.psum(y, self.cut_in) if self.collective == "all-reduce" else y
 
 
 def channel_plan(

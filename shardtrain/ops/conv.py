@@ -19,7 +19,7 @@ from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan
 from shardtrain.ops.halo import block, exchange
-from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
+from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
 
 CONTRACTION = "contraction"
 """Name of convolution and linear outputs, for remat policies that keep them and recompute the rest."""
@@ -222,9 +222,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
             elif window.size == 1 and window.stride > 1:  # move only the rows that are used
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim + 1)
                 strides[dim] = 1
-        if plan.collective == "all-gather":
-            last = x.ndim - 1
-            x = lax.all_gather(x, plan.cut_in, axis=last, tiled=True, axis_index_groups=sharing)
+        x = plan.gathered(x, sharing)
         y = kernels.direct(
             x,
             kernel,
@@ -236,10 +234,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
             precision=config.precision,
             preferred_element_type=config.preferred_element_type,
         )
-        if plan.collective == "reduce-scatter":
-            y = lax.psum_scatter(y, plan.cut_in, scatter_dimension=y.ndim - 1, tiled=True)
-        elif plan.collective == "all-reduce":
-            y = lax.psum(y, plan.cut_in)
+        y = plan.summed(y)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
         return island.real(y, extents_out, cuts_out, mesh)
 
@@ -250,7 +245,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         mesh,
         (spec(cuts_in), kept, None if bias is None else kept_bias),
         spec(cuts_out),
-        island.pad_to(x, [island.even(n, cut, mesh) for n, cut in zip(x.shape, cuts_in, strict=True)]),
+        island.fill_up(x, cuts_in, mesh),
         kernel,
         bias,
     )
@@ -273,11 +268,7 @@ def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> l
             config.input_dilation[dim],
             config.padding_mode,
         )
-        if window.extent_out < 1:
-            raise UserError(
-                f"a window of {span} rows does not fit the {name} of {window.extent} with padding "
-                f"{window.pad}; use padding='SAME' or a larger input"
-            )
+        check_fits(window, name)
         found.append(window)
     return found
 

@@ -67,9 +67,6 @@ def _embed(indices: Array, table: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(indices, table)
-    even = [island.even(n, axes, mesh) for n, axes in zip(indices.shape, cut, strict=True)]
-    table = island.pad_to(table, (island.even(rows, by_rows, mesh), features))
-    y = island.run(
-        local, mesh, (spec(cut), kept), spec([*cut, by_features]), island.pad_to(indices, even), table
-    )
+    indices, table = island.fill_up(indices, cut, mesh), island.fill_up(table, [by_rows, ()], mesh)
+    y = island.run(local, mesh, (spec(cut), kept), spec([*cut, by_features]), indices, table)
     return island.crop_to(y, extents)

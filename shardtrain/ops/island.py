@@ -59,6 +59,11 @@ def real(
     return x
 
 
+def fill_up(x: Array, cuts: Sequence[Axes], mesh: AnyMesh | None) -> Array:
+    """`x` padded so that `cuts` cut every dimension into whole blocks."""
+    return pad_to(x, [even(n, axes, mesh) for n, axes in zip(x.shape, cuts, strict=True)])
+
+
 def own(table: np.ndarray, reach: Reach) -> Array:
     """This shard's entry of a table with one for every shard of a dimension."""
     if all((entry == table[0]).all() for entry in table):

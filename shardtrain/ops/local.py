@@ -13,13 +13,13 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import local as kernels
-from shardtrain.layout import Axes, Layout, active_mesh, axes_of, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, axes_of, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan
 from shardtrain.ops.conv import CONTRACTION, window_sizes
 from shardtrain.ops.halo import exchange
-from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
+from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,7 @@ def local_windows(
         for extent, span, stride, pad in zip(extents, sizes, strides, pads, strict=True)
     )
     for name, w in zip(spatial_names(rank), found, strict=True):
-        if w.extent_out < 1:
-            raise UserError(
-                f"a window of {w.size} rows does not fit the {name} of {w.extent} with padding {w.pad}; "
-                f"use padding='SAME' or a larger input"
-            )
+        check_fits(w, name)
     return found
 
 
@@ -172,8 +168,7 @@ def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Arra
         for dim, window in enumerate(windows):
             if window.shards > 1:
                 x = exchange(x, dim + 1, window, grouped=island.grouped(mesh))
-        if plan.collective == "all-gather":
-            x = lax.all_gather(x, plan.cut_in, axis=x.ndim - 1, tiled=True)
+        x = plan.gathered(x)
         for dim, window in enumerate(windows):
             if window.shards == 1:  # nothing but padding, which is not sent
                 x = exchange(x, dim + 1, window)
@@ -186,26 +181,19 @@ def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Arra
             precision=config.precision,
             preferred_element_type=config.preferred_element_type,
         )
-        if plan.collective == "reduce-scatter":
-            y = lax.psum_scatter(y, plan.cut_in, scatter_dimension=y.ndim - 1, tiled=True)
-        elif plan.collective == "all-reduce":
-            y = lax.psum(y, plan.cut_in)
+        y = plan.summed(y)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary, rank)
         return island.real(y, extents_out, cuts_out, mesh)
 
     if mesh is None:
         return checkpoint_name(local(x, kernel, bias), CONTRACTION)
-
-    def even(a: Array, cuts: Sequence[Axes]) -> Array:
-        return island.pad_to(a, [island.even(n, cut, mesh) for n, cut in zip(a.shape, cuts, strict=True)])
-
     y = island.run(
         local,
         mesh,
         (spec(cuts_in), kept, None if bias is None else kept_bias),
         spec(cuts_out),
-        even(x, cuts_in),
-        even(kernel, [*space, (), ()]),
-        None if bias is None else even(bias, [*space, ()]),
+        island.fill_up(x, cuts_in, mesh),
+        island.fill_up(kernel, [*space, (), ()], mesh),
+        None if bias is None else island.fill_up(bias, [*space, ()], mesh),
     )
     return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)

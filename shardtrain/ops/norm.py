@@ -115,10 +115,10 @@ def _batch_norm(
         mesh,
         (spec(cut), kept, kept, None if weight is None else spec(cut_weight)),
         (spec(cut), spec([channels]), spec([channels])),
-        island.pad_to(x, even),
+        island.fill_up(x, cut, mesh),
         scale,
         bias,
-        None if weight is None else island.pad_to(weight, (*even[:-1], 1)),
+        None if weight is None else island.fill_up(weight, cut_weight, mesh),
     )
     return island.crop_to(y, extents), mean, var
 
@@ -293,7 +293,6 @@ def _by_example(
 
     if mesh is None:
         return local(x, scale, bias)
-    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
     where = (spec(cut), None if scale is None else kept, None if bias is None else kept)
-    y = island.run(local, mesh, where, spec(cut), island.pad_to(x, even), scale, bias)
+    y = island.run(local, mesh, where, spec(cut), island.fill_up(x, cut, mesh), scale, bias)
     return island.crop_to(y, extents)

@@ -151,8 +151,7 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
 
     if mesh is None:
         return local(x)
-    even = [island.even(n, axes, mesh) for n, axes in zip(x.shape, cut, strict=True)]
-    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to(x, even))
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.fill_up(x, cut, mesh))
     return island.crop_to(y, extents_out)
 
 
@@ -170,6 +169,5 @@ def _global_avg_pool(x: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(x)
-    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
-    y = island.run(local, mesh, (spec(cut),), spec([cut[0], cut[-1]]), island.pad_to(x, even))
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], cut[-1]]), island.fill_up(x, cut, mesh))
     return island.crop_to(y, (extents[0], extents[-1]))

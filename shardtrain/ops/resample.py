@@ -238,6 +238,5 @@ def _each_dimension(x, reaches, layout, combine, fill=0.0):  # type: ignore[no-u
 
     if mesh is None:
         return local(x)
-    even = [island.even(n, axes, mesh) for n, axes in zip(x.shape, cut, strict=True)]
-    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to(x, even))
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.fill_up(x, cut, mesh))
     return island.crop_to(y, extents_out)

@@ -147,6 +147,6 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
                 x = lax.dynamic_slice_in_dim(x, start, rows, step.target)
         return x
 
-    even = [island.even(n, old or new, mesh) for n, old, new in zip(extents, before, after, strict=True)]
-    y = island.run(local, mesh, (spec(before),), spec(after), island.pad_to(x, even))
+    either = [old or new for old, new in zip(before, after, strict=True)]
+    y = island.run(local, mesh, (spec(before),), spec(after), island.fill_up(x, either, mesh))
     return island.crop_to(y, extents)

@@ -58,9 +58,8 @@ def _flatten(x: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(x)
-    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
     rest = channels if turns else ()
-    y = island.run(local, mesh, (spec(cut),), spec([cut[0], rest]), island.pad_to(x, even))
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], rest]), island.fill_up(x, cut, mesh))
     y = island.crop_to(y, (extents[0], features))
     return move(y, (cut[0], rest), (cut[0], layout.channel_cut(features, mesh)))
 
@@ -99,8 +98,6 @@ def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
     extents = arrays[0].shape[:-1]
     space = [layout.cut(name, mesh) for name in spatial_names(len(extents) - 1)]
     cut = [layout.cut("batch", mesh), *space, cuts.pop()]
-    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=False)]
-
     shards = size(mesh, cut[-1])
     blocks = [x.shape[-1] // shards for x in arrays]
     # Every device's channels of the result, as (owner, place among the owner's channels of all arrays).
@@ -116,6 +113,6 @@ def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
         x = jnp.concatenate(arrays, axis=-1)
         return rerouted(x, x.ndim - 1, rounds, table, cut[-1], grouped=island.grouped(mesh))
 
-    padded = [island.pad_to(x, (*even, x.shape[-1])) for x in arrays]
+    padded = [island.fill_up(x, cut, mesh) for x in arrays]
     y = island.run(local, mesh, (spec(cut),) * len(arrays), spec(cut), *padded)
     return island.crop_to(y, (*extents, total))

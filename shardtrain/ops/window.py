@@ -242,6 +242,19 @@ class Window(Reach):
         return (*found, *found[-1:] * (self.shards - len(found)))
 
 
+def check_fits(window: Window, name: str) -> None:
+    """Refuses a window of a contraction that has no output along the dimension `name`.
+
+    Raises:
+        UserError: it is larger than the padded input.
+    """
+    if window.extent_out < 1:
+        raise UserError(
+            f"a window of {window.size} rows does not fit the {name} of {window.extent} with padding "
+            f"{window.pad}; use padding='SAME' or a larger input"
+        )
+
+
 @dataclass(frozen=True)
 class Bands(Reach):
     """Outputs with a range of inputs each: adaptive pooling, resizing.

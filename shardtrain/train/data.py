@@ -268,12 +268,11 @@ def train_batches(
         >>> images.shape, labels.shape
         ((64, 8, 8, 1), (64,))
     """
-    rows = _share(batch_size, rows)
+    rows = share(batch_size, rows)
     have = len(arrays)
     if batch_size > have:
         raise UserError(f"a batch of {batch_size} is more than the {have} examples; use {have} or less")
-    if seed < 0 or start < 0:
-        raise UserError(f"seed={seed}, start={start}: neither can be negative; use 0 or more")
+    check_position(seed, start)
     size, shares = len(rows), batch_size // len(rows)
     # Indices go through Grain and examples do not: one gather a batch, instead of a copy and a stack each.
     order = grain.MapDataset.range(have).seed(seed).shuffle().repeat()
@@ -301,7 +300,7 @@ def eval_batches(arrays: Arrays, batch_size: int, *, rows: range | None = None) 
         >>> [len(labels) for _, labels in eval_batches(load("digits").test, 100)]
         [100, 100, 100, 60]
     """
-    rows = _share(batch_size, rows)
+    rows = share(batch_size, rows)
 
     def batch(begin: int) -> Batch:
         first, end = begin + rows.start, min(begin + rows.stop, len(arrays))
@@ -311,7 +310,18 @@ def eval_batches(arrays: Arrays, batch_size: int, *, rows: range | None = None) 
     return iter(begins.map(batch).to_iter_dataset(READ))
 
 
-def _share(batch_size: int, rows: range | None) -> range:
+def check_position(seed: int, start: int) -> None:
+    """Refuses a seed or a first step below 0."""
+    if seed < 0 or start < 0:
+        raise UserError(f"seed={seed}, start={start}: neither can be negative; use 0 or more")
+
+
+def share(batch_size: int, rows: range | None) -> range:
+    """The rows of a global batch that a process needs: `rows`, all by default.
+
+    Raises:
+        UserError: a batch size below 1, or `rows` that are no share of it.
+    """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is no size; use 1 or more")
     rows = range(batch_size) if rows is None else rows

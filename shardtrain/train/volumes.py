@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Num, UInt8
 
 from shardtrain.errors import UserError
-from shardtrain.train.data import _share
+from shardtrain.train.data import check_position, share
 
 Batch = tuple[
     Float32[np.ndarray, "rows depth height width channel"], Int32[np.ndarray, "rows depth height width"]
@@ -163,15 +163,14 @@ def train_batches(
         >>> images.shape, labels.shape
         ((2, 64, 32, 48, 1), (2, 64, 32, 48))
     """
-    rows = _share(batch_size, rows)
+    rows = share(batch_size, rows)
     extents = volumes.labels.shape[1:]
     if len(size) != 3 or not all(1 <= n <= m for n, m in zip(size, extents, strict=True)):
         raise UserError(
             f"crops of {_by(size)} are no boxes in volumes of {_by(extents)}; give depth, height and width "
             f"of at most that"
         )
-    if seed < 0 or start < 0:
-        raise UserError(f"seed={seed}, start={start}: neither can be negative; use 0 or more")
+    check_position(seed, start)
 
     def crop(step: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng((seed, step, row))
@@ -206,7 +205,7 @@ def eval_batches(volumes: Volumes, batch_size: int, *, rows: range | None = None
         >>> [labels.shape for _, labels in eval_batches(load("mni152", voxel=2).test, 2)]
         [(1, 78, 36, 73)]
     """
-    rows = _share(batch_size, rows)
+    rows = share(batch_size, rows)
     begins = range(0, len(volumes), batch_size)
     shares = (slice(begin + rows.start, begin + rows.stop) for begin in begins)
     return ((volumes.images[some], volumes.labels[some]) for some in shares)
