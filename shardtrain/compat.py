@@ -1,9 +1,12 @@
 """What differs between the jax versions we work on (0.10 to 0.12), and nothing else."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
@@ -23,6 +26,18 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     return frozenset(
         n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
     )
+
+
+def ppermute(x: Array, axes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Array:
+    """`lax.ppermute` that numbers devices by `axes` as they are given, as `lax.axis_index` does.
+
+    jax (0.10 to 0.12) numbers them in the order of the mesh here, whatever the order of `axes`.
+    """
+    names = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in axes)
+    sizes = {a: lax.axis_size(a) for a in axes}
+    index = np.arange(math.prod(sizes.values())).reshape([sizes[a] for a in axes])
+    theirs = index.transpose([axes.index(a) for a in names]).ravel().argsort()
+    return lax.ppermute(x, names, [(int(theirs[a]), int(theirs[b])) for a, b in pairs])
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:

@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import ops
@@ -45,15 +47,29 @@ def name(path: tuple) -> str:
 
 
 ARRIVES, LEAVES = "shardtrain arrives at ", "shardtrain leaves "
-"""What `recording` names a layer's input and output, before the layer's path."""
+"""What `recording` names a layer's inputs and output, before the layer's path; inputs have a number too."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Where activations come to lie otherwise.
+
+    Attributes:
+        arrive: how an input of a layer lies that the layer wants otherwise, by path and number of the input.
+        leave: how a layer's output is to lie, where that is not as the layer itself has it, by path.
+    """
+
+    arrive: Mapping[tuple[str, int], Layout] = field(default_factory=dict)
+    leave: Mapping[str, Layout] = field(default_factory=dict)
+
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
-_arrivals: ContextVar[Mapping[str, Layout]] = ContextVar("arrivals", default={})  # noqa: B039  never changed
+_changes: ContextVar[Changes] = ContextVar("changes", default=Changes())  # noqa: B039  never changed
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """In here every layer marks its input and output in the jaxpr, for `flow.trace` to read."""
+    """In here every layer marks its inputs and output in the jaxpr, for `flow.trace` to read."""
     token = _recording.set(True)
     try:
         yield
@@ -61,37 +77,55 @@ def recording() -> Iterator[None]:
         _recording.reset(token)
 
 
+_moved: ContextVar[list[tuple[Any, ...]]] = ContextVar("moved")
+
+
 @contextmanager
-def arrivals(layouts: Mapping[str, Layout]) -> Iterator[None]:
-    """In here layers know how their input lies, by path, and move it where they want it otherwise."""
-    token = _arrivals.set(layouts)
+def changing(changes: Changes) -> Iterator[None]:
+    """In here layers move their inputs and outputs as `changes` says."""
+    tokens = _changes.set(changes), _moved.set([])
     try:
         yield
     finally:
-        _arrivals.reset(token)
+        _changes.reset(tokens[0])
+        _moved.reset(tokens[1])
+
+
+def _arrived(x: Array, before: Layout, after: Layout) -> Array:
+    """`x` moved; where several layers take it, once for all of them, and its gradient too."""
+    trace = get_opaque_trace_state(convention="nnx")  # what is made in an inner trace must not leave it
+    for value, *key, y in _moved.get():
+        if value is x and key == [before, after, trace]:
+            return y
+    y = ops.reshard(x, before, after)
+    _moved.get().append((x, before, after, trace, y))
+    return y
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array) and value.ndim >= 2
 
 
-def _mark(value: Any, label: str) -> Any:
-    return checkpoint_name(value, label) if _is_array(value) else value
-
-
 def placed(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's `__call__` with its input moved to the layer's layout, and its path in the program."""
+    """A layer's `__call__` with its inputs moved to the layer's layout, and its path in the program."""
 
     @functools.wraps(call)
-    def placed_call(self: Partitioned, x: Array, *args: Any, **kwargs: Any) -> Any:
-        if _recording.get():
-            x, args = _mark(x, ARRIVES + self.path), tuple(_mark(a, ARRIVES + self.path) for a in args)
+    def placed_call(self: Partitioned, *args: Any, **kwargs: Any) -> Any:
+        changes = _changes.get()
+
+        def arrive(number: int, value: Any) -> Any:
+            if not _is_array(value):
+                return value
+            if _recording.get():
+                value = checkpoint_name(value, f"{ARRIVES}{number} {self.path}")
+            before = changes.arrive.get((self.path, number))
+            return value if before is None else _arrived(value, before, self.layout)
+
         with jax.named_scope(self.path or type(self).__name__):
-            if self.path in _arrivals.get():
-                before = _arrivals.get()[self.path]
-                x = ops.reshard(x, before, self.layout)
-                args = tuple(ops.reshard(a, before, self.layout) if _is_array(a) else a for a in args)
-            y = call(self, x, *args, **kwargs)
-        return _mark(y, LEAVES + self.path) if _recording.get() else y
+            given = [arrive(i, value) for i, value in enumerate((*args, *kwargs.values()))]
+            y = call(self, *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+            if self.path in changes.leave and _is_array(y):
+                y = ops.reshard(y, self.layout, changes.leave[self.path])
+        return checkpoint_name(y, LEAVES + self.path) if _recording.get() and _is_array(y) else y
 
     return placed_call

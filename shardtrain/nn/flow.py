@@ -1,9 +1,9 @@
 """Which layer's output arrives at which layer: read from a trace of the model, on no device."""
 
-import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,9 +11,7 @@ from flax import nnx
 
 from shardtrain import compat
 from shardtrain.layout import Layout
-from shardtrain.nn.base import ARRIVES, LEAVES, Partitioned, arrivals, recording
-
-log = logging.getLogger(__name__)
+from shardtrain.nn.base import ARRIVES, LEAVES, Changes, Partitioned, changing, recording
 
 Origin = frozenset[str]
 """The layers that a value was last computed by; `""` is the model's input."""
@@ -24,12 +22,14 @@ class Call:
     """One array that arrives at one call of one layer.
 
     Attributes:
-        path: of the layer.
+        path: of the layer; `""` for what the model returns.
+        number: of the input, of a layer that takes several.
         origins: the layers whose outputs its input was computed from, `""` for the model's input.
         shape, shape_out: of its input and output.
     """
 
     path: str
+    number: int
     origins: Origin
     shape: tuple[int, ...]
     shape_out: tuple[int, ...]
@@ -53,7 +53,8 @@ def trace(model: nnx.Module, *inputs: Any) -> list[Call]:
     values = len(jax.tree.leaves(state))
     given = [frozenset() if i < values else frozenset({""}) for i in range(len(program.jaxpr.invars))]
     calls: list[Call] = []
-    _walk(program.jaxpr, given, calls)
+    for origins, atom in zip(_walk(program.jaxpr, given, calls), program.jaxpr.outvars, strict=True):
+        calls.append(Call("", 0, origins, atom.aval.shape, ()))
     return calls
 
 
@@ -69,15 +70,15 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[Call]) -> list[Origin
         outs = [frozenset().union(*ins)] * len(equation.outvars)
         label = equation.params.get("name", "") if equation.primitive.name == "name" else ""
         if label.startswith(ARRIVES):
-            shape = equation.invars[0].aval.shape
-            calls.append(Call(label.removeprefix(ARRIVES), outs[0], shape, ()))
+            number, path = label.removeprefix(ARRIVES).split(" ", 1)
+            calls.append(Call(path, int(number), outs[0], equation.invars[0].aval.shape, ()))
         elif label.startswith(LEAVES):
             path = label.removeprefix(LEAVES)
             outs = [frozenset({path})]
             shape = equation.outvars[0].aval.shape
             for i, done in enumerate(calls):
                 if done.path == path and not done.shape_out:
-                    calls[i] = Call(path, done.origins, done.shape, shape)
+                    calls[i] = replace(done, shape_out=shape)
         for inner in compat.inner_jaxprs(equation):
             same = len(inner.invars) == len(ins) and len(inner.outvars) == len(outs)
             found = _walk(inner, ins if same else [frozenset().union(*ins)] * len(inner.invars), calls)
@@ -91,10 +92,12 @@ def layouts(model: nnx.Module) -> dict[str, Layout]:
     return {m.path: m.layout for _, m in nnx.iter_modules(model) if isinstance(m, Partitioned)}
 
 
-def changes(model: nnx.Module, default: Layout, *inputs: Any) -> dict[str, Layout]:
-    """For the layers whose input comes from layers of another layout: that layout.
+def changes(model: nnx.Module, default: Layout, *inputs: Any) -> Changes:
+    """Which inputs and outputs of layers are moved, so that the model itself only joins what lies alike.
 
-    Left out are layers that get their input in several layouts; there XLA moves what must be moved.
+    Where the model adds up outputs of several layers, they leave those layers in one layout: the one for
+    which the fewest values are moved. Whatever arrives at a layer in another layout than its own is moved
+    there.
 
     Args:
         model: after `partition.assign`.
@@ -103,18 +106,50 @@ def changes(model: nnx.Module, default: Layout, *inputs: Any) -> dict[str, Layou
     """
     lies = layouts(model) | {"": default}
     if len(set(lies.values())) == 1:
-        return {}
-    found: dict[str, set[Layout]] = {}
-    for call in trace(model, *inputs):
-        found.setdefault(call.path, set()).update(lies[origin] for origin in call.origins)
-    mixed = [path for path, befores in found.items() if len(befores) > 1]
-    if mixed:
-        log.warning("activations of several layouts arrive at %s: XLA moves them by itself", ", ".join(mixed))
-    return {
-        path: next(iter(befores))
-        for path, befores in found.items()
-        if len(befores) == 1 and befores != {lies[path]}
+        return Changes()
+    calls = [call for call in trace(model, *inputs) if call.origins]
+    leave: dict[str, Layout] = {}
+    for together in _joined(calls):
+        leave |= dict.fromkeys(together, _common(together, calls, lies))
+    arrive = {}
+    for call in calls:
+        before = leave[min(call.origins)]
+        if call.path and before != lies[call.path]:
+            arrive[call.path, call.number] = before
+    return Changes(arrive, {path: after for path, after in leave.items() if path and after != lies[path]})
+
+
+def _joined(calls: Sequence[Call]) -> list[Origin]:
+    """Sets of layers whose outputs must lie alike, since they are joined or arrive at the same place."""
+    places: dict[tuple[str, int], Origin] = {}
+    for call in calls:
+        place = call.path, call.number
+        places[place] = places.get(place, frozenset()) | call.origins
+    sets: list[Origin] = []
+    for origins in places.values():
+        touched = [other for other in sets if other & origins]
+        sets = [other for other in sets if not other & origins]
+        sets.append(origins.union(*touched))
+    return sets
+
+
+def _common(together: Origin, calls: Sequence[Call], lies: Mapping[str, Layout]) -> Layout:
+    """The layout that the outputs of the layers `together` leave in."""
+    if "" in together:  # the model's input, which lies as it does
+        return lies[""]
+    # Several takers of one and the same value share a move.
+    takers = {
+        (call.origins, lies[call.path]): math.prod(call.shape)
+        for call in calls
+        if call.path and call.origins & together
     }
+    makers = {call.path: math.prod(call.shape_out) for call in calls if call.path in together}
+
+    def moved(layout: Layout) -> int:
+        ends = [(lies[path], n) for path, n in makers.items()] + [(lie, n) for (_, lie), n in takers.items()]
+        return sum(n for lie, n in ends if lie != layout)
+
+    return min((*(lies[path] for path in sorted(together)), *(lie for _, lie in takers)), key=moved)
 
 
 @contextmanager
@@ -126,6 +161,5 @@ def resharded(model: nnx.Module, default: Layout, *inputs: Any) -> Iterator[None
         with nn.resharded(model, Layout(), x):
             y = model(x)
     """
-    befores: Mapping[str, Layout] = changes(model, default, *inputs)
-    with arrivals(befores):
+    with changing(changes(model, default, *inputs)):
         yield

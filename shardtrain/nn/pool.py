@@ -110,6 +110,25 @@ class Concat(Partitioned, nnx.Module):
         return ops.concat((x, *others), layout=self.layout)
 
 
+class Crop(Partitioned, nnx.Module):
+    """The first `extents` pixels of every spatial dimension; see `shardtrain.ops.pad`.
+
+    Example:
+        >>> Crop()(jnp.ones((2, 8, 8, 3)), (7, 8)).shape
+        (2, 7, 8, 3)
+    """
+
+    @placed
+    def __call__(self, x: Array, extents: Sequence[int]) -> Array:
+        wanted = tuple_of(extents, x.ndim - 2, "extents")
+        if any(n < m for n, m in zip(x.shape[1:-1], wanted, strict=True)):
+            raise UserError(f"nn.Crop: {wanted} pixels of {x.shape[1:-1]}; ask for no more than there are")
+        if x.shape[1:-1] == wanted:
+            return x
+        crops = [(0, m - n) for n, m in zip(x.shape[1:-1], wanted, strict=True)]
+        return ops.pad(x, crops, layout=self.layout)
+
+
 class Upsample(Partitioned, nnx.Module):
     """Every spatial dimension `factor` times as long; see `shardtrain.ops.resize`.
 

@@ -6,7 +6,6 @@ from typing import Literal
 
 from jax import Array, lax
 
-from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout
 from shardtrain.mesh import size
 
@@ -24,17 +23,20 @@ class ChannelPlan:
             reduce-scattered (all-reduced where the output's channels cannot be cut).
         sharing: neighbouring devices that share the channels of a group: all of them without groups, 1 if
             every device has whole groups.
+        straddle: a device's channels begin or end inside a group: it gathers all input channels and
+            computes the groups that its output channels belong to.
     """
 
     cut_in: Axes
     cut_out: Axes
     mode: ChannelMode
     sharing: int
+    straddle: bool = False
 
     @property
     def collective(self) -> str | None:
         """What moves: `"all-gather"`, `"reduce-scatter"`, `"all-reduce"` or nothing."""
-        if not self.cut_in or self.sharing == 1 or (self.mode == "gather" and not self.cut_out):
+        if not self.cut_in or self.sharing == 1:
             return None
         return "all-gather" if self.mode == "gather" else "reduce-scatter" if self.cut_out else "all-reduce"
 
@@ -42,7 +44,8 @@ class ChannelPlan:
         """The input that a device's kernel takes; `groups` of devices share channels, all by default."""
         if self.collective != "all-gather":
             return x
-        return lax.all_gather(x, self.cut_in, axis=x.ndim - 1, tiled=True, axis_index_groups=groups)
+        to = "varying" if self.cut_out else "invarying"
+        return lax.all_gather(x, self.cut_in, axis=x.ndim - 1, tiled=True, axis_index_groups=groups, to=to)
 
     def summed(self, y: Array) -> Array:
         """A device's channels of the output, from what its kernel gives."""
@@ -71,23 +74,42 @@ def channel_plan(
             just their ratio.
         groups: feature groups.
         mode: the choice, where the caller has made it.
-
-    Raises:
-        UserError: groups with cut channels where neither divides by the other.
     """
     cut_in, cut_out = (layout.channel_cut(c, mesh) for c in channels)
     cut = cut_in or cut_out
     shards = size(mesh, cut) if mesh is not None and cut else 1
     if groups > 1 and cut:
-        if not cut_in or not cut_out or (groups % shards and shards % groups):
-            raise UserError(
-                f"conv: groups={groups} with {channels[0]} -> {channels[1]} channels cannot be cut "
-                f"{shards}-fold on the channel axis; use groups that divide by {shards}, or a layout with "
-                f"channels=() for this layer"
-            )
-        return ChannelPlan(cut_in, cut_out, "gather", max(1, shards // groups))
+        if cut_in and cut_out and (groups % shards == 0 or shards % groups == 0):
+            return ChannelPlan(cut_in, cut_out, "gather", max(1, shards // groups))
+        return ChannelPlan(cut_in, cut_out, "gather", shards, straddle=True)
     if cut_in and not cut_out:
         return ChannelPlan(cut_in, (), "scatter", shards)
     if mode is None:
         mode = "gather" if channels[0] * pixels[0] <= channels[1] * pixels[1] else "scatter"
     return ChannelPlan(cut_in, cut_out, mode if cut_in else "gather", shards)
+
+
+@dataclass(frozen=True)
+class Straddle:
+    """The groups that every device computes where groups and blocks of channels do not line up.
+
+    Attributes:
+        groups: how many, on each device.
+        inputs, outputs: for every device, the first input channel of its groups, and the place of its own
+            output channels among theirs.
+    """
+
+    groups: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def straddle(groups: int, shards: int, channels_in: int, channels_out: int) -> Straddle:
+    """See `Straddle`."""
+    mine, per_group = channels_out // shards, channels_out // groups
+    first = [i * mine // per_group for i in range(shards)]
+    last = [((i + 1) * mine - 1) // per_group for i in range(shards)]
+    most = max(b - a for a, b in zip(first, last, strict=True)) + 1
+    first = [min(a, groups - most) for a in first]
+    inputs = tuple(a * channels_in // groups for a in first)
+    return Straddle(most, inputs, tuple(i * mine - a * per_group for i, a in enumerate(first)))

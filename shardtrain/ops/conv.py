@@ -14,10 +14,10 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.layout import AnyMesh, Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
-from shardtrain.ops.channels import ChannelMode, channel_plan
+from shardtrain.ops.channels import ChannelMode, channel_plan, straddle
 from shardtrain.ops.halo import block, exchange
 from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
 
@@ -72,9 +72,9 @@ def conv(
             number, or `(before, after)` per dimension; all as in Flax.
         dilation: of the kernel.
         input_dilation: of the input, see `conv_transpose`.
-        groups: feature groups. With channels cut, either they divide by the channel axis and stay on
-            their devices, or the axis divides by them and the devices that share a group gather its
-            channels.
+        groups: feature groups. With channels cut, they stay on their devices where they divide by the
+            channel axis; where the axis divides by them, the devices that share a group gather its channels;
+            otherwise all channels are gathered.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
             `shardtrain.ops.channel_plan`.
@@ -84,8 +84,7 @@ def conv(
         The output, cut as the input is.
 
     Raises:
-        UserError: shapes that do not agree, a window larger than the padded input, groups that cannot be
-            cut.
+        UserError: shapes that do not agree, a window larger than the padded input.
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((3, 3, 4, 6))
@@ -194,8 +193,9 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     plan = channel_plan(layout, mesh, channels, pixels, config.groups, config.channel_mode)
     shards = size(mesh, plan.cut_out) if mesh is not None and config.groups > 1 else 1
     local_groups = max(1, config.groups // shards)
+    spread = straddle(config.groups, shards, *channels) if plan.straddle else None
     sharing = None
-    if config.groups > 1 and plan.sharing > 1:
+    if config.groups > 1 and plan.sharing > 1 and spread is None:
         sharing = [list(range(i, i + plan.sharing)) for i in range(0, shards, plan.sharing)]
     kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh)
     kept_bias = island.at_rest(layout, kernel.shape[-1:], 0, mesh)
@@ -223,6 +223,11 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim + 1)
                 strides[dim] = 1
         x = plan.gathered(x, sharing)
+        if spread is not None:
+            x = block(x, x.ndim - 1, spread.inputs, spread.groups * kernel.shape[-2], plan.cut_out)
+            kernel = _among(
+                kernel, spread.outputs, spread.groups * channels[1] // config.groups, plan.cut_out
+            )
         y = kernels.direct(
             x,
             kernel,
@@ -230,10 +235,12 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
             dilation=config.dilation,
             input_dilation=dilation,
             padding=pads,
-            groups=local_groups,
+            groups=local_groups if spread is None else spread.groups,
             precision=config.precision,
             preferred_element_type=config.preferred_element_type,
         )
+        if spread is not None:
+            y = block(y, y.ndim - 1, spread.outputs, channels[1] // shards, plan.cut_out)
         y = plan.summed(y)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
         return island.real(y, extents_out, cuts_out, mesh)
@@ -250,6 +257,15 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         bias,
     )
     return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
+
+
+def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) -> Array:
+    """This device's filters at their place among `channels` output channels, the others zero."""
+    if len(starts) == 1:
+        return kernel
+    room = lax.pcast(jnp.zeros((*kernel.shape[:-1], channels), kernel.dtype), axes, to="varying")
+    start = jnp.asarray(starts, jnp.int32)[lax.axis_index(axes)]
+    return lax.dynamic_update_slice_in_dim(room, kernel, start, kernel.ndim - 1)
 
 
 def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> list[Window]:

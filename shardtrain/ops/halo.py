@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from shardtrain import compat
 from shardtrain.layout import Axes
 from shardtrain.ops.window import Reach, Round
 
@@ -52,11 +53,11 @@ def _neighbours(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Arr
     low, high = [], []
     for hop, count in enumerate(reach.hops(reach.halo[0]), start=1):
         part = lax.slice_in_dim(x, rows - count, rows, axis=dim)
-        part = lax.ppermute(part, reach.axes, [(k, k + hop) for k in range(n - hop)])
+        part = compat.ppermute(part, reach.axes, [(k, k + hop) for k in range(n - hop)])
         low.append(_missing(part, lax.axis_index(reach.axes) < hop, fill))
     for hop, count in enumerate(reach.hops(reach.halo[1]), start=1):
         part = lax.slice_in_dim(x, 0, count, axis=dim)
-        part = lax.ppermute(part, reach.axes, [(k + hop, k) for k in range(n - hop)])
+        part = compat.ppermute(part, reach.axes, [(k + hop, k) for k in range(n - hop)])
         high.append(_missing(part, lax.axis_index(reach.axes) >= n - hop, fill))
     return low[::-1], high
 
@@ -107,7 +108,17 @@ def rerouted(
 
 def _received(x: Array, dim: int, part: Round, axes: Axes, grouped: bool) -> Array:
     sent = block(x, dim, part.starts, part.rows, axes)
+    return sent_by(sent, part.senders, axes, grouped=grouped)
+
+
+def sent_by(x: Array, senders: Sequence[int], axes: Axes, *, grouped: bool = False) -> Array:
+    """What the device `senders[i]` of `axes` has, on device `i`; see `exchange` for `grouped`.
+
+    A device may name itself: it keeps what it has, or gets nothing of use if it sends that elsewhere.
+    """
     if not grouped:
-        return lax.ppermute(sent, axes, part.pairs)
-    sender = jnp.asarray(part.senders, jnp.int32)[lax.axis_index(axes)]
-    return lax.dynamic_index_in_dim(lax.all_gather(sent, axes), sender, keepdims=False)
+        busy = {sender for i, sender in enumerate(senders) if sender != i}
+        pairs = [(sender, i) for i, sender in enumerate(senders) if sender != i or i not in busy]
+        return compat.ppermute(x, axes, pairs)
+    sender = jnp.asarray(senders, jnp.int32)[lax.axis_index(axes)]
+    return lax.dynamic_index_in_dim(lax.all_gather(x, axes), sender, keepdims=False)

@@ -1,33 +1,42 @@
 """Moving an activation from one layout to another, where layouts change along a network."""
 
 import functools
-import logging
-from collections.abc import Sequence
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, axes_of, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
-
-log = logging.getLogger(__name__)
+from shardtrain.ops.halo import sent_by
 
 Cuts = tuple[Axes, ...]
 
 
 @dataclass(frozen=True)
 class Move:
-    """One step of a reshard: `axis` leaves dimension `source` and comes to cut dimension `target`.
+    """One step of a reshard.
 
-    `"all-to-all"` does both, `"all-gather"` only the first, `"slice"` only the second, and sends nothing.
+    Attributes:
+        kind: `"all-to-all"`: the last of the axes that cut dimension `source` comes to cut `target`;
+            `"all-gather"`: it leaves, and cuts nothing; `"slice"`: `axis` comes to cut `target` and sends
+            nothing; `"permute"`: whole blocks change places.
+        axis: the axis that moves.
+        source, target: dimensions.
+        after: the axes that cut every dimension after this step.
     """
 
-    kind: Literal["all-to-all", "all-gather", "slice"]
-    axis: str
+    kind: Literal["all-to-all", "all-gather", "slice", "permute"]
+    after: Cuts
+    axis: str = ""
     source: int = -1
     target: int = -1
 
@@ -39,8 +48,8 @@ def reshard(
 
     One island: an axis that comes to cut another dimension moves by an all-to-all of `(n-1)/n` of a
     device's block, one that cuts nothing afterwards by an all-gather, one that cut nothing by no
-    communication at all. Where uneven blocks would not line up the change is left to XLA's partitioner,
-    which is exact too but may gather the whole array; `moves` says which it is.
+    communication at all, and where only the places of blocks change, they are permuted. Of all ways to
+    get there by such steps it goes the one that sends the fewest bytes.
 
     Args:
         x: an activation, channels last.
@@ -66,41 +75,121 @@ def _cuts(layout: Layout, shape: Sequence[int], mesh: AnyMesh) -> Cuts:
     return tuple(axes_of(entry) for entry in layout.activation(shape, mesh))
 
 
-def moves(shape: Sequence[int], before: Cuts, after: Cuts, mesh: AnyMesh) -> list[Move] | None:
-    """The steps that lead from one cut of `shape` to another, None if blocks would not line up.
+@functools.lru_cache(maxsize=1024)
+def moves(
+    shape: tuple[int, ...], before: Cuts, after: Cuts, sizes: tuple[tuple[str, int], ...]
+) -> list[Move]:
+    """The steps that lead from one cut of `shape` to another and send the fewest bytes.
 
-    An axis can leave a dimension only as its last (the fastest), and come only as the last of those that
-    are to cut the dimension; whatever stands in its way is gathered.
+    Args:
+        shape: of the whole array.
+        before, after: the axes that cut every dimension.
+        sizes: axes of the mesh and how many devices they have.
+
+    A dimension whose old and new blocks are both padded and do not line up is gathered first.
     """
-    for extent, old, new in zip(shape, before, after, strict=True):
-        if old and new and old != new and (extent % size(mesh, old) or extent % size(mesh, new)):
-            return None
-    now = [list(axes) for axes in before]
-    goal = {axis: dim for dim, axes in enumerate(after) for axis in axes}
-    steps: list[Move] = []
+    count = dict(sizes)
+    blocks = [
+        _padded(n, (old if not _torn(n, old, new, count) else ()) or new, count)
+        for n, old, new in zip(shape, before, after, strict=True)
+    ]
+    steps, now = [], before
+    for dim, (extent, old, new) in enumerate(zip(shape, before, after, strict=True)):
+        if _torn(extent, old, new, count):
+            for axis in reversed(old):
+                now = _with(now, dim, now[dim][:-1])
+                steps.append(Move("all-gather", now, axis, source=dim))
+    return steps + _cheapest(tuple(blocks), now, after, count)
 
-    def ready(axis: str) -> bool:
-        """All that are to come before `axis` in its new dimension are there, and nothing else."""
-        dim = goal[axis]
-        return tuple(now[dim]) == after[dim][: after[dim].index(axis)]
 
-    while tuple(map(tuple, now)) != after:
-        leaving = [(d, axes[-1]) for d, axes in enumerate(now) if tuple(axes) != after[d][: len(axes)]]
-        absent = [a for a in goal if not any(a in axes for axes in now) and ready(a)]
-        direct = [(d, a) for d, a in leaving if a in goal and goal[a] != d and ready(a)]
-        if direct:
-            dim, axis = direct[0]
-            now[dim].pop()
-            now[goal[axis]].append(axis)
-            steps.append(Move("all-to-all", axis, dim, goal[axis]))
-        elif absent:
-            now[goal[absent[0]]].append(absent[0])
-            steps.append(Move("slice", absent[0], target=goal[absent[0]]))
-        else:
-            dim, axis = leaving[0]
-            now[dim].pop()
-            steps.append(Move("all-gather", axis, dim))
-    return steps
+def _torn(extent: int, old: Axes, new: Axes, count: Mapping[str, int]) -> bool:
+    """Whether old and new blocks of a dimension are padded to different extents."""
+    uneven = extent % _shards(old, count) or extent % _shards(new, count)
+    return bool(old and new and uneven and _padded(extent, old, count) != _padded(extent, new, count))
+
+
+def _shards(axes: Axes, count: Mapping[str, int]) -> int:
+    return math.prod(count[a] for a in axes)
+
+
+def _padded(extent: int, axes: Axes, count: Mapping[str, int]) -> int:
+    return -(-extent // _shards(axes, count)) * _shards(axes, count)
+
+
+def _with(cuts: Cuts, dim: int, axes: Axes) -> Cuts:
+    return (*cuts[:dim], axes, *cuts[dim + 1 :])
+
+
+def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, count: Mapping[str, int]) -> list[Move]:
+    """Dijkstra's shortest path: places are cuts of `shape`, the way from one to the next is bytes sent."""
+    paid: dict[Cuts, float] = {start: 0.0}
+    came: dict[Cuts, tuple[Cuts, Move]] = {}
+    queue = [(0.0, 0, start)]
+    tickets = itertools.count(1)  # of equal costs the first found, and fewest steps: a step costs a little
+    while queue:
+        cost, _, here = heapq.heappop(queue)
+        if here == goal:
+            break
+        if cost > paid[here]:
+            continue
+        for move, price in _next(shape, here, goal, count):
+            total = cost + price + 1e-6
+            if total < paid.get(move.after, math.inf):
+                paid[move.after] = total
+                came[move.after] = here, move
+                heapq.heappush(queue, (total, next(tickets), move.after))
+    path = []
+    while here != start:
+        here, move = came[here]
+        path.append(move)
+    return path[::-1]
+
+
+def _next(
+    shape: tuple[int, ...], here: Cuts, goal: Cuts, count: Mapping[str, int]
+) -> Iterator[tuple[Move, float]]:
+    """The steps that can be made from `here` and what each sends, in shares of the whole array."""
+    block = 1 / math.prod(_shards(axes, count) for axes in here)
+    used = {a for axes in here for a in axes}
+
+    def fits(dim: int, axis: str) -> bool:
+        return shape[dim] % (_shards(here[dim], count) * count[axis]) == 0
+
+    dims = range(len(shape))
+    for dim in dims:
+        if not here[dim]:
+            continue
+        rest, axis = here[dim][:-1], here[dim][-1]
+        n = count[axis]
+        without = _with(here, dim, rest)
+        yield Move("all-gather", without, axis, source=dim), (n - 1) * block
+        for to in dims:
+            if to != dim and fits(to, axis):
+                there = _with(without, to, (*here[to], axis))
+                yield Move("all-to-all", there, axis, dim, to), (n - 1) / n * block
+    for axis in {a for axes in goal for a in axes} - used:
+        for to in dims:
+            if fits(to, axis):
+                yield Move("slice", _with(here, to, (*here[to], axis)), axis, target=to), 0.0
+    for there in _orders(here, goal, count):
+        yield Move("permute", there), block
+
+
+def _orders(here: Cuts, goal: Cuts, count: Mapping[str, int]) -> Iterator[Cuts]:
+    """Cuts into as many blocks by the same axes: the goal, one axis made the last, or two exchanged."""
+
+    def blocks(cuts: Cuts) -> tuple[list[str], list[int]]:
+        return sorted(a for axes in cuts for a in axes), [_shards(axes, count) for axes in cuts]
+
+    if here != goal and blocks(here) == blocks(goal):
+        yield goal
+    for dim, axes in enumerate(here):
+        for axis in axes[:-1]:
+            yield _with(here, dim, (*(a for a in axes if a != axis), axis))
+    for first, second in itertools.combinations([a for axes in here for a in axes], 2):
+        if count[first] == count[second]:
+            change = {first: second, second: first}
+            yield tuple(tuple(change.get(a, a) for a in axes) for axes in here)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -124,29 +213,47 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
     mesh = active_mesh()
     assert mesh is not None
     extents = x.shape
-    steps = moves(extents, before, after, mesh)
-    if steps is None:
-        log.warning(
-            "%s cut by %s and then by %s: blocks do not line up, so XLA moves them by itself",
-            "x".join(map(str, extents)),
-            spec(before),
-            spec(after),
-        )
-        return lax.with_sharding_constraint(x, spec(after))
+    sizes = {a: size(mesh, a) for axes in (*before, *after) for a in axes}
+    steps = moves(extents, before, after, tuple(sorted(sizes.items())))
 
     @jax.named_scope("reshard")
     def local(x: Array) -> Array:
+        now = before
         for step in steps:
             if step.kind == "all-to-all":
                 x = lax.all_to_all(x, step.axis, step.target, step.source, tiled=True)
             elif step.kind == "all-gather":
                 x = lax.all_gather(x, step.axis, axis=step.source, tiled=True, to="invarying")
+                if after[step.source] and not step.after[step.source]:  # whole: padded as it will be cut
+                    extents_now = list(x.shape)
+                    extents_now[step.source] = extents[step.source]
+                    x = island.crop_to(x, [min(a, b) for a, b in zip(x.shape, extents_now, strict=True)])
+                    extents_now[step.source] = _padded(extents[step.source], after[step.source], sizes)
+                    x = island.pad_to(x, extents_now)
+            elif step.kind == "slice":
+                rows = x.shape[step.target] // sizes[step.axis]
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(step.axis) * rows, rows, step.target)
             else:
-                rows = x.shape[step.target] // size(mesh, step.axis)
-                start = lax.axis_index(step.axis) * rows
-                x = lax.dynamic_slice_in_dim(x, start, rows, step.target)
+                x = _permuted(x, now, step.after, sizes, island.grouped(mesh))
+            now = step.after
         return x
 
     either = [old or new for old, new in zip(before, after, strict=True)]
     y = island.run(local, mesh, (spec(before),), spec(after), island.fill_up(x, either, mesh))
     return island.crop_to(y, extents)
+
+
+def _permuted(x: Array, here: Cuts, there: Cuts, count: Mapping[str, int], grouped: bool) -> Array:
+    """Every device's block as `there` cuts, from the one that has it as `here` cuts."""
+    axes = tuple(a for cut in here for a in cut)
+    places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*(count[a] for a in axes))]
+
+    def block(place: Mapping[str, int], cuts: Cuts) -> tuple[int, ...]:
+        """Its number in every dimension; in none that is not cut."""
+        shapes = [[count[a] for a in cut] for cut in cuts if cut]
+        numbers = [[place[a] for a in cut] for cut in cuts if cut]
+        return tuple(int(np.ravel_multi_index(n, s)) for n, s in zip(numbers, shapes, strict=True))
+
+    owner = {block(place, here): i for i, place in enumerate(places)}
+    senders = [owner[block(place, there)] for place in places]
+    return sent_by(x, senders, axes, grouped=grouped)

@@ -40,10 +40,6 @@ class Round(NamedTuple):
     starts: tuple[int, ...]  # for every sender, the first row of its block that it sends
     senders: tuple[int, ...]  # for every receiver; itself, where nothing comes
 
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        return tuple((sender, i) for i, sender in enumerate(self.senders) if sender != i)
-
 
 def reroute(wanted: Sequence[Sequence[tuple[int, int]]], block: int) -> tuple[tuple[Round, ...], np.ndarray]:
     """How every shard gets the rows that it wants, whoever has them.

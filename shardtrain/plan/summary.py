@@ -71,9 +71,6 @@ def lines(
     A step is the forward pass and the gradient by all parameters; the loss, metrics and the optimizer's
     norms add a few numbers. Read from a trace: nothing is compiled, no array is made.
 
-    Where the model itself joins activations of different layouts, or a change of layout has blocks that do
-    not line up, XLA moves what it must: that is not in the trace, and a warning is logged.
-
     Args:
         model: any NNX model.
         mesh: from `make_mesh`.
@@ -97,7 +94,7 @@ def lines(
         for row in sent(_step(model, mesh, default, batch), mesh):
             moved[layer_of(row.scope, paths)].append(row)
         calls = flow.trace(model, batch)
-        shapes = {call.path: call.shape_out for call in calls}
+        shapes = {call.path: call.shape_out for call in calls if call.path}
         paths.sort(key=lambda path: next((i for i, c in enumerate(calls) if c.path == path), len(calls)))
     lies = flow.layouts(model)
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain import Layout, make_mesh
 from shardtrain.layout import axes_of
-from shardtrain.mesh import size
+from shardtrain.mesh import parse, size
 
 TOLERANCE = 1e-10
 
@@ -47,12 +47,15 @@ ALL_MESHES = tuple(",".join(f"{name}={count}" for name, count in axes) for axes 
 # A stage of a pipeline: manual over `pipe`, the other axes left to the islands.
 PIPES = ("pipe=2,height=4", "pipe=2,height=2,width=2", "pipe=2,data=2,channel=2", "pipe=2,width=4")
 
+ALL_PIPES = tuple(f"pipe=2,{mesh}" for mesh in ALL_MESHES if math.prod(parse(mesh).values()) <= 4)
+
 LAYOUTS = (
     Layout(),
     Layout(),  # twice as often as the others
     Layout(parameters=("data",)),
     Layout(batch=("data", "height"), height=()),
     Layout(height=("height", "width"), width=()),
+    Layout(height=("width", "height"), width=()),
     Layout(parameters=("data", "height", "width")),
     Layout(channels=()),
 )

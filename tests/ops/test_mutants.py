@@ -1,5 +1,6 @@
 """Operators made wrong on purpose: the comparisons of the other files must notice each one."""
 
+import dataclasses
 import functools
 import importlib
 from types import SimpleNamespace
@@ -57,6 +58,17 @@ def case_parity(mesh, case):
 def ring_parity():
     args = [numbers(2, 8, 3, 2), numbers(7, 1, 2, 2)]
     parity(functools.partial(ops.conv, padding="CIRCULAR"), reference_conv(1, "CIRCULAR"), args, "height=4")
+
+
+def straddling_parity():
+    args = [numbers(2, 5, 6), numbers(3, 2, 6)]
+    parity(functools.partial(ops.conv, groups=3), reference_conv(1, "SAME", groups=3), args, "channel=2")
+
+
+def axes_order_parity():
+    layout = Layout(height=("width", "height"), width=())
+    args = [numbers(2, 8, 3, 2), numbers(3, 3, 2, 2)]
+    parity(functools.partial(ops.conv, layout=layout), reference_conv(1, "SAME"), args, "height=2,width=4")
 
 
 def groups_parity():
@@ -242,6 +254,39 @@ def groups_one_channel_on(patch):
     patch.setattr(norm, "jnp", count)
 
 
+def permutes_in_mesh_order(patch):
+    """As jax numbers the devices of a permute, whatever the order of the axes."""
+    patch.setattr(halo.compat, "ppermute", lax.ppermute)
+
+
+def straddling_groups_shifted(patch):
+    """Filters of groups that lie on two devices are put one output channel too far."""
+    module = importlib.import_module("shardtrain.ops.conv")
+    right = module._among
+
+    def wrong(kernel, starts, channels, axes):
+        return right(
+            kernel,
+            tuple(s + 1 if s + 1 + kernel.shape[-1] <= channels else s for s in starts),
+            channels,
+            axes,
+        )
+
+    patch.setattr(module, "_among", wrong)
+
+
+def straddling_groups_late(patch):
+    """They take the input channels of the next group."""
+    module = importlib.import_module("shardtrain.ops.conv")
+    right = module.straddle
+
+    def wrong(groups, shards, channels_in, channels_out):
+        found = right(groups, shards, channels_in, channels_out)
+        return dataclasses.replace(found, inputs=(found.inputs[0],) * shards)
+
+    patch.setattr(module, "straddle", wrong)
+
+
 def transposed_padding_shifted(patch):
     module = importlib.import_module("shardtrain.ops.transpose")
     right = module.transposed_pads
@@ -309,6 +354,9 @@ MUTANTS = {
     ),
     "one hop too few around a ring": (ring_one_hop_too_few, ring_parity),
     "groups begin a device late": (groups_one_device_on, groups_parity),
+    "a permute in the mesh's order": (permutes_in_mesh_order, axes_order_parity),
+    "filters of straddling groups shifted": (straddling_groups_shifted, straddling_parity),
+    "inputs of straddling groups of one device": (straddling_groups_late, straddling_parity),
     "groups begin a channel late": (groups_one_channel_on, group_norm_parity),
     "transposed padding shifted": (
         transposed_padding_shifted,

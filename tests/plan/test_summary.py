@@ -43,6 +43,22 @@ CASES = {
         {},
         ("data",),
     ),
+    "resnet, batch cut in the middle of the residual sums": (
+        models.ResNet,
+        {"depth": 8, "classes": 10, "channels": 1},
+        "data=2,height=4",
+        (8, 16, 16, 1),
+        {"blocks.1.*": LATE, "blocks.2.conv2": LATE, "head": LATE},
+        (),
+    ),
+    "unet, its lowest layers cut otherwise, odd extents": (
+        models.UNet,
+        {"classes": 4, "rank": 2, "features": (4, 4, 4, 8)},
+        "height=2,width=2",
+        (4, 12, 12, 1),
+        {"down.3.*": {"batch": ("height", "width"), "height": (), "width": ()}},
+        (),
+    ),
     "local": (models.LocalNet, {"image": (8, 8, 1)}, "height=2,width=2,channel=2", (8, 8, 8, 1), {}, ()),
     "unet": (
         models.UNet,

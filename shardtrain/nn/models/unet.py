@@ -9,11 +9,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.nn.contract import Conv, ConvTranspose
 from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm
-from shardtrain.nn.pool import Concat, MaxPool
+from shardtrain.nn.pool import Concat, Crop, MaxPool
 
 _NORMS: dict[str, Callable[..., nnx.Module]] = {
     "batch": BatchNorm,
@@ -92,6 +91,7 @@ class UNet(nnx.Module):
         pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
         two = (2,) * rank
         self.rise = nnx.List([ConvTranspose(a, b, two, two, padding="VALID", **kinds) for a, b in pairs])
+        self.fit = nnx.List([Crop() for _ in pairs])
         self.join = nnx.List([Concat() for _ in pairs])
         self.up = nnx.List([_Double(2 * b, b, rank, norm, kinds) for _, b in pairs])
         self.head = Conv(features[0], classes, (1,) * rank, **kinds)
@@ -104,12 +104,9 @@ class UNet(nnx.Module):
             if pool is not None:
                 kept.append(x)
                 x = pool(x)
-        for rise, join, block in zip(self.rise, self.join, self.up, strict=True):
+        for rise, fit, join, block in zip(self.rise, self.fit, self.join, self.up, strict=True):
             across = kept.pop()
-            x = rise(x)
-            crops = [(0, n - m) for n, m in zip(across.shape[1:-1], x.shape[1:-1], strict=True)]
-            if any(high for _, high in crops):
-                x = ops.pad(x, crops, layout=rise.layout)
+            x = fit(rise(x), across.shape[1:-1])
             x = self._apply(block, join(across, x))
         return self.head(x)
 
