@@ -9,6 +9,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -122,10 +123,21 @@ class Layout:
         return spec(cuts)
 
 
+def chosen(layout: Any) -> Layout:
+    """The layout that an operator was given, the default one without.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if layout is not None and not isinstance(layout, Layout):
+        raise UserError(f"layout={layout!r}; give a shardtrain.Layout, such as Layout(height=())")
+    return layout or Layout()
+
+
 def spatial_names(rank: int) -> tuple[str, ...]:
     """Names of `rank` spatial dimensions: `("width",)`, `("height", "width")`, `("depth", ...)`."""
     if not 0 <= rank <= 3:
-        raise UserError(f"{rank} spatial dimensions: arrays are (batch, up to 3 spatial, channels)")
+        raise UserError(f"an array of {rank + 2} dimensions; it must be (batch, up to 3 spatial, channels)")
     return SPATIAL[3 - rank :]
 
 

@@ -38,7 +38,7 @@ def local(
             stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, extents, strides, strict=True)]
             part = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
             columns.append(jnp.moveaxis(part, 0, rank))
-        patches = jnp.stack(columns, axis=-1).reshape(*extents, x.shape[0], -1)
+        patches = jnp.stack(columns, axis=-1).reshape(*extents, x.shape[0], kernel.shape[-2])
         contract = (((rank + 1,), (rank,)), (pixels, pixels))
         y = lax.dot_general(
             patches, kernel, contract, precision=precision, preferred_element_type=preferred_element_type

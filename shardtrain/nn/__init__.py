@@ -8,6 +8,7 @@ from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 from shardtrain.nn.partition import LayoutTable, assign, partition_table
 from shardtrain.nn.pool import (
     AdaptiveAvgPool,
+    AdaptiveMaxPool,
     AvgPool,
     Concat,
     Crop,
@@ -20,6 +21,7 @@ from shardtrain.nn.pool import (
 
 __all__ = [
     "AdaptiveAvgPool",
+    "AdaptiveMaxPool",
     "AvgPool",
     "BatchNorm",
     "Concat",

@@ -232,7 +232,7 @@ class LocallyConnected(Contraction, nnx.Module):
 
     Args:
         in_features, out_features: channels.
-        image: extents of the input, which say how many dimensions there are.
+        image: extents of the input, which say how many dimensions there are: one number for one.
         kernel_size: of the window.
         strides, padding, kernel_dilation: as in `nnx.Conv`.
         use_bias: one bias for every output value.
@@ -255,7 +255,7 @@ class LocallyConnected(Contraction, nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        image: Sequence[int],
+        image: int | Sequence[int],
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
@@ -269,7 +269,7 @@ class LocallyConnected(Contraction, nnx.Module):
         bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ) -> None:
-        self.image = tuple(image)
+        self.image = tuple_of(image, len(image) if isinstance(image, Sequence) else 1, "image")
         rank = self.pixel_dims = len(self.image)
         self.kernel_size = tuple_of(kernel_size, rank, "kernel_size")
         self.strides = tuple_of(strides, rank, "strides")

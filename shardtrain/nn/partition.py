@@ -140,8 +140,6 @@ def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh)
                     f"layout: {path!r} has {features} channels, which do not divide by {'*'.join(asked)}="
                     f"{size(mesh, asked)}; use channels=() for this layer or another number of features"
                 )
-    if isinstance(module, Contraction):
-        module.channel_plan(mesh)  # refuses groups that cannot be cut
 
 
 def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:

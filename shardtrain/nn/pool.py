@@ -1,7 +1,6 @@
 """Layers without parameters: pooling, resizing, joining, flattening, dropout."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,14 @@ from shardtrain.errors import UserError
 from shardtrain.layout import active_mesh
 from shardtrain.nn.base import Partitioned, placed
 from shardtrain.nn.context import current_examples
-from shardtrain.ops.window import Padding, tuple_of
+from shardtrain.ops.resample import method_of
+from shardtrain.ops.window import Padding, numbers_of, tuple_of
 
 
 class MaxPool(Partitioned, nnx.Module):
     """`nnx.max_pool` as a layer; see `shardtrain.ops.max_pool`.
+
+    One number for the window or the strides counts for every spatial dimension.
 
     Example:
         >>> MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
@@ -25,10 +27,13 @@ class MaxPool(Partitioned, nnx.Module):
     """
 
     def __init__(
-        self, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = "VALID"
+        self,
+        window_shape: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
+        padding: Padding = "VALID",
     ) -> None:
-        self.window_shape = tuple(window_shape)
-        self.strides = tuple_of(strides, len(self.window_shape), "strides")
+        self.window_shape = numbers_of(window_shape, "window_shape")
+        self.strides = numbers_of(1 if strides is None else strides, "strides")
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
 
     @placed
@@ -43,13 +48,13 @@ class AvgPool(Partitioned, nnx.Module):
 
     def __init__(
         self,
-        window_shape: Sequence[int],
-        strides: Sequence[int] | None = None,
+        window_shape: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
         padding: Padding = "VALID",
         count_include_pad: bool = True,
     ) -> None:
-        self.window_shape = tuple(window_shape)
-        self.strides = tuple_of(strides, len(self.window_shape), "strides")
+        self.window_shape = numbers_of(window_shape, "window_shape")
+        self.strides = numbers_of(1 if strides is None else strides, "strides")
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
         self.count_include_pad = count_include_pad
 
@@ -81,12 +86,28 @@ class AdaptiveAvgPool(Partitioned, nnx.Module):
         (2, 6, 6, 3)
     """
 
-    def __init__(self, extents: Sequence[int]) -> None:
-        self.extents = tuple_of(tuple(extents), len(extents), "extents")
+    def __init__(self, extents: int | Sequence[int]) -> None:
+        self.extents = numbers_of(extents, "extents")
 
     @placed
     def __call__(self, x: Array) -> Array:
         return ops.adaptive_avg_pool(x, self.extents, layout=self.layout)
+
+
+class AdaptiveMaxPool(Partitioned, nnx.Module):
+    """Max pooling to images of `extents`; `1` is a global one. See `shardtrain.ops.adaptive_max_pool`.
+
+    Example:
+        >>> AdaptiveMaxPool(1)(jnp.ones((2, 13, 8, 3))).shape
+        (2, 1, 1, 3)
+    """
+
+    def __init__(self, extents: int | Sequence[int]) -> None:
+        self.extents = numbers_of(extents, "extents")
+
+    @placed
+    def __call__(self, x: Array) -> Array:
+        return ops.adaptive_max_pool(x, self.extents, layout=self.layout)
 
 
 class Flatten(Partitioned, nnx.Module):
@@ -137,8 +158,9 @@ class Upsample(Partitioned, nnx.Module):
         (2, 14, 16, 3)
     """
 
-    def __init__(self, factor: int | Sequence[int], method: Literal["nearest", "linear"] = "nearest") -> None:
-        self.factor = factor if isinstance(factor, int) else tuple(factor)
+    def __init__(self, factor: int | Sequence[int], method: str = "nearest") -> None:
+        self.factor = numbers_of(factor, "factor")
+        method_of(method)
         self.method = method
 
     @placed

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jax import Array, lax
 
+from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout
 from shardtrain.mesh import size
 
@@ -74,7 +75,12 @@ def channel_plan(
             just their ratio.
         groups: feature groups.
         mode: the choice, where the caller has made it.
+
+    Raises:
+        UserError: a mode that there is not.
     """
+    if mode not in (None, "gather", "scatter"):
+        raise UserError(f"channel_mode={mode!r}; use 'gather', 'scatter' or None for the fewer bytes")
     cut_in, cut_out = (layout.channel_cut(c, mesh) for c in channels)
     cut = cut_in or cut_out
     shards = size(mesh, cut) if mesh is not None and cut else 1

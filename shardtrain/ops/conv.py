@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan, straddle
@@ -113,7 +113,7 @@ def conv(
         tuple(pads_of(padding, extents, sizes, strides)),
         mode,
         groups,
-        layout or Layout(),
+        chosen(layout),
         channel_mode,
         precision,
         preferred_element_type,
@@ -124,6 +124,8 @@ def conv(
 def check(what: str, x: Array, kernel: Array, bias: Array | None, groups: int) -> None:
     """Refuses shapes that do not agree."""
     rank = kernel.ndim - 2
+    if rank < 0:
+        raise UserError(f"{what}: a kernel of shape {kernel.shape}; it must be (*window, channels, channels)")
     if x.ndim != rank + 2:
         raise UserError(
             f"{what}: a kernel of shape {kernel.shape} takes inputs (batch, {rank} spatial, channels), "
@@ -160,8 +162,14 @@ def linear(
         >>> linear(jnp.ones((8, 16)), jnp.ones((16, 10))).shape
         (8, 10)
     """
-    rank = x.ndim - 2
-    kernel = kernel.reshape((1,) * rank + kernel.shape)
+    if x.ndim < 2 or kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
+        raise UserError(
+            f"linear: an input of shape {x.shape} and a kernel of {kernel.shape} do not agree; they are "
+            f"(batch, *spatial, channels_in) and (channels_in, channels_out)"
+        )
+    if bias is not None and bias.shape != kernel.shape[-1:]:
+        raise UserError(f"linear: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
+    kernel = kernel.reshape((1,) * (x.ndim - 2) + kernel.shape)
     return conv(
         x,
         kernel,

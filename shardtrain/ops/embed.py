@@ -5,15 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 
-from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.ops import island
 
 
 def embed(
-    indices: Int[Array, "batch *spatial"],
-    table: Float[Array, "rows features"],
+    indices: Num[Array, "batch *spatial"],
+    table: Float[Array, "rows *features"],
     *,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial features"]:
@@ -28,6 +29,9 @@ def embed(
         layout: which mesh axes cut what; by name by default. Dimensions of `indices` after the batch count
             as pixels: the last is `width`.
 
+    Raises:
+        UserError: indices that are no integers, a table that is no matrix.
+
     Example:
         >>> embed(jnp.array([[0, 2, 1]]), jnp.ones((3, 8))).shape
         (1, 3, 8)
@@ -35,7 +39,12 @@ def embed(
     References:
         Shoeybi et al., Megatron-LM, 2019, section 3 (the vocabulary-parallel embedding).
     """
-    return _embed(indices, table, layout or Layout())
+    if table.ndim != 2 or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise UserError(
+            f"embed: indices of {indices.dtype} and a table of shape {table.shape}; give integers and a "
+            f"table (rows, features)"
+        )
+    return _embed(indices, table, chosen(layout))
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import local as kernels
-from shardtrain.layout import Layout, active_mesh, axes_of, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, axes_of, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan
@@ -40,7 +40,7 @@ def local(
     kernel: Float[Array, "*spatial_out taps channels_out"],
     bias: Float[Array, "*spatial_out channels_out"] | None = None,
     *,
-    window: Sequence[int],
+    window: int | Sequence[int],
     strides: int | Sequence[int] | None = 1,
     padding: Padding = "SAME",
     dilation: int | Sequence[int] | None = 1,
@@ -60,7 +60,7 @@ def local(
         kernel: the filters of every output pixel; `taps` is `channels_in * prod(window)`, channels
             slowest, as in `lax.conv_general_dilated_local` and `flax.linen.ConvLocal`.
         bias: added to every output pixel, its own.
-        window: rows of the filter in every spatial dimension.
+        window: rows of the filter, one number or one per spatial dimension.
         strides, padding, dilation, layout, channel_mode: as in `conv`.
         precision, preferred_element_type: as in `lax.dot_general`.
 
@@ -79,7 +79,7 @@ def local(
         Coates et al., Deep Learning with COTS HPC Systems, ICML 2013; Dean et al., Large Scale Distributed
         Deep Networks, NIPS 2012.
     """
-    rank = len(window)
+    rank = len(window) if isinstance(window, Sequence) else x.ndim - 2
     if x.ndim != rank + 2 or kernel.ndim != rank + 2:
         raise UserError(
             f"local: a window of {rank} dimensions takes inputs (batch, {rank} spatial, channels) and a "
@@ -102,7 +102,7 @@ def local(
         window,
         tuple_of(dilation, rank, "dilation"),
         windows,
-        layout or Layout(),
+        chosen(layout),
         channel_mode,
         precision,
         preferred_element_type,

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 
@@ -65,10 +65,14 @@ def batch_norm(
     References:
         Ioffe and Szegedy, Batch Normalization, ICML 2015.
     """
+    _check_affine("batch_norm", x, scale, bias)
+    return _batch_norm(x, scale, bias, examples, epsilon=epsilon, layout=chosen(layout))
+
+
+def _check_affine(what: str, x: Array, scale: Array | None, bias: Array | None) -> None:
     for name, p in (("scale", scale), ("bias", bias)):
         if p is not None and p.shape != x.shape[-1:]:
-            raise UserError(f"batch_norm: {name} has shape {p.shape} for {x.shape[-1]} channels")
-    return _batch_norm(x, scale, bias, examples, epsilon=epsilon, layout=layout or Layout())
+            raise UserError(f"{what}: {name} has shape {p.shape} for {x.shape[-1]} channels")
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "layout"))
@@ -166,8 +170,8 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 def group_norm(
     x: Float[Array, "batch *spatial channels"],
     groups: int,
-    scale: Float[Array, " channels"] | None = None,
-    bias: Float[Array, " channels"] | None = None,
+    scale: Float[Array, " _"] | None = None,
+    bias: Float[Array, " _"] | None = None,
     *,
     epsilon: float = 1e-6,
     layout: Layout | None = None,
@@ -185,7 +189,7 @@ def group_norm(
         layout: which mesh axes cut what; by name by default.
 
     Raises:
-        UserError: channels that do not divide by the groups.
+        UserError: channels that do not divide by the groups; scale or bias of another size.
 
     Example:
         >>> group_norm(jnp.ones((8, 4, 4, 6)), groups=3).shape
@@ -197,13 +201,14 @@ def group_norm(
     channels = x.shape[-1]
     if groups < 1 or channels % groups:
         raise UserError(f"group_norm: {channels} channels do not divide into {groups} groups")
-    return _by_example(x, scale, bias, groups=groups, pixels=True, epsilon=epsilon, layout=layout or Layout())
+    _check_affine("group_norm", x, scale, bias)
+    return _by_example(x, scale, bias, groups=groups, pixels=True, epsilon=epsilon, layout=chosen(layout))
 
 
 def instance_norm(
     x: Float[Array, "batch *spatial channels"],
-    scale: Float[Array, " channels"] | None = None,
-    bias: Float[Array, " channels"] | None = None,
+    scale: Float[Array, " _"] | None = None,
+    bias: Float[Array, " _"] | None = None,
     *,
     epsilon: float = 1e-6,
     layout: Layout | None = None,
@@ -222,8 +227,8 @@ def instance_norm(
 
 def layer_norm(
     x: Float[Array, "batch *spatial channels"],
-    scale: Float[Array, " channels"] | None = None,
-    bias: Float[Array, " channels"] | None = None,
+    scale: Float[Array, " _"] | None = None,
+    bias: Float[Array, " _"] | None = None,
     *,
     epsilon: float = 1e-6,
     layout: Layout | None = None,
@@ -237,7 +242,8 @@ def layer_norm(
     References:
         Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
-    return _by_example(x, scale, bias, groups=1, pixels=False, epsilon=epsilon, layout=layout or Layout())
+    _check_affine("layer_norm", x, scale, bias)
+    return _by_example(x, scale, bias, groups=1, pixels=False, epsilon=epsilon, layout=chosen(layout))
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "pixels", "epsilon", "layout"))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.halo import exchange
@@ -19,18 +19,18 @@ from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
 
 
 def max_pool(
-    x: Float[Array, "batch *spatial channels"],
-    window: Sequence[int],
+    x: Num[Array, "batch *spatial channels"],
+    window: int | Sequence[int],
     *,
     strides: int | Sequence[int] | None = None,
     padding: Padding = "VALID",
     layout: Layout | None = None,
-) -> Float[Array, "batch *spatial_out channels"]:
+) -> Num[Array, "batch *spatial_out channels"]:
     """The largest value in every window; the gradient goes to the first of equal values.
 
     Args:
         x: input, channels last.
-        window: its rows in each spatial dimension.
+        window: its rows, one number or one per spatial dimension.
         strides: 1 by default, as in Flax.
         padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs; padding never wins.
         layout: which mesh axes cut what; by name by default.
@@ -42,12 +42,12 @@ def max_pool(
         >>> max_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
         (2, 4, 4, 3)
     """
-    return _pool(x, _windows(x, window, strides, padding), "max", layout or Layout())
+    return _pool(x, _windows(x, window, strides, padding), "max", chosen(layout))
 
 
 def avg_pool(
     x: Float[Array, "batch *spatial channels"],
-    window: Sequence[int],
+    window: int | Sequence[int],
     *,
     strides: int | Sequence[int] | None = None,
     padding: Padding = "VALID",
@@ -68,7 +68,7 @@ def avg_pool(
         (2, 4, 4, 3)
     """
     windows = _windows(x, window, strides, padding)
-    total = _pool(x, windows, "sum", layout or Layout())
+    total = _pool(x, windows, "sum", chosen(layout))
     if count_include_pad:
         return total / math.prod(w.size for w in windows)
     counts = np.ones((1, *total.shape[1:-1], 1))
@@ -88,11 +88,11 @@ def global_avg_pool(
         >>> global_avg_pool(jnp.ones((2, 8, 8, 3))).shape
         (2, 3)
     """
-    return _global_avg_pool(x, layout or Layout())
+    return _global_avg_pool(x, chosen(layout))
 
 
 def _windows(
-    x: Array, window: Sequence[int], strides: int | Sequence[int] | None, padding: Padding
+    x: Array, window: int | Sequence[int], strides: int | Sequence[int] | None, padding: Padding
 ) -> tuple[Window, ...]:
     rank = x.ndim - 2
     if mode_of(padding) != "constant":
@@ -120,7 +120,8 @@ def _windows(
 @functools.partial(jax.jit, static_argnames=("windows", "kind", "layout"))
 def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> Array:
     mesh = active_mesh()
-    fill, combine = (-np.inf, lax.max) if kind == "max" else (0.0, lax.add)
+    least = -np.inf if jnp.issubdtype(x.dtype, jnp.inexact) else float(jnp.iinfo(x.dtype).min)
+    fill, combine = (least, lax.max) if kind == "max" else (0.0, lax.add)
     names = spatial_names(len(windows))
     cuts = [layout.cut(name, mesh) for name in names]
     windows = tuple(

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float, Num
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.halo import exchange
@@ -56,14 +55,14 @@ def pad(
     windows = tuple(Window(n, 1, 1, p, mode=mode) for n, p in zip(extents, pads, strict=True))
     if any(w.extent_out < 1 for w in windows):
         raise UserError(f"pad: padding {pads} leaves nothing of extents {extents}; crop less")
-    return _pad(x, windows, float(value), layout or Layout())
+    return _pad(x, windows, float(value), chosen(layout))
 
 
 def resize(
     x: Num[Array, "batch *spatial channels"],
-    extents: Sequence[int],
+    extents: int | Sequence[int],
     *,
-    method: Literal["nearest", "linear"] = "nearest",
+    method: str = "nearest",
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial_out channels"]:
     """Resamples every spatial dimension, pixels centred, without antialiasing.
@@ -73,7 +72,7 @@ def resize(
 
     Args:
         x: input, channels last.
-        extents: of the output.
+        extents: of the output, one number or one per spatial dimension.
         method: the nearest input, or a mean of the two nearest in each dimension.
         layout: which mesh axes cut what; by name by default.
 
@@ -84,16 +83,14 @@ def resize(
         >>> resize(jnp.ones((2, 7, 8, 3)), (14, 16), method="linear").shape
         (2, 14, 16, 3)
     """
-    wanted = tuple_of(extents, x.ndim - 2, "extents")
-    weigh = {"nearest": _nearest, "linear": _linear}.get(method)
-    if weigh is None:
-        raise UserError(f"resize: method={method!r}; there are 'nearest' and 'linear'")
+    wanted = _wanted("resize", x, extents)
+    weigh = method_of(method)
     weights = tuple(weigh(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
-    return _weighted("resize", x, weights, layout or Layout())
+    return _weighted("resize", x, weights, chosen(layout))
 
 
 def adaptive_avg_pool(
-    x: Num[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
+    x: Num[Array, "batch *spatial channels"], extents: int | Sequence[int], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial_out channels"]:
     """The mean of windows that share the input out among `extents` outputs, as evenly as they can.
 
@@ -101,7 +98,7 @@ def adaptive_avg_pool(
 
     Args:
         x: input, channels last.
-        extents: of the output.
+        extents: of the output, one number or one per spatial dimension.
         layout: which mesh axes cut what; by name by default.
 
     Raises:
@@ -111,15 +108,15 @@ def adaptive_avg_pool(
         >>> adaptive_avg_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
         (2, 6, 6, 3)
     """
-    wanted = tuple_of(extents, x.ndim - 2, "extents")
+    wanted = _wanted("adaptive_avg_pool", x, extents)
     weights = []
     for n, m in zip(x.shape[1:-1], wanted, strict=True):
         weights.append(tuple((a, (1 / (b - a),) * (b - a)) for a, b in _shares(n, m)))
-    return _weighted("adaptive_avg_pool", x, tuple(weights), layout or Layout())
+    return _weighted("adaptive_avg_pool", x, tuple(weights), chosen(layout))
 
 
 def adaptive_max_pool(
-    x: Float[Array, "batch *spatial channels"], extents: Sequence[int], *, layout: Layout | None = None
+    x: Float[Array, "batch *spatial channels"], extents: int | Sequence[int], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial_out channels"]:
     """The largest value of windows as in `adaptive_avg_pool`.
 
@@ -129,9 +126,15 @@ def adaptive_max_pool(
         >>> adaptive_max_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
         (2, 6, 6, 3)
     """
-    wanted = tuple_of(extents, x.ndim - 2, "extents")
+    wanted = _wanted("adaptive_max_pool", x, extents)
     ranges = tuple(_shares(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
-    return _largest(x, ranges, layout or Layout())
+    return _largest(x, ranges, chosen(layout))
+
+
+def _wanted(what: str, x: Array, extents: int | Sequence[int]) -> tuple[int, ...]:
+    if not all(x.shape[1:-1]):
+        raise UserError(f"{what}: an input of shape {x.shape} has no pixels")
+    return tuple_of(extents, x.ndim - 2, "extents")
 
 
 def _shares(n: int, m: int) -> tuple[tuple[int, int], ...]:
@@ -155,6 +158,18 @@ def _linear(n: int, m: int) -> Weights:
         two = (first, (1 - share, share))
         found.append(two if 0 < share < 1 else (first + round(share), (1.0,)))  # no input of weight 0
     return tuple(found)
+
+
+def method_of(method: str) -> Callable[[int, int], Weights]:
+    """The weights of a method of `resize`.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    found = {"nearest": _nearest, "linear": _linear}.get(method)
+    if found is None:
+        raise UserError(f"resize: method={method!r}; there are 'nearest' and 'linear'")
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("windows", "value", "layout"))

@@ -13,12 +13,15 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, axes_of, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, axes_of, chosen, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.halo import sent_by
 
 Cuts = tuple[Axes, ...]
+
+SCOPE = "change of layout"
+"""Names what a reshard sends, in jaxprs and profiles."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,14 @@ def reshard(
         x: an activation, channels last.
         before, after: the layouts. A wrong `before` costs a second move, never a wrong number.
 
+    Raises:
+        UserError: something else than two layouts.
+
     Example:
         >>> with jax.set_mesh(make_mesh("data=2,height=4")):
         ...     reshard(jnp.ones((8, 16, 16, 4)), Layout(), Layout(batch=("data", "height"), height=()))
     """
-    mesh = active_mesh()
+    mesh, before, after = active_mesh(), chosen(before), chosen(after)
     if mesh is None:
         return x
     old, new = (_cuts(layout, x.shape, mesh) for layout in (before, after))
@@ -216,7 +222,7 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
     sizes = {a: size(mesh, a) for axes in (*before, *after) for a in axes}
     steps = moves(extents, before, after, tuple(sorted(sizes.items())))
 
-    @jax.named_scope("reshard")
+    @jax.named_scope(SCOPE)
     def local(x: Array) -> Array:
         now = before
         for step in steps:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.halo import rerouted
@@ -31,7 +31,7 @@ def flatten(
         >>> flatten(jnp.ones((2, 4, 4, 3))).shape
         (2, 48)
     """
-    return _flatten(x, layout or Layout())
+    return _flatten(x, chosen(layout))
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -85,7 +85,7 @@ def concat(
     """
     if len({x.shape[:-1] for x in arrays}) != 1:
         raise UserError(f"concat: shapes {[x.shape for x in arrays]}; all but the channels must agree")
-    return _concat(tuple(arrays), layout or Layout())
+    return _concat(tuple(arrays), chosen(layout))
 
 
 @functools.partial(jax.jit, static_argnames="layout")

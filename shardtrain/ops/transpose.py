@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout
+from shardtrain.layout import Layout, chosen
 from shardtrain.ops.channels import ChannelMode
 from shardtrain.ops.conv import Config, check, convolve, window_sizes
 from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
@@ -38,7 +38,7 @@ def conv_transpose(
         kernel: filters, Flax's layout.
         bias: added to every output pixel.
         strides: rows of output for one of input.
-        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D) or `"CIRCULAR"` as in `flax.nnx.ConvTranspose`, or
+        padding: `"SAME"`, `"VALID"` or `"CIRCULAR"` as in `flax.nnx.ConvTranspose`, `"CAUSAL"` (1-D), or
             rows to add around the dilated input; `torch_padding` gives those for PyTorch's convention.
         dilation: of the kernel.
         groups: feature groups, see `conv`.
@@ -65,7 +65,7 @@ def conv_transpose(
         Dumoulin and Visin, A Guide to Convolution Arithmetic for Deep Learning, 2016, section 4.
     """
     rank = kernel.ndim - 2
-    if transpose_kernel:
+    if transpose_kernel and rank >= 0:
         kernel = _transposed(kernel, groups)
     check("conv_transpose", x, kernel, bias, groups)
     strides = tuple_of(strides, rank, "strides")
@@ -81,7 +81,7 @@ def conv_transpose(
         tuple(pads),
         mode,
         groups,
-        layout or Layout(),
+        chosen(layout),
         channel_mode,
         precision,
         preferred_element_type,
@@ -102,12 +102,14 @@ def torch_padding(
     adds rows at its end: `(n - 1) * stride - 2 * padding + dilation * (window - 1) + output_padding + 1`.
 
     Raises:
-        UserError: another number of values than the window has dimensions.
+        UserError: another number of values than the window has dimensions, or a single number for it.
 
     Example:
         >>> torch_padding((4, 4), 1, output_padding=1)
         [(2, 3), (2, 3)]
     """
+    if not isinstance(window, Sequence):
+        raise UserError(f"torch_padding: window={window!r}; give one number per spatial dimension")
     rank = len(window)
     spans = window_sizes(window, tuple_of(dilation, rank, "dilation"))
     crops, extra = (pairs_of(value, rank) for value in (padding, output_padding))
@@ -144,7 +146,7 @@ def _transposed_pad(name: str, k: int, s: int) -> tuple[int, int]:
 def _transposed(kernel: Array, groups: int) -> Array:
     """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
     *window, outputs, inputs = kernel.shape
-    if inputs % groups:
+    if groups < 1 or inputs % groups:
         raise UserError(f"conv_transpose: {inputs} input channels do not divide into groups={groups}")
     kernel = jnp.flip(kernel, range(len(window)))
     kernel = kernel.reshape(*window, outputs, groups, inputs // groups)

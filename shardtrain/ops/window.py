@@ -291,6 +291,17 @@ def tuple_of(value: Any, rank: int, what: str) -> tuple[int, ...]:
     return values
 
 
+def numbers_of(value: Any, what: str) -> int | tuple[int, ...]:
+    """One number, for dimensions that are not yet known, or several, each 1 or more.
+
+    Raises:
+        UserError: anything else.
+    """
+    several = isinstance(value, Sequence)
+    numbers = tuple_of(value, len(value) if several else 1, what)
+    return numbers if several else numbers[0]
+
+
 def _integers(values: Any, what: str) -> tuple[int, ...]:
     try:
         return tuple(operator.index(v) for v in values)

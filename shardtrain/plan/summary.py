@@ -19,6 +19,7 @@ from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import size, text
 from shardtrain.nn import flow, partition
 from shardtrain.nn.base import name
+from shardtrain.ops.reshard import SCOPE
 from shardtrain.plan.trace import Sent, layer_of, sent
 
 WHAT = {
@@ -59,8 +60,8 @@ class Line:
 
 
 def lines(
-    model: nnx.Module,
-    mesh: Mesh,
+    model: Any,
+    mesh: Any,
     inputs: Any = None,
     *,
     layout: partition.LayoutTable | None = None,
@@ -81,6 +82,11 @@ def lines(
     Raises:
         UserError: what the model cannot do on this mesh, or with these inputs.
     """
+    if not isinstance(model, nnx.Module) or not isinstance(mesh, Mesh):
+        raise UserError(
+            f"summary: {type(model).__name__} and {type(mesh).__name__}; give an NNX model and a mesh, "
+            f"such as make_mesh('data=2,height=4')"
+        )
     default = Layout(parameters=parameters)
     model = nnx.clone(model)  # the caller's keeps the layouts that it has
     partition.assign(model, mesh, default, layout or {})
@@ -109,8 +115,8 @@ def lines(
 
 
 def summary(
-    model: nnx.Module,
-    mesh: Mesh,
+    model: Any,
+    mesh: Any,
     inputs: Any = None,
     *,
     layout: partition.LayoutTable | None = None,
@@ -163,7 +169,7 @@ def _kib(amount: int) -> str:
 def _by_what(moved: Sequence[Sent]) -> Counter[str]:
     totals: Counter[str] = Counter()
     for s in moved:
-        totals["reshard" if "reshard" in s.scope else WHAT[s.kind]] += s.bytes
+        totals["reshard" if SCOPE in s.scope else WHAT[s.kind]] += s.bytes
     return totals
 
 
@@ -178,10 +184,10 @@ def _parameter_bytes(model: nnx.Module, mesh: Mesh, default: Layout) -> Counter[
 
 
 def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(inputs, Sequence):
-        return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
     if not hasattr(inputs, "shape"):
-        raise UserError(f"summary: inputs={inputs!r}; give the batch's shape, such as (64, 28, 28, 1)")
+        if not isinstance(inputs, Sequence) or not all(hasattr(n, "__index__") for n in inputs):
+            raise UserError(f"summary: inputs={inputs!r}; give the batch's shape, such as (64, 28, 28, 1)")
+        return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
     return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
 
 

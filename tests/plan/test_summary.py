@@ -138,7 +138,7 @@ def test_a_change_of_layout_moves_the_closed_form():
         line.path: line
         for line in lines(model, mesh, jax.ShapeDtypeStruct((8, 16, 16, 1), "f8"), layout=LATE_LENET)
     }
-    moved = {path: [s for s in line.sent if "reshard" in s.scope] for path, line in found.items()}
+    moved = {path: [s for s in line.sent if "change of layout" in s.scope] for path, line in found.items()}
     assert {path for path, rows in moved.items() if rows} == {"conv2"}
     block = 4 * 2 * 8 * 8 * 8  # 8/2 images, 8/4 rows, 8 columns, 8 channels of 8 bytes
     assert [(s.kind, s.axes, s.payload) for s in moved["conv2"]] == [("all-to-all", ("height",), block)] * 2

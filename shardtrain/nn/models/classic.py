@@ -42,6 +42,8 @@ class LeNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if not isinstance(image, Sequence) or len(image) != 3:
+            raise UserError(f"LeNet: image={image}; give (height, width, channels), such as (28, 28, 1)")
         height, width, channels = image
         if min(height, width) < 4:
             raise UserError(f"LeNet halves its images twice; {height}x{width} is too small, 4x4 is the least")

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from shardtrain.errors import UserError
 from shardtrain.nn.contract import Linear, LocallyConnected
 from shardtrain.nn.pool import Flatten
 
@@ -48,6 +49,8 @@ class LocalNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if not isinstance(image, Sequence) or len(image) != 3:
+            raise UserError(f"LocalNet: image={image}; give (height, width, channels), such as (28, 28, 1)")
         *extents, channels = image
         layers = []
         for i, width in enumerate(features):

@@ -13,6 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.nn.contract import Conv, ConvTranspose
 from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm
 from shardtrain.nn.pool import Concat, Crop, MaxPool
+from shardtrain.ops.window import tuple_of
 
 _NORMS: dict[str, Callable[..., nnx.Module]] = {
     "batch": BatchNorm,
@@ -69,7 +70,7 @@ class UNet(nnx.Module):
         channels: int = 1,
         *,
         rank: int = 2,
-        features: Sequence[int] = (32, 64, 128, 256),
+        features: int | Sequence[int] = (32, 64, 128, 256),
         norm: str = "instance",
         remat: bool = False,
         dtype: DTypeLike | None = None,
@@ -80,10 +81,11 @@ class UNet(nnx.Module):
             raise UserError(f"UNet: rank={rank}; images have 1, 2 or 3 spatial dimensions")
         if norm not in _NORMS:
             raise UserError(f"UNet: norm={norm!r}; there are {', '.join(map(repr, _NORMS))}")
+        if not isinstance(features, Sequence) or len(features) < 2:
+            raise UserError(f"UNet: features={features}; give two levels or more, such as (32, 64)")
+        features = tuple_of(features, len(features), "features")
         if norm == "group" and any(f % 8 for f in features):
             raise UserError(f"UNet: norm='group' has groups of 8 channels; {tuple(features)} do not divide")
-        if len(features) < 2:
-            raise UserError(f"UNet: features={tuple(features)}; give two levels or more, such as (32, 64)")
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         above = [channels, *features]
         self.down = nnx.List([_Double(above[i], f, rank, norm, kinds) for i, f in enumerate(features)])
