@@ -48,6 +48,12 @@ class ChannelPlan:
         to = "varying" if self.cut_out else "invarying"
         return lax.all_gather(x, self.cut_in, axis=x.ndim - 1, tiled=True, axis_index_groups=groups, to=to)
 
+    def scattered(self, dx: Array) -> Array:
+        """The gradient of what `gathered` took, without groups, from that of what it gave."""
+        if self.collective != "all-gather":
+            return dx
+        return lax.psum_scatter(dx, self.cut_in, scatter_dimension=dx.ndim - 1, tiled=True)
+
     def summed(self, y: Array) -> Array:
         """A device's channels of the output, from what its kernel gives."""
         if self.collective == "reduce-scatter":

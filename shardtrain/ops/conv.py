@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from shardtrain.kernels import conv as kernels
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
-from shardtrain.ops.channels import ChannelMode, channel_plan, straddle
+from shardtrain.ops.channels import ChannelMode, ChannelPlan, channel_plan, straddle
 from shardtrain.ops.halo import block, exchange
 from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
 
@@ -202,6 +203,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     shards = size(mesh, plan.cut_out) if mesh is not None and config.groups > 1 else 1
     local_groups = max(1, config.groups // shards)
     spread = straddle(config.groups, shards, *channels) if plan.straddle else None
+    per_group = channels[1] // config.groups
     sharing = None
     if config.groups > 1 and plan.sharing > 1 and spread is None:
         sharing = [list(range(i, i + plan.sharing)) for i in range(0, shards, plan.sharing)]
@@ -214,42 +216,63 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     extents_out = (x.shape[0], *(w.extent_out for w in windows), kernel.shape[-1])
     extents_in = x.shape
 
+    def reach(x: Array, windows: Sequence[Window]) -> Array:
+        """The rows that a device's outputs are computed from."""
+        for dim, window in enumerate(windows, start=1):
+            if _pads(window):
+                continue
+            x = exchange(x, dim, window, grouped=island.grouped(mesh))
+            if window.dilation > 1 and len(set(window.phases)) > 1:
+                x = _dilated(x, dim, window)
+            elif window.size == 1 and window.stride > 1:  # move only the rows that are used
+                x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim)
+        return x
+
+    product = functools.partial(
+        kernels.direct,
+        dilation=config.dilation,
+        groups=local_groups if spread is None else spread.groups,
+        precision=config.precision,
+        preferred_element_type=config.preferred_element_type,
+    )
+    duals = _duals(windows, config, plan, channels)
+
+    def contract(x: Array, kernel: Array) -> Array:
+        x = plan.gathered(reach(x, windows), sharing)
+        if spread is not None:
+            x = block(x, x.ndim - 1, spread.inputs, spread.groups * kernel.shape[-2], plan.cut_out)
+            kernel = _among(kernel, spread.outputs, spread.groups * per_group, plan.cut_out)
+        y = product(x, kernel, **_steps(windows))
+        if spread is not None:
+            y = block(y, y.ndim - 1, spread.outputs, channels[1] // shards, plan.cut_out)
+        return plan.summed(y)
+
+    @jax.custom_vjp
+    def contract_dually(x: Array, kernel: Array) -> Array:
+        return contract(x, kernel)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        x = plan.gathered(reach(x, windows), sharing)
+        return product(x, kernel, **_steps(windows)), (x, kernel)
+
+    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, kernel = saved
+        (dkernel,) = jax.vjp(lambda kernel: product(x, kernel, **_steps(windows)), kernel)[1](dy)
+        back = transposed_kernel(kernel, local_groups)
+        return plan.scattered(product(reach(dy, duals or ()), back, **_steps(duals or ()))), dkernel
+
+    contract_dually.defvjp(forward, backward)
+
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
-        strides, dilation = list(config.strides), list(config.input_dilation)
-        pads = [(0, 0)] * len(windows)
-        for dim, window in enumerate(windows):
-            alone = window.shards == 1 and window.mode == "constant"
-            if alone and (window.size > 1 or window.dilation > 1):
-                pads[dim] = window.pad  # the convolution pads: cheaper, and not sent
-                continue
-            x = exchange(x, dim + 1, window, grouped=island.grouped(mesh))
-            if window.dilation > 1:
-                x, pads[dim], dilation[dim] = _dilated(x, dim + 1, window)
-            elif window.size == 1 and window.stride > 1:  # move only the rows that are used
-                x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim + 1)
-                strides[dim] = 1
-        x = plan.gathered(x, sharing)
-        if spread is not None:
-            x = block(x, x.ndim - 1, spread.inputs, spread.groups * kernel.shape[-2], plan.cut_out)
-            kernel = _among(
-                kernel, spread.outputs, spread.groups * channels[1] // config.groups, plan.cut_out
-            )
-        y = kernels.direct(
-            x,
-            kernel,
-            strides=strides,
-            dilation=config.dilation,
-            input_dilation=dilation,
-            padding=pads,
-            groups=local_groups if spread is None else spread.groups,
-            precision=config.precision,
-            preferred_element_type=config.preferred_element_type,
-        )
-        if spread is not None:
-            y = block(y, y.ndim - 1, spread.outputs, channels[1] // shards, plan.cut_out)
-        y = plan.summed(y)
+        if duals is None:
+            y = contract(x, kernel)
+        else:
+            everywhere = (*vary, *plan.cut_in, *plan.cut_out)
+            x = island.varying(x, (*vary, *plan.cut_in), everywhere)
+            kernel = island.varying(kernel, island.differs(kept, layout, vary), everywhere)
+            y = contract_dually(x, kernel)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
         return island.real(y, extents_out, cuts_out, mesh)
 
@@ -265,6 +288,43 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         bias,
     )
     return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
+
+
+def transposed_kernel(kernel: Array, groups: int) -> Array:
+    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
+    *window, inputs, outputs = kernel.shape
+    kernel = jnp.flip(kernel, range(len(window)))
+    kernel = kernel.reshape(*window, inputs, groups, outputs // groups)
+    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, outputs // groups, groups * inputs)
+
+
+def _duals(
+    windows: Sequence[Window], config: Config, plan: ChannelPlan, channels: tuple[int, int]
+) -> list[Window] | None:
+    """The windows with which the input's gradient is a convolution of the output's, None where that is worse.
+
+    Halos of the output's gradient then travel, and every device computes its own rows. Otherwise it computes
+    those of its neighbours' too that its halos held, and sends them back.
+    """
+    simple = config.padding_mode == "constant" and config.preferred_element_type is None
+    if not simple or plan.straddle or plan.mode == "scatter" or (config.groups > 1 and plan.sharing > 1):
+        return None
+    duals = []
+    for w in windows:
+        low = w.size - 1 - w.pad[0]
+        high = (w.extent - 1) * w.dilation + w.size - 1 - (w.extent_out - 1) * w.stride - low
+        dual = Window(w.extent_out, w.size, w.dilation, (low, high), w.shards, w.axes, w.stride)
+        if dual.extent_out != w.extent or len(set(dual.phases)) > 1:
+            return None
+        duals.append(dual)
+
+    def rows(windows: Sequence[Window], channels: int) -> int:
+        blocks = [w.block_in for w in windows]
+        halos = [sum(w.halo) * math.prod(blocks) // n for w, n in zip(windows, blocks, strict=True)]
+        return sum(halos) * channels
+
+    back = rows(windows, channels[0])
+    return duals if 0 < rows(duals, channels[1]) <= back else None
 
 
 def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) -> Array:
@@ -297,18 +357,34 @@ def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> l
     return found
 
 
-def _dilated(x: Array, dim: int, window: Window) -> tuple[Array, tuple[int, int], int]:
-    """Rows, padding and dilation with which a shard's outputs begin at its first window.
+def _pads(window: Window) -> bool:
+    """Whether the convolution itself pads this dimension: cheaper, and not sent."""
+    alone = window.shards == 1 and window.mode == "constant"
+    return alone and (window.size > 1 or window.dilation > 1)
 
-    Shards whose outputs begin at different phases of the dilation have it written out.
-    """
+
+def _steps(windows: Sequence[Window]) -> dict[str, Any]:
+    """What is left to the kernel once a device has its rows."""
+    strides, dilation, pads = [], [], []
+    for w in windows:
+        strides.append(1 if w.size == 1 and w.dilation == 1 and not _pads(w) else w.stride)
+        written_out = not _pads(w) and len(set(w.phases)) > 1
+        dilation.append(1 if written_out else w.dilation)
+        pads.append(w.pad if _pads(w) else (0, 0) if w.dilation == 1 or written_out else _margins(w))
+    return {"strides": strides, "input_dilation": dilation, "padding": pads}
+
+
+def _margins(window: Window) -> tuple[int, int]:
+    """Padding of a shard's dilated rows with which its outputs begin at its first window."""
     rows = (window.block_out - 1) * window.stride + window.size
-    low = -min(window.phases)
-    high = rows + max(window.phases) - (window.need - 1) * window.dilation - 1
-    if len(set(window.phases)) == 1:
-        return x, (low, high), window.dilation
+    return -min(window.phases), rows + max(window.phases) - (window.need - 1) * window.dilation - 1
+
+
+def _dilated(x: Array, dim: int, window: Window) -> Array:
+    """Rows with the dilation written out, for shards whose outputs begin at different phases of it."""
+    low, high = _margins(window)
     config = [(0, 0, 0)] * x.ndim
     config[dim] = (low, max(0, high), window.dilation - 1)
     x = lax.pad(x, jnp.zeros((), x.dtype), config)
-    starts = tuple(low + phase for phase in window.phases)
-    return block(x, dim, starts, rows, window.axes), (0, 0), 1
+    rows = (window.block_out - 1) * window.stride + window.size
+    return block(x, dim, tuple(low + phase for phase in window.phases), rows, window.axes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, chosen
 from shardtrain.ops.channels import ChannelMode
-from shardtrain.ops.conv import Config, check, convolve, window_sizes
+from shardtrain.ops.conv import Config, check, convolve, transposed_kernel, window_sizes
 from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 
 
@@ -66,7 +65,11 @@ def conv_transpose(
     """
     rank = kernel.ndim - 2
     if transpose_kernel and rank >= 0:
-        kernel = _transposed(kernel, groups)
+        if groups < 1 or kernel.shape[-1] % groups:
+            raise UserError(
+                f"conv_transpose: {kernel.shape[-1]} input channels do not divide into groups={groups}"
+            )
+        kernel = transposed_kernel(kernel, groups)
     check("conv_transpose", x, kernel, bias, groups)
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
@@ -141,13 +144,3 @@ def _transposed_pad(name: str, k: int, s: int) -> tuple[int, int]:
         return k - 1, s - 1 + max(k - s, 0)
     low = k - 1 if s > k - 1 else -(-(k + s - 2) // 2)
     return low, k + s - 2 - low
-
-
-def _transposed(kernel: Array, groups: int) -> Array:
-    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
-    *window, outputs, inputs = kernel.shape
-    if groups < 1 or inputs % groups:
-        raise UserError(f"conv_transpose: {inputs} input channels do not divide into groups={groups}")
-    kernel = jnp.flip(kernel, range(len(window)))
-    kernel = kernel.reshape(*window, outputs, groups, inputs // groups)
-    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, inputs // groups, groups * outputs)

@@ -96,6 +96,19 @@ def test_halos_and_no_more_than_xla(text):
         assert 0 < total(ours) <= total(theirs)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_of_outputs_travel_where_they_are_fewer(groups):
+    """No more channels out than in: their halos come back, not those of the input, and no row is twice computed."""
+    mesh, k = make_mesh("height=4"), 2 if groups == 1 else C
+    row = N * W * WORD
+    shapes, specs = [(N, H, W, C), (3, 3, C // groups, k)], [activations(mesh), P()]
+    both = sent(functools.partial(ops.conv, groups=groups), mesh, shapes, specs)
+    there, back = (("collective-permute", ("height",), row * channels) for channels in (C, k))
+    assert facts(both, "collective-permute") == Counter([there, there, back, back])
+    theirs = sent(reference_conv(1, "SAME", groups=groups), mesh, shapes, specs)
+    assert 0 < total(both) <= total(theirs)
+
+
 @pytest.mark.parametrize(
     ("rows", "size", "strides", "padding", "below", "above"),
     [

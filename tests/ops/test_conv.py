@@ -347,7 +347,7 @@ def test_refused(x, kernel, options, message):
 
 
 def test_four_spatial_dimensions():
-    with pytest.raises(UserError, match="4 spatial dimensions"):
+    with pytest.raises(UserError, match="an array of 6 dimensions"):
         ops.conv(jnp.ones((1, 2, 2, 2, 2, 1)), jnp.ones((1, 1, 1, 1, 1, 1)))
 
 

@@ -55,6 +55,10 @@ def case_parity(mesh, case):
     parity(case.op, case.reference, case.args(), mesh)
 
 
+def dual_parity():
+    parity(ops.conv, reference_conv(1, "SAME"), [numbers(2, 8, 3, 4), numbers(3, 3, 4, 2)], "height=4")
+
+
 def ring_parity():
     args = [numbers(2, 8, 3, 2), numbers(7, 1, 2, 2)]
     parity(functools.partial(ops.conv, padding="CIRCULAR"), reference_conv(1, "CIRCULAR"), args, "height=4")
@@ -254,6 +258,17 @@ def groups_one_channel_on(patch):
     patch.setattr(norm, "jnp", count)
 
 
+def duals_shifted(patch):
+    """The input's gradient is taken from the output's one row on."""
+    module = importlib.import_module("shardtrain.ops.conv")
+    right = module._duals
+
+    def wrong(*args):
+        return [dataclasses.replace(w, pad=(w.pad[0] - 1, w.pad[1] + 1)) for w in right(*args)]
+
+    patch.setattr(module, "_duals", wrong)
+
+
 def permutes_in_mesh_order(patch):
     """As jax numbers the devices of a permute, whatever the order of the axes."""
     patch.setattr(halo.compat, "ppermute", lax.ppermute)
@@ -354,6 +369,10 @@ MUTANTS = {
     ),
     "one hop too few around a ring": (ring_one_hop_too_few, ring_parity),
     "groups begin a device late": (groups_one_device_on, groups_parity),
+    "gradient from the rows of the next output": (
+        duals_shifted,
+        dual_parity,
+    ),
     "a permute in the mesh's order": (permutes_in_mesh_order, axes_order_parity),
     "filters of straddling groups shifted": (straddling_groups_shifted, straddling_parity),
     "inputs of straddling groups of one device": (straddling_groups_late, straddling_parity),
