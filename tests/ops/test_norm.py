@@ -14,7 +14,7 @@ from jaxtyping import config as jaxtyping_config
 
 from shardtrain import Layout, UserError, make_mesh, ops
 
-from .parity import LAYOUTS, MESHES, examples, numbers, parity
+from .parity import ALL_MESHES, LAYOUTS, MESHES, examples, numbers, parity
 
 EPSILON = 1e-5
 
@@ -63,7 +63,7 @@ def test_batch_norm(data, mesh, shape, affine, layout):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @examples(200)
-@given(st.data(), st.sampled_from(MESHES), shapes(), st.booleans(), st.sampled_from(LAYOUTS))
+@given(st.data(), st.sampled_from(ALL_MESHES), shapes(), st.booleans(), st.sampled_from(LAYOUTS))
 def test_many_batch_norms(data, mesh, shape, affine, layout):
     statistics_parity(mesh, shape, affine, data.draw(masks(shape[0])), layout)
 
@@ -185,6 +185,34 @@ def test_group_norm(mesh, leading, channels_and_groups, affine):
 def test_layer_norm(mesh, shape, affine):
     reference = flax_norm(nnx.LayerNorm, shape[-1], affine)
     parity(ops.layer_norm, reference, affine_args(shape, affine), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@examples(150)
+@given(
+    st.sampled_from(ALL_MESHES),
+    st.sampled_from(((3, 7, 5), (2, 4, 6), (3, 5), (8,), (2, 3, 2, 2), (1, 5, 3, 4))),
+    st.sampled_from(((4, 2), (8, 8), (6, 3), (8, 1), (3, 3), (12, 4))),
+    st.booleans(),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(("group", "instance", "layer")),
+)
+def test_many_norms_on_every_mesh(mesh, leading, channels_and_groups, affine, layout, kind):
+    channels, groups = channels_and_groups
+    shape = (*leading, channels)
+    if kind == "layer":
+        op, reference = ops.layer_norm, flax_norm(nnx.LayerNorm, channels, affine)
+    else:
+        groups = channels if kind == "instance" else groups
+        groups = 1 if len(shape) == 2 and groups == channels else groups  # one value is its own mean
+        op = functools.partial(_group_norm, groups)
+        reference = flax_norm(nnx.GroupNorm, channels, affine, num_groups=groups)
+    parity(functools.partial(op, layout=layout), reference, affine_args(shape, affine), mesh)
+
+
+def _group_norm(groups, x, *affine, layout):
+    return ops.group_norm(x, groups, *affine, layout=layout)
 
 
 def test_norms_of_an_uneven_array_that_is_cut():

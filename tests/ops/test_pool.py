@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain import Layout, UserError, make_mesh, ops
 
-from .parity import LAYOUTS, MESHES, examples, numbers, parity, place, reference_conv
+from .parity import ALL_MESHES, LAYOUTS, MESHES, examples, numbers, parity, place, reference_conv
 
 
 @st.composite
-def poolings(draw):
+def poolings(draw, meshes=MESHES):
     """Mesh, shape, arguments and layout of a pooling that is defined."""
     rank = draw(st.sampled_from((1, 2, 2, 2, 3)))
     size = [draw(st.sampled_from((1, 2, 3, 5) if rank < 3 else (2, 3))) for _ in range(rank)]
@@ -31,7 +31,7 @@ def poolings(draw):
     extents = [max(s, draw(st.integers(1, 13 if rank < 3 else 5))) for s in size]
     shape = (draw(st.integers(1, 4)), *extents, draw(st.integers(1, 4)))
     options = {"window": tuple(size), "strides": tuple(strides), "padding": padding}
-    return draw(st.sampled_from(MESHES)), shape, options, draw(st.sampled_from(LAYOUTS))
+    return draw(st.sampled_from(meshes)), shape, options, draw(st.sampled_from(LAYOUTS))
 
 
 def ours(pool, options, layout=None, **more):
@@ -53,6 +53,19 @@ def test_max_pool(drawn, ties):
     mesh, shape, options, layout = drawn
     x = few_values(*shape) if ties else numbers(*shape) - 5  # negative: zeros of padding must not win
     parity(ours(ops.max_pool, options, layout), plain(nnx.max_pool, options), [x], mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@examples(150)
+@given(poolings(ALL_MESHES), st.sampled_from(("max", "ties", "mean", "mean of what is there")))
+def test_many_poolings_on_every_mesh(drawn, kind):
+    mesh, shape, options, layout = drawn
+    pools, more = (ops.max_pool, nnx.max_pool), {}
+    if kind.startswith("mean"):
+        pools, more = (ops.avg_pool, nnx.avg_pool), {"count_include_pad": kind == "mean"}
+    x = few_values(*shape) if kind == "ties" else numbers(*shape) - 5
+    parity(ours(pools[0], options, layout, **more), plain(pools[1], options, **more), [x], mesh)
 
 
 @examples(8)
