@@ -3,8 +3,8 @@
     python recipes/train_local.py --compare --out runs/local
 
 (8 simulated devices, about a minute on 2 cores, at least 95 % test accuracy on digits.) The filters live
-where their pixels live: each device holds its share of them, and no gradient of theirs crosses the cut,
-which the closing table counts in the compiled program.
+where their pixels live: each device holds its share of them, and no gradient of theirs crosses the cut (where
+their rows divide by it), which the closing table counts in the compiled program.
 
 Writes to --out: result.json, metrics.jsonl, curve.png, predictions.png, checkpoints/ and tensorboard/.
 """
@@ -68,10 +68,16 @@ def weights(trainer: st.Trainer, picture: Path) -> cli.Report:
     whole = sum(x.nbytes for x in local)
     share = sum(x.addressable_shards[0].data.nbytes for x in local)
     # Numbers without a dimension are parts of the gradient's norm, not of a gradient.
+    # Gathered are those of filters whose rows do not divide, and activations, which end otherwise.
+    ends = tuple(f"{x.shape[-2]},{x.shape[-1]}]" for x in local)
     crossing = sum(
         c.bytes
         for c in st.census.census(trainer.compiled_text(), trainer.mesh)
-        if c.kind in SUMS and {"height", "width"} & set(c.axes or ()) and not c.shape.endswith("[]")
+        if {"height", "width"} & set(c.axes or ())
+        and (
+            (c.kind in SUMS and not c.shape.endswith("[]"))
+            or (c.kind == "all-gather" and c.shape.endswith(ends))
+        )
     )
     return cli.Report(
         result={

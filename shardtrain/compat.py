@@ -40,11 +40,30 @@ def ppermute(x: Array, axes: Sequence[str], pairs: Sequence[tuple[int, int]]) ->
     return lax.ppermute(x, names, [(int(theirs[a]), int(theirs[b])) for a, b in pairs])
 
 
+def alike(*arrays: Array) -> list[Array]:
+    """Arrays that may differ over all axes of an enclosing `shard_map` over which any of them does.
+
+    Their gradients are summed over the axes over which they do not; jax does so by itself between two
+    operands, but not around a `custom_vjp`.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*varying)
+    return [
+        lax.pcast(x, tuple(sorted(every - have)), to="varying") if every - have else x
+        for x, have in zip(arrays, varying, strict=True)
+    ]
+
+
+def inner_jaxpr(value: Any) -> Any:
+    """An open or closed jaxpr as an open one."""
+    return getattr(value, "jaxpr", value)
+
+
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
     """The jaxprs that an equation runs."""
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(part, "jaxpr", part)
+            inner = inner_jaxpr(part)
             if hasattr(inner, "eqns"):
                 yield inner
 

@@ -57,7 +57,12 @@ class Layout:
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}
         for field in dataclasses.fields(self):
-            axes = axes_of(getattr(self, field.name))
+            given = getattr(self, field.name)
+            if not isinstance(given, str | tuple):
+                raise UserError(
+                    f"layout: {field.name}={given!r}; give the name of a mesh axis, or several, or ()"
+                )
+            axes = axes_of(given)
             object.__setattr__(self, field.name, axes)
             for axis in axes:
                 if axis not in AXES:
@@ -182,6 +187,8 @@ def resolve(
     Raises:
         UserError: a pattern that matches nothing, or a field that a layout does not have.
     """
+    if not isinstance(table, Mapping):
+        raise UserError(f"layout={table!r}; give a table of patterns, such as {{'head': {{'height': ()}}}}")
     layouts = dict.fromkeys(paths, default)
     for pattern, change in table.items():
         matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
@@ -191,6 +198,11 @@ def resolve(
                 + (", ..." if len(paths) > 12 else "")
             )
         if not isinstance(change, Layout):
+            if not isinstance(change, Mapping):
+                raise UserError(
+                    f"layout: {pattern!r} is given {change!r}; give a Layout, or the fields that differ, "
+                    f"such as {{'height': ()}}"
+                )
             known = {field.name for field in dataclasses.fields(Layout)}
             if unknown := set(change) - known:
                 raise UserError(

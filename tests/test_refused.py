@@ -40,6 +40,15 @@ REFUSED = {
         lambda: ops.embed(jnp.ones((2, 3), int), jnp.ones((5, 4, 4))),
         r"a table of shape \(5, 4, 4\)",
     ),
+    "a window of nothing": (
+        lambda: ops.conv(ROW, jnp.ones((0, 4, 6))),
+        r"\(0, 4, 6\) has a window without a pixel",
+    ),
+    "two types": (
+        lambda: ops.conv(ROW.astype("f4"), jnp.ones((3, 4, 6))),
+        "float32 and a kernel of float64; cast",
+    ),
+    "no channels": (lambda: nn.LocallyConnected(1, 0, (4, 4), 3, rngs=nnx.Rngs(0)), "1 -> 0 channels"),
     "scale of groups": (
         lambda: ops.group_norm(X, 2, jnp.ones(3)),
         r"group_norm: scale has shape \(3,\) for 4",

@@ -47,7 +47,7 @@ def name(path: tuple) -> str:
 
 
 ARRIVES, LEAVES = "shardtrain arrives at ", "shardtrain leaves "
-"""What `recording` names a layer's inputs and output, before the layer's path; inputs have a number too."""
+"""What `recording` names a layer's inputs and output, before the layer's path; inputs have a place too."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Changes:
     """Where activations come to lie otherwise.
 
     Attributes:
-        arrive: how an input of a layer lies that the layer wants otherwise, by path and number of the input.
+        arrive: how an input of a layer lies that the layer wants otherwise, by path and place of the input.
         leave: how a layer's output is to lie, where that is not as the layer itself has it, by path.
     """
 
-    arrive: Mapping[tuple[str, int], Layout] = field(default_factory=dict)
+    arrive: Mapping[tuple[str, str], Layout] = field(default_factory=dict)
     leave: Mapping[str, Layout] = field(default_factory=dict)
 
 
@@ -116,9 +116,10 @@ def placed(call: Callable[..., Any]) -> Callable[..., Any]:
         def arrive(number: int, value: Any) -> Any:
             if not _is_array(value):
                 return value
+            place = f"{call.__name__}.{number}"
             if _recording.get():
-                value = checkpoint_name(value, f"{ARRIVES}{number} {self.path}")
-            before = changes.arrive.get((self.path, number))
+                value = checkpoint_name(value, f"{ARRIVES}{place} {self.path}")
+            before = changes.arrive.get((self.path, place))
             return value if before is None else _arrived(value, before, self.layout)
 
         with jax.named_scope(self.path or type(self).__name__):

@@ -277,6 +277,8 @@ class LocallyConnected(Contraction, nnx.Module):
         self.kernel_dilation = tuple_of(kernel_dilation, rank, "kernel_dilation")
         windows = local_windows(self.image, self.kernel_size, self.strides, padding, self.kernel_dilation)
         self.image_out = tuple(w.extent_out for w in windows)
+        if in_features < 1 or out_features < 1:
+            raise UserError(f"nn.LocallyConnected: {in_features} -> {out_features} channels; give 1 or more")
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.dtype, self.precision = dtype, precision
         kernel_init = kernel_init or nnx.initializers.variance_scaling(
@@ -339,6 +341,7 @@ class Embed(Partitioned, nnx.Embed):
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         return ops.embed(inputs, table, layout=self.layout)
 
+    @placed
     def attend(self, query: Array) -> Array:
         """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)

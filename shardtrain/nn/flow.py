@@ -23,13 +23,13 @@ class Call:
 
     Attributes:
         path: of the layer; `""` for what the model returns.
-        number: of the input, of a layer that takes several.
+        place: of the input: the method and its number there, such as `"__call__.0"`.
         origins: the layers whose outputs its input was computed from, `""` for the model's input.
         shape, shape_out: of its input and output.
     """
 
     path: str
-    number: int
+    place: str
     origins: Origin
     shape: tuple[int, ...]
     shape_out: tuple[int, ...]
@@ -54,7 +54,7 @@ def trace(model: nnx.Module, *inputs: Any) -> list[Call]:
     given = [frozenset() if i < values else frozenset({""}) for i in range(len(program.jaxpr.invars))]
     calls: list[Call] = []
     for origins, atom in zip(_walk(program.jaxpr, given, calls), program.jaxpr.outvars, strict=True):
-        calls.append(Call("", 0, origins, atom.aval.shape, ()))
+        calls.append(Call("", "", origins, atom.aval.shape, ()))
     return calls
 
 
@@ -70,8 +70,8 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[Call]) -> list[Origin
         outs = [frozenset().union(*ins)] * len(equation.outvars)
         label = equation.params.get("name", "") if equation.primitive.name == "name" else ""
         if label.startswith(ARRIVES):
-            number, path = label.removeprefix(ARRIVES).split(" ", 1)
-            calls.append(Call(path, int(number), outs[0], equation.invars[0].aval.shape, ()))
+            place, path = label.removeprefix(ARRIVES).split(" ", 1)
+            calls.append(Call(path, place, outs[0], equation.invars[0].aval.shape, ()))
         elif label.startswith(LEAVES):
             path = label.removeprefix(LEAVES)
             outs = [frozenset({path})]
@@ -79,12 +79,49 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[Call]) -> list[Origin
             for i, done in enumerate(calls):
                 if done.path == path and not done.shape_out:
                     calls[i] = replace(done, shape_out=shape)
-        for inner in compat.inner_jaxprs(equation):
-            same = len(inner.invars) == len(ins) and len(inner.outvars) == len(outs)
-            found = _walk(inner, ins if same else [frozenset().union(*ins)] * len(inner.invars), calls)
-            outs = found if same else outs
+        inner = list(compat.inner_jaxprs(equation))
+        if inner:
+            outs = _inside(equation, inner, ins, calls) or outs
         origins.update(zip(equation.outvars, outs, strict=True))
     return [of(atom) for atom in jaxpr.outvars]
+
+
+def _inside(equation: Any, inner: Sequence[Any], ins: list[Origin], calls: list[Call]) -> list[Origin]:
+    """Origins of what an equation gives that runs other jaxprs; nothing where it is not known how."""
+    kind, params = equation.primitive.name, equation.params
+    if kind == "cond":  # the first input says which branch
+        found = [_walk(branch, ins[1:], calls) for branch in inner]
+        return [frozenset().union(*one) for one in zip(*found, strict=True)]
+    if kind == "scan":
+        constants, carries = params["num_consts"], params["num_carry"]
+        return _looped(
+            inner[0], ins[:constants], ins[constants : constants + carries], ins[constants + carries :], calls
+        )
+    if kind == "while":
+        tests, constants = params["cond_nconsts"], params["body_nconsts"]
+        body = compat.inner_jaxpr(params["body_jaxpr"])
+        start = ins[tests + constants :]
+        outs = _looped(body, ins[tests : tests + constants], start, [], calls)
+        return [a | b for a, b in zip(start, outs, strict=True)]  # it may not turn at all
+    for one in inner:
+        if len(one.invars) == len(ins) and len(one.outvars) == len(equation.outvars):
+            return _walk(one, ins, calls)
+        _walk(one, [frozenset().union(*ins)] * len(one.invars), calls)
+    return []
+
+
+def _looped(
+    body: Any, constants: list[Origin], carries: list[Origin], slices: list[Origin], calls: list[Call]
+) -> list[Origin]:
+    """What a loop gives: what one turn leaves in the carries arrives in the next."""
+    while True:
+        seen: list[Call] = []
+        outs = _walk(body, [*constants, *carries, *slices], seen)
+        after = [a | b for a, b in zip(carries, outs, strict=False)]
+        if after == carries:
+            calls += seen
+            return outs
+        carries = after
 
 
 def layouts(model: nnx.Module) -> dict[str, Layout]:
@@ -115,15 +152,15 @@ def changes(model: nnx.Module, default: Layout, *inputs: Any) -> Changes:
     for call in calls:
         before = leave[min(call.origins)]
         if call.path and before != lies[call.path]:
-            arrive[call.path, call.number] = before
+            arrive[call.path, call.place] = before
     return Changes(arrive, {path: after for path, after in leave.items() if path and after != lies[path]})
 
 
 def _joined(calls: Sequence[Call]) -> list[Origin]:
     """Sets of layers whose outputs must lie alike, since they are joined or arrive at the same place."""
-    places: dict[tuple[str, int], Origin] = {}
+    places: dict[tuple[str, str], Origin] = {}
     for call in calls:
-        place = call.path, call.number
+        place = call.path, call.place
         places[place] = places.get(place, frozenset()) | call.origins
     sets: list[Origin] = []
     for origins in places.values():

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
@@ -132,7 +133,18 @@ def check(what: str, x: Array, kernel: Array, bias: Array | None, groups: int) -
             f"{what}: a kernel of shape {kernel.shape} takes inputs (batch, {rank} spatial, channels), "
             f"not {x.shape}"
         )
-    if groups < 1 or x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
+    if 0 in kernel.shape[:-2]:
+        raise UserError(f"{what}: a kernel of shape {kernel.shape} has a window without a pixel")
+    if x.dtype != kernel.dtype:
+        raise UserError(
+            f"{what}: an input of {x.dtype} and a kernel of {kernel.dtype}; cast one with .astype(...)"
+        )
+    if (
+        not isinstance(groups, int)
+        or groups < 1
+        or x.shape[-1] != kernel.shape[-2] * groups
+        or kernel.shape[-1] % groups
+    ):
         raise UserError(
             f"{what}: {x.shape[-1]} input channels, a kernel of shape {kernel.shape} and groups={groups} do "
             f"not agree; the kernel's last two dimensions are channels_in / groups and channels_out"
@@ -258,7 +270,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, kernel = saved
         (dkernel,) = jax.vjp(lambda kernel: product(x, kernel, **_steps(windows)), kernel)[1](dy)
-        back = transposed_kernel(kernel, local_groups)
+        back = kernels.transposed(kernel, local_groups)
         return plan.scattered(product(reach(dy, duals or ()), back, **_steps(duals or ()))), dkernel
 
     contract_dually.defvjp(forward, backward)
@@ -266,13 +278,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
-        if duals is None:
-            y = contract(x, kernel)
-        else:
-            everywhere = (*vary, *plan.cut_in, *plan.cut_out)
-            x = island.varying(x, (*vary, *plan.cut_in), everywhere)
-            kernel = island.varying(kernel, island.differs(kept, layout, vary), everywhere)
-            y = contract_dually(x, kernel)
+        y = contract(x, kernel) if duals is None else contract_dually(*compat.alike(x, kernel))
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
         return island.real(y, extents_out, cuts_out, mesh)
 
@@ -288,14 +294,6 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         bias,
     )
     return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
-
-
-def transposed_kernel(kernel: Array, groups: int) -> Array:
-    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
-    *window, inputs, outputs = kernel.shape
-    kernel = jnp.flip(kernel, range(len(window)))
-    kernel = kernel.reshape(*window, inputs, groups, outputs // groups)
-    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, outputs // groups, groups * inputs)
 
 
 def _duals(

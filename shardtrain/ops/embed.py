@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float, Num
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
+from shardtrain.layout import Layout, active_mesh, axes_of, chosen, spatial_names, spec
 from shardtrain.ops import island
 
 
@@ -50,13 +50,15 @@ def embed(
 @functools.partial(jax.jit, static_argnames="layout")
 def _embed(indices: Array, table: Array, layout: Layout) -> Array:
     mesh = active_mesh()
+    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # bytes could not count the rows
     rows, features = table.shape
     space = [layout.cut(name, mesh) for name in spatial_names(indices.ndim - 1)]
     cut = [layout.cut("batch", mesh), *space]
     by_rows, by_features = layout.cut("channels", mesh), layout.channel_cut(features, mesh)
     vary = tuple(a for axes in cut for a in axes)
     kept = island.at_rest(layout, table.shape, 0, mesh)
-    kept = spec([by_rows, *(tuple(a for a in layout.parameters if a in (entry or ())) for entry in kept[1:])])
+    spread = [tuple(a for a in axes_of(entry) if a in layout.parameters) for entry in kept]
+    kept = spec([by_rows + spread[0], spread[1]])
     extents = (*indices.shape, features)
 
     def local(indices: Array, table: Array) -> Array:
@@ -76,6 +78,6 @@ def _embed(indices: Array, table: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(indices, table)
-    indices, table = island.fill_up(indices, cut, mesh), island.fill_up(table, [by_rows, ()], mesh)
+    indices, table = island.fill_up(indices, cut, mesh), island.fill_up(table, [axes_of(kept[0]), ()], mesh)
     y = island.run(local, mesh, (spec(cut), kept), spec([*cut, by_features]), indices, table)
     return island.crop_to(y, extents)

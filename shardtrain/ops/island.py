@@ -117,22 +117,6 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0
     return parameter
 
 
-def differs(kept: P, layout: Layout, vary: Axes) -> Axes:
-    """The axes over which a parameter differs that `gather` gave."""
-    spread = {a for axes in _spread(kept, layout) for a in axes}
-    cut = tuple(a for entry in kept for a in axes_of(entry) if a not in spread)
-    return (*vary, *cut) if spread else cut
-
-
-def varying(x: Array, over: Axes, axes: Axes) -> Array:
-    """`x`, which differs over the axes `over`, as one that may differ over `axes`.
-
-    Its gradient is summed over those over which it does not.
-    """
-    missing = tuple(a for a in dict.fromkeys(axes) if a not in over)
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
 def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
     """As `gather`, for an operator that sums the gradient itself: every device then cuts out its part."""
     for dim, axes in enumerate(_spread(kept, layout)):

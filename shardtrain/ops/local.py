@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import jax
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import local as kernels
-from shardtrain.layout import Layout, active_mesh, axes_of, chosen, spatial_names, spec
+from shardtrain.layout import Axes, Layout, active_mesh, axes_of, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan
 from shardtrain.ops.conv import CONTRACTION, window_sizes
 from shardtrain.ops.halo import exchange
+from shardtrain.ops.reshard import move
 from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
 
 
@@ -135,6 +137,13 @@ def local_windows(
     return found
 
 
+def _cut_pixels(parameter: Array, kept: P, space: Sequence[Axes]) -> tuple[Array, P]:
+    """A parameter cut as its pixels are: those that do not divide are whole at rest."""
+    now = tuple(map(axes_of, kept))
+    wanted = (*space, *now[len(space) :])
+    return move(parameter, now, wanted), spec(wanted)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Array:
     layout, mesh = config.layout, active_mesh()
@@ -158,9 +167,10 @@ def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Arra
     extents_in, extents_out = x.shape, (x.shape[0], *kernel.shape[:rank], kernel.shape[-1])
     # Pixels are always cut in here, where they divide at rest too.
     kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh, rank)
-    kept = spec([*space, *map(axes_of, kept[rank:])])
+    kernel, kept = _cut_pixels(kernel, kept, space)
     kept_bias = island.at_rest(layout, (*kernel.shape[:rank], kernel.shape[-1]), -1, mesh, rank)
-    kept_bias = spec([*space, *map(axes_of, kept_bias[rank:])])
+    if bias is not None:
+        bias, kept_bias = _cut_pixels(bias, kept_bias, space)
 
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)

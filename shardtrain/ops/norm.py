@@ -289,7 +289,8 @@ def _by_example(
         if pixels and x.ndim > 2:
             sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
         sums, to_channels = to_groups(sums)
-        sums = lax.psum(sums, over) if over else sums
+        if over:  # varying again at once, so that the gradient is summed by groups, not by channels
+            sums = lax.pcast(lax.psum(sums, over), over, to="varying")
         mean, square = to_channels(sums) / count
         inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + epsilon)
         scale, bias = (None if p is None else island.gather(p, kept, layout, vary) for p in (scale, bias))

@@ -95,6 +95,8 @@ def _windows(
     x: Array, window: int | Sequence[int], strides: int | Sequence[int] | None, padding: Padding
 ) -> tuple[Window, ...]:
     rank = x.ndim - 2
+    if x.dtype == bool:
+        raise UserError("truth values are not pooled; use .astype(...) to numbers first")
     if mode_of(padding) != "constant":
         raise UserError(
             f"padding={padding!r} is not for pooling; use 'SAME', 'VALID' or numbers, or ops.pad first"

@@ -54,7 +54,7 @@ def _flatten(x: Array, layout: Layout) -> Array:
         x = x.reshape(x.shape[0], pixels, x.shape[-1])
         if turns:
             x = lax.all_to_all(x, channels, 1, 2, tiled=True)
-        return x.reshape(x.shape[0], -1)
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
     if mesh is None:
         return local(x)
@@ -70,7 +70,8 @@ def concat(
     """Activations joined along their channels, as `jnp.concatenate(arrays, axis=-1)`.
 
     Where channels are cut, a device's block of the result comes from other devices' blocks: those
-    channels, and no more, travel between neighbours. XLA's own partitioner moves whole arrays here.
+    channels, and no more, travel between neighbours; all of them where some array's do not divide. XLA's
+    own partitioner moves whole arrays here.
 
     Args:
         arrays: of the same batch and pixels.
@@ -92,12 +93,16 @@ def concat(
 def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
     mesh = active_mesh()
     total = sum(x.shape[-1] for x in arrays)
-    cuts = {layout.channel_cut(n, mesh) for n in (total, *(x.shape[-1] for x in arrays))}
-    if mesh is None or len(cuts) > 1 or cuts == {()}:
+    if mesh is None or not layout.cut("channels", mesh):
         return jnp.concatenate(arrays, axis=-1)
     extents = arrays[0].shape[:-1]
     space = [layout.cut(name, mesh) for name in spatial_names(len(extents) - 1)]
-    cut = [layout.cut("batch", mesh), *space, cuts.pop()]
+    others = (layout.cut("batch", mesh), *space)
+    channels = [layout.channel_cut(n, mesh) for n in (*(x.shape[-1] for x in arrays), total)]
+    if () in channels:  # some do not divide, and are whole: so the others must be
+        whole = [move(x, (*others, c), (*others, ())) for x, c in zip(arrays, channels[:-1], strict=True)]
+        return move(jnp.concatenate(whole, axis=-1), (*others, ()), (*others, channels[-1]))
+    cut = [*others, channels[-1]]
     shards = size(mesh, cut[-1])
     blocks = [x.shape[-1] // shards for x in arrays]
     # Every device's channels of the result, as (owner, place among the owner's channels of all arrays).

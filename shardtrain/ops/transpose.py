@@ -7,9 +7,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
+from shardtrain.kernels import conv as kernels
 from shardtrain.layout import Layout, chosen
 from shardtrain.ops.channels import ChannelMode
-from shardtrain.ops.conv import Config, check, convolve, transposed_kernel, window_sizes
+from shardtrain.ops.conv import Config, check, convolve, window_sizes
 from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 
 
@@ -69,7 +70,7 @@ def conv_transpose(
             raise UserError(
                 f"conv_transpose: {kernel.shape[-1]} input channels do not divide into groups={groups}"
             )
-        kernel = transposed_kernel(kernel, groups)
+        kernel = kernels.transposed(kernel, groups)
     check("conv_transpose", x, kernel, bias, groups)
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")

@@ -356,7 +356,7 @@ def pairs_of(padding: int | Sequence[int | tuple[int, int]], rank: int) -> list[
     if hasattr(padding, "__index__"):
         padding = [operator.index(padding)] * rank  # type: ignore[arg-type]
     if not isinstance(padding, Sequence) or len(padding) != rank:
-        raise UserError(f"padding={padding}: {rank} spatial dimensions need {rank} entries")
+        raise UserError(f"padding={padding!r}: {rank} spatial dimensions need {rank} entries")
     pairs = []
     for entry in padding:
         pair = _integers((entry, entry) if hasattr(entry, "__index__") else entry, "padding")

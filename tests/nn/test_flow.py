@@ -34,6 +34,7 @@ def branches(table):
     return model, mesh
 
 
+FIRST = "__call__.0"
 X = jax.ShapeDtypeStruct((8, 8, 8, 4), jnp.float64)
 
 
@@ -44,15 +45,41 @@ def test_origins_go_through_elementwise_operators_and_branches():
     assert calls["last"].shape_out == (8, 8, 8, 4)
 
 
+class Loops(nnx.Module):
+    """A layer in a branch and one in a loop, between two others."""
+
+    def __init__(self, rngs):
+        kinds = {"param_dtype": jnp.float64, "rngs": rngs}
+        self.first, self.maybe, self.turn, self.last = (nn.Conv(4, 4, (3, 3), **kinds) for _ in range(4))
+
+    def __call__(self, x):
+        x = self.first(x)
+        x = jax.lax.cond(x.sum() > 0, self.maybe, lambda x: 2 * x, x)
+        x, _ = jax.lax.scan(lambda x, _: (self.turn(x), None), x, length=3)
+        return self.last(x)
+
+
+def test_origins_go_through_branches_and_loops():
+    model, mesh = Loops(nnx.Rngs(0)), make_mesh("data=2,height=4")
+    partition.assign(model, mesh, EARLY, {})
+    arriving = {call.path: call.origins for call in flow.trace(model, X)}
+    assert arriving["maybe"] == {"first"}
+    assert arriving["turn"] == {"first", "maybe", "turn"}
+    assert arriving["last"] == {"turn"}
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
         ({}, ({}, {})),
-        ({"last": LATE}, ({("last", 0): EARLY}, {})),
-        ({"left": LATE, "right": LATE, "last": LATE}, ({("left", 0): EARLY, ("right", 0): EARLY}, {})),
+        ({"last": LATE}, ({("last", FIRST): EARLY}, {})),
+        (
+            {"left": LATE, "right": LATE, "last": LATE},
+            ({("left", FIRST): EARLY, ("right", FIRST): EARLY}, {}),
+        ),
         # `last` would get two layouts: one of its inputs leaves as the other does.
-        ({"left": LATE}, ({("left", 0): EARLY}, {"left": EARLY})),
-        ({"left": LATE, "last": LATE}, ({("left", 0): EARLY}, {"right": AFTER})),
+        ({"left": LATE}, ({("left", FIRST): EARLY}, {"left": EARLY})),
+        ({"left": LATE, "last": LATE}, ({("left", FIRST): EARLY}, {"right": AFTER})),
     ],
 )
 def test_what_is_moved(table, expected):

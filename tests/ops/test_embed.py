@@ -123,3 +123,33 @@ def test_rows_stay_where_they_are(features):
         assert facts(moved) == Counter({there: 1, back: 1, gradient: 1})
     else:
         assert facts(moved) == Counter({("all-reduce", ("channel",), found): 1, gradient: 1})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [("uint8", 256), ("int8", 300), ("uint8", 1000), ("int16", 40000)]
+)
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,channel=4"])
+def test_indices_of_few_bytes(dtype, rows, mesh):
+    """Against a plain lookup, of numbers that the table has more of than the type."""
+    info = np.iinfo(dtype)
+    indices = np.array([[0, 1, info.max // 2, info.max], [info.min, -1 if info.min else 3, 2, 5]], dtype)
+    table = numbers(rows, 4)
+    with jax.set_mesh(make_mesh(mesh)):
+        found = ops.embed(jnp.asarray(indices), jnp.asarray(table))
+    np.testing.assert_array_equal(found, table[indices.astype(int)])
+
+
+def test_a_spread_table_is_gathered_and_its_gradient_scattered():
+    """As for any parameter: 3/4 of it to and fro, and no sum of the whole."""
+    mesh, layout = make_mesh("data=4,channel=2"), Layout(parameters=("data",))
+    indices = jnp.asarray(np.arange(32).reshape(8, 4) % 16)
+
+    def lookup(table):
+        return ops.embed(indices, table, layout=layout)
+
+    shapes, specs = [(16, 8)], [P("channel", "data")]
+    rows = sent(lookup, mesh, shapes, specs, out=P("data", None, "channel"))
+    table = 16 * 8 * WORD
+    got = {(r.kind, r.payload) for r in rows if r.axes == ("data",)}
+    assert got == {("all-gather", table // 8), ("reduce-scatter", table // 2)}
+    parity(lookup, lambda table: table[indices], [numbers(16, 8)], mesh)

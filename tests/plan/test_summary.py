@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 import shardtrain as st
-from shardtrain import Layout, UserError, make_mesh, models
+from shardtrain import Layout, UserError, make_mesh, models, nn
 from shardtrain.layout import axes_of
 from shardtrain.nn import flow, partition
 from shardtrain.plan import census, summary
@@ -25,7 +25,25 @@ def float64(make, *args, **options):
     return make(*args, **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
 
 
+class Odd(nnx.Module):
+    """What does not divide: channels that are joined, rows with filters of their own; and a loop and a branch."""
+
+    def __init__(self, *, param_dtype, rngs):
+        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        self.left, self.right = nn.Conv(1, 6, (3, 3), **kinds), nn.Conv(1, 2, (3, 3), **kinds)
+        self.join = nn.Concat()
+        self.local = nn.LocallyConnected(8, 4, (8, 8), (4, 1), padding="VALID", **kinds)  # 5 rows
+        self.again, self.flatten = nn.Conv(4, 4, (3, 3), **kinds), nn.Flatten()
+        self.head = nn.Linear(160, 4, **kinds)
+
+    def __call__(self, x):
+        x = self.local(self.join(self.left(x), self.right(jnp.sin(x))))
+        x = jax.lax.cond(jax.device_count() > 0, jnp.sin, jnp.cos, x)
+        return self.head(self.flatten(self.again(x)))
+
+
 CASES = {
+    "odd numbers": (Odd, {}, "height=2,channel=4", (4, 8, 8, 1), {}, ()),
     "lenet": (models.LeNet, {"image": (16, 16, 1)}, "data=2,height=2,channel=2", (8, 16, 16, 1), {}, ()),
     "lenet, batch cut late": (
         models.LeNet,

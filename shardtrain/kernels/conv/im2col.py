@@ -1,0 +1,67 @@
+"""Convolution as one matrix product: every window of the input is laid out as a row."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float
+
+
+def im2col(
+    x: Float[Array, "batch *spatial channels_in"],
+    kernel: Float[Array, "*window channels_per_group channels_out"],
+    *,
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "batch *spatial_out channels_out"]:
+    """Convolution without padding: the windows side by side, by strided slices, times all filters at once.
+
+    Example:
+        >>> im2col(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), strides=(1, 2), dilation=(1, 1)).shape
+        (1, 6, 4, 6)
+
+    References:
+        Chellapilla, Puri and Simard, High Performance Convolutional Neural Networks for Document
+        Processing, 2006.
+    """
+    window, per_group = kernel.shape[:-2], kernel.shape[-2]
+    extents = extents_out(x.shape[1:-1], window, strides, dilation)
+    columns = []
+    for tap in np.ndindex(*window):
+        start = [i * d for i, d in zip(tap, dilation, strict=True)]
+        stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, extents, strides, strict=True)]
+        columns.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1)))
+    if groups == 1:
+        patches = jnp.concatenate(columns, axis=-1)
+        return jnp.tensordot(patches, kernel.reshape(-1, kernel.shape[-1]), 1, precision=precision)
+    parts = [c.reshape(*c.shape[:-1], groups, per_group) for c in columns]
+    patches = jnp.concatenate(parts, axis=-1)  # (batch, *spatial_out, groups, taps * channels_per_group)
+    matrix = kernel.reshape(-1, groups, kernel.shape[-1] // groups)
+    contract = (((patches.ndim - 1,), (0,)), ((patches.ndim - 2,), (1,)))
+    y = jnp.moveaxis(lax.dot_general(patches, matrix, contract, precision=precision), 0, -2)
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def extents_out(
+    extents: Sequence[int], window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Output pixels of every dimension, without padding."""
+    return [
+        (n - (k - 1) * d - 1) // s + 1 for n, k, s, d in zip(extents, window, strides, dilation, strict=True)
+    ]
+
+
+def workspace(
+    shape: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    itemsize: int,
+) -> int:
+    """Bytes of the windows laid out, for a padded input of `shape`: nearly `prod(window)` times the input."""
+    pixels = math.prod(extents_out(shape[1:-1], window, strides, dilation))
+    return shape[0] * pixels * math.prod(window) * shape[-1] * itemsize
