@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from shardtrain import ops
 from shardtrain.errors import UserError
+from shardtrain.kernels.conv import refused
 from shardtrain.layout import AnyMesh, active_mesh, spatial_names
 from shardtrain.nn.base import Partitioned, placed
 from shardtrain.ops.channels import ChannelMode
@@ -98,11 +99,11 @@ class _Convolution(Contraction):
 
 
 class Conv(_Convolution, nnx.Conv):
-    """`nnx.Conv`, cut on batch, space and channels; see `shardtrain.ops.conv`.
+    """`nnx.Conv`, cut on batch, space and channels, by one of several algorithms; see `shardtrain.ops.conv`.
 
     Raises:
         UserError: at construction, for strides, dilations or padding that make no convolution, and for a
-            `conv_general_dilated` of one's own.
+            `conv_general_dilated` of one's own; for an algorithm that does not compute it.
 
     Example:
         >>> conv = Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
@@ -110,11 +111,14 @@ class Conv(_Convolution, nnx.Conv):
         (2, 8, 8, 16)
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, algorithm: str = "direct", **kwargs: Any) -> None:
         super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
         for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
             tuple_of(getattr(self, name), rank, name)
+        self.algorithm = algorithm
+        if reason := refused(algorithm, self.kernel_size, tuple_of(self.strides, rank, "strides")):
+            raise UserError(f"nn.Conv: {reason}")
         _check_padding("nn.Conv", self.padding, rank)
         if self.conv_general_dilated is not lax.conv_general_dilated:
             raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
@@ -136,6 +140,7 @@ class Conv(_Convolution, nnx.Conv):
             dilation=self.kernel_dilation,
             input_dilation=self.input_dilation,
             groups=self.feature_group_count,
+            algorithm=self.algorithm,
             layout=self.layout,
             channel_mode=self.channel_mode(),
             precision=self.precision,

@@ -41,6 +41,7 @@ class Config:
     channel_mode: ChannelMode | None
     precision: lax.PrecisionLike
     preferred_element_type: DTypeLike | None
+    algorithm: str = "direct"
 
 
 def conv(
@@ -53,6 +54,7 @@ def conv(
     dilation: int | Sequence[int] | None = 1,
     input_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
+    algorithm: str = "direct",
     layout: Layout | None = None,
     channel_mode: ChannelMode | None = None,
     precision: lax.PrecisionLike = None,
@@ -77,6 +79,11 @@ def conv(
         groups: feature groups. With channels cut, they stay on their devices where they divide by the
             channel axis; where the axis divides by them, the devices that share a group gather its channels;
             otherwise all channels are gathered.
+        algorithm: what each device computes its part by: `"direct"` (`lax.conv_general_dilated`), `"im2col"`
+            (one matrix product, with `prod(window)` times the input laid out), `"fft"` (tiles, for large
+            windows, stride 1) or `"winograd"` (windows up to 7, stride 1); both gradients by the same. The
+            same numbers up to rounding: Winograd's errors are about twice those of the others in float32,
+            and too large for bfloat16 beyond F(2, 3), which it takes there.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
             `shardtrain.ops.channel_plan`.
@@ -86,7 +93,8 @@ def conv(
         The output, cut as the input is.
 
     Raises:
-        UserError: shapes that do not agree, a window larger than the padded input.
+        UserError: shapes that do not agree, a window larger than the padded input, an algorithm that does not
+            compute this.
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((3, 3, 4, 6))
@@ -103,6 +111,8 @@ def conv(
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
     input_dilation = tuple_of(input_dilation, rank, "input_dilation")
+    if reason := kernels.refused(algorithm, kernel.shape[:-2], strides):
+        raise UserError(f"conv: {reason}")
     sizes = window_sizes(kernel.shape[:-2], dilation)
     mode = mode_of(padding)
     if mode != "constant" and max(input_dilation, default=1) > 1:
@@ -119,6 +129,7 @@ def conv(
         channel_mode,
         precision,
         preferred_element_type,
+        algorithm,
     )
     return convolve(x, kernel, bias, config=config)
 
@@ -241,7 +252,8 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         return x
 
     product = functools.partial(
-        kernels.direct,
+        kernels.conv,
+        algorithm=config.algorithm,
         dilation=config.dilation,
         groups=local_groups if spread is None else spread.groups,
         precision=config.precision,

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import Layout, UserError, make_mesh, ops
+from shardtrain.kernels.conv import ALGORITHMS
 from shardtrain.mesh import parse
 
 from .parity import (
@@ -43,6 +44,7 @@ class Case:
     mode: str | None
     layout: Layout
     input_dilation: tuple[int, ...] | int = 1
+    algorithm: str = "direct"
 
     def args(self) -> list[Any]:
         return [numbers(*self.x), numbers(*self.kernel), numbers(self.kernel[-1]) if self.bias else None]
@@ -59,6 +61,7 @@ class Case:
             groups=self.groups,
             layout=self.layout,
             channel_mode=self.mode,
+            algorithm=self.algorithm,
         )
 
     @property
@@ -104,6 +107,9 @@ def convolutions(draw: Any, channel_shards: int = 1, ranks: tuple[int, ...] = (1
         mode=draw(st.sampled_from((None, "gather", "scatter"))),
         layout=draw(st.sampled_from(LAYOUTS)),
         input_dilation=input_dilation,
+        algorithm=draw(st.sampled_from(("direct", "direct", *ALGORITHMS)))
+        if max(strides) == 1 and max(kernel) <= 7
+        else draw(st.sampled_from(("direct", "im2col"))),
     )
 
 
@@ -182,6 +188,11 @@ NOTORIOUS = {
     ),
     "groups with outputs that cannot be cut": ("channel=4", case((2, 5, 8), (3, 4, 6), groups=2)),
     "groups with inputs that cannot be cut": ("channel=4", case((2, 5, 6), (3, 3, 8), groups=2)),
+    "by Winograd's algorithm": (
+        "data=2,height=2,channel=2",
+        case((2, 9, 6, 4), (3, 3, 4, 2), algorithm="winograd", layout=Layout(parameters=("data",))),
+    ),
+    "by Fourier transforms": ("height=4,width=2", case((2, 9, 6, 2), (5, 4, 2, 3), algorithm="fft")),
     "rows cut by columns' axis first": (
         "height=2,width=4",
         case((2, 17, 3, 2), (5, 3, 2, 3), layout=Layout(height=("width", "height"), width=())),

@@ -127,7 +127,16 @@ def by_kind_and_axes(rows):
     return total
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SELDOM = ("unet, its lowest layers cut otherwise, odd extents",)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=name, marks=[pytest.mark.slow] if name in SELDOM else [])
+        for name, c in CASES.items()
+    ],
+)
 def test_the_trace_foretells_every_byte(case):
     make, options, mesh, shape, table, parameters = case
     mesh, model = make_mesh(mesh), float64(make, **options)

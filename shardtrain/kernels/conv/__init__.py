@@ -1,5 +1,6 @@
 """Convolution on one device by several algorithms."""
 
-from shardtrain.kernels.conv.direct import direct, transposed
+from shardtrain.kernels.conv.api import ALGORITHMS, conv, refused
+from shardtrain.kernels.conv.direct import transposed
 
-__all__ = ["direct", "transposed"]
+__all__ = ["ALGORITHMS", "conv", "refused", "transposed"]

@@ -30,6 +30,7 @@ class Problem:
         strides, dilation, input_dilation, padding: one entry per spatial dimension; negative padding crops.
         groups: feature groups.
         precision: of the products.
+        out_type: of the result, the input's if None.
     """
 
     window: tuple[int, ...]
@@ -39,6 +40,7 @@ class Problem:
     padding: tuple[tuple[int, int], ...]
     groups: int = 1
     precision: lax.PrecisionLike = None
+    out_type: Any = None
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -52,16 +54,16 @@ class Problem:
         return replace(self, padding=pads)
 
 
-def refused(algorithm: str, problem: Problem) -> str | None:
-    """Why `algorithm` does not compute `problem`, None if it does."""
+def refused(algorithm: str, window: Sequence[int], strides: Sequence[int]) -> str | None:
+    """Why `algorithm` does not compute a convolution with this window and these strides, None if it does."""
     if algorithm not in ALGORITHMS:
-        return f"algorithm={algorithm!r}; there are 'auto', {', '.join(map(repr, ALGORITHMS))}"
-    if algorithm in ("fft", "winograd") and max(problem.strides, default=1) > 1:
-        return f"algorithm={algorithm!r} has no strides={problem.strides}; use 'direct', 'im2col' or 'auto'"
-    if algorithm == "winograd" and max(problem.window, default=1) > 7:
+        return f"algorithm={algorithm!r}; there are {', '.join(map(repr, ALGORITHMS))}"
+    if algorithm in ("fft", "winograd") and max(strides, default=1) > 1:
+        return f"algorithm={algorithm!r} has no strides={tuple(strides)}; use 'direct' or 'im2col'"
+    if algorithm == "winograd" and max(window, default=1) > 7:
         return (
-            f"algorithm='winograd' has no window of {problem.window}: its rounding errors would be "
-            f"beyond use; use 'fft' or 'auto'"
+            f"algorithm='winograd' has no window of {tuple(window)}: its rounding errors would be beyond "
+            f"use; take 'fft' or 'direct'"
         )
     return None
 
@@ -98,9 +100,16 @@ def conv(
     given = input_dilation or (1,) * len(strides)
     pads = tuple((int(a), int(b)) for a, b in padding)
     problem = Problem(
-        kernel.shape[:-2], tuple(strides), tuple(dilation), tuple(given), pads, groups, precision
+        kernel.shape[:-2],
+        tuple(strides),
+        tuple(dilation),
+        tuple(given),
+        pads,
+        groups,
+        precision,
+        preferred_element_type,
     )
-    if reason := refused(algorithm, problem):
+    if reason := refused(algorithm, problem.window, problem.strides):
         raise UserError(f"conv: {reason}")
     if algorithm == "direct":
         return direct(
@@ -114,10 +123,9 @@ def conv(
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
-    out = jnp.result_type(x, kernel) if preferred_element_type is None else preferred_element_type
     if max(problem.strides, default=1) == 1 and max(problem.input_dilation, default=1) == 1:
-        return _differentiable(problem, algorithm, *compat.alike(x, kernel)).astype(out)
-    return _compute(problem, algorithm, x, kernel).astype(out)
+        return _differentiable(problem, algorithm, *compat.alike(x, kernel))
+    return _compute(problem, algorithm, x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -131,7 +139,7 @@ def _forward(problem: Problem, algorithm: str, x: Array, kernel: Array) -> tuple
 
 def _backward(problem: Problem, algorithm: str, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    dx = _compute(problem.dual, algorithm, dy, transposed(kernel, problem.groups))
+    dx = _compute(problem.dual, algorithm, dy.astype(x.dtype), transposed(kernel, problem.groups))
     # All of these are linear in the filters: their adjoint is the gradient, by the same products.
     (dkernel,) = jax.vjp(lambda kernel: _compute(problem, algorithm, x, kernel), kernel)[1](dy)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
@@ -146,7 +154,7 @@ def _compute(problem: Problem, algorithm: str, x: Array, kernel: Array) -> Array
         (low, high, d - 1) for (low, high), d in zip(problem.padding, problem.input_dilation, strict=True)
     ]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-    kinds: Any = {"groups": problem.groups, "precision": problem.precision}
+    kinds: Any = {"groups": problem.groups, "precision": problem.precision, "out_type": problem.out_type}
     if algorithm == "im2col":
         return im2col(x, kernel, strides=problem.strides, dilation=problem.dilation, **kinds)
     if algorithm == "fft":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Complex, Float
 
 LARGEST = {1: 1024, 2: 64, 3: 32}
@@ -19,11 +20,12 @@ def fft(
     dilation: Sequence[int],
     groups: int = 1,
     precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution without padding and with stride 1, as products of real Fourier transforms.
 
     Images larger than a tile are cut in tiles that overlap by a window less a row. Computed in at least
-    float32.
+    float32; `out_type` is the result's, the input's by default.
 
     Example:
         >>> fft(jnp.ones((1, 40, 41, 4)), jnp.ones((9, 9, 4, 6)), dilation=(1, 1)).shape
@@ -37,7 +39,13 @@ def fft(
     extents = [n - s + 1 for n, s in zip(x.shape[1:-1], spans, strict=True)]
     sizes = tile_sizes(extents, spans)
     return from_filters(
-        x, transform_filters(kernel, sizes, dilation), sizes, spans, groups=groups, precision=precision
+        x,
+        transform_filters(kernel, sizes, dilation),
+        sizes,
+        spans,
+        groups=groups,
+        precision=precision,
+        out_type=out_type,
     )
 
 
@@ -84,6 +92,7 @@ def from_filters(
     *,
     groups: int = 1,
     precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """`fft` with filters that `transform_filters` gave."""
     rank = len(sizes)
@@ -116,7 +125,7 @@ def from_filters(
     y = lax.slice(y, (0,) * y.ndim, (*steps, *y.shape[rank:]))
     order = [rank, *(axis for d in range(rank) for axis in (rank + 1 + d, d)), 2 * rank + 1]
     y = y.transpose(order).reshape(x.shape[0], *(t * s for t, s in zip(tiles, steps, strict=True)), -1)
-    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(x.dtype)
+    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(out_type or x.dtype)
 
 
 def _complex_product(a: Array, b: Array, precision: lax.PrecisionLike) -> Array:

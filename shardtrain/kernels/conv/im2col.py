@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 
@@ -17,8 +18,11 @@ def im2col(
     dilation: Sequence[int],
     groups: int = 1,
     precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution without padding: the windows side by side, by strided slices, times all filters at once.
+
+    `out_type` is of the sums and the result, the input's by default.
 
     Example:
         >>> im2col(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), strides=(1, 2), dilation=(1, 1)).shape
@@ -37,12 +41,14 @@ def im2col(
         columns.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1)))
     if groups == 1:
         patches = jnp.concatenate(columns, axis=-1)
-        return jnp.tensordot(patches, kernel.reshape(-1, kernel.shape[-1]), 1, precision=precision)
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        return jnp.tensordot(patches, matrix, 1, precision=precision, preferred_element_type=out_type)
     parts = [c.reshape(*c.shape[:-1], groups, per_group) for c in columns]
     patches = jnp.concatenate(parts, axis=-1)  # (batch, *spatial_out, groups, taps * channels_per_group)
     matrix = kernel.reshape(-1, groups, kernel.shape[-1] // groups)
     contract = (((patches.ndim - 1,), (0,)), ((patches.ndim - 2,), (1,)))
-    y = jnp.moveaxis(lax.dot_general(patches, matrix, contract, precision=precision), 0, -2)
+    y = lax.dot_general(patches, matrix, contract, precision=precision, preferred_element_type=out_type)
+    y = jnp.moveaxis(y, 0, -2)
     return y.reshape(*y.shape[:-2], -1)
 
 

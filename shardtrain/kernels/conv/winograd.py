@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.kernels.conv.cook_toom import Algorithm, Rows, algorithm
-
 
 AT_ONCE = 96
 """Channels that are summed in one go in float32. XLA's CPU products add one after the other, and of 256 at
@@ -24,6 +24,7 @@ def winograd(
     outputs: Sequence[int],
     groups: int = 1,
     precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution without padding and with stride 1, by F(m, r) in every dimension.
 
@@ -37,6 +38,7 @@ def winograd(
         outputs: `m` of every dimension; the tile is `m + r - 1`, 12 at most.
         groups: feature groups.
         precision: of the products.
+        out_type: of the result, the input's by default.
 
     Example:
         >>> winograd(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), outputs=(4, 4)).shape
@@ -46,7 +48,9 @@ def winograd(
         Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
     """
     found = algorithms(kernel.shape[:-2], outputs)
-    return from_filters(x, transform_filters(kernel, found), found, groups=groups, precision=precision)
+    return from_filters(
+        x, transform_filters(kernel, found), found, groups=groups, precision=precision, out_type=out_type
+    )
 
 
 def algorithms(window: Sequence[int], outputs: Sequence[int]) -> tuple[Algorithm, ...]:
@@ -71,6 +75,7 @@ def from_filters(
     *,
     groups: int = 1,
     precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """`winograd` with filters that `transform_filters` gave."""
     rank = len(found)
@@ -97,7 +102,7 @@ def from_filters(
     y = y.transpose(order).reshape(
         x.shape[0], *(t * f.outputs for t, f in zip(tiles, found, strict=True)), -1
     )
-    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(x.dtype)
+    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(out_type or x.dtype)
 
 
 def transform_input(
