@@ -65,7 +65,8 @@ def conv(
     Without a mesh this is `lax.conv_general_dilated`. Inside `with jax.set_mesh(mesh)` it is one island:
     halo rows travel between spatial neighbours, corners included; on the channel axis either the input's
     channels are gathered or partial sums are reduce-scattered; the kernel's gradient is summed once over
-    all axes that cut the data. Extents need not divide by the axes.
+    all axes that cut the data. Extents need not divide by the axes. On a mesh gradients are reverse mode only
+    (`jax.grad`, of any order), as those of the normalizations and of `reshard` are.
 
     Args:
         x: input; the leading dimension is the batch.

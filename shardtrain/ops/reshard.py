@@ -173,7 +173,7 @@ def _next(
             if to != dim and fits(to, axis):
                 there = _with(without, to, (*here[to], axis))
                 yield Move("all-to-all", there, axis, dim, to), (n - 1) / n * block
-    for axis in {a for axes in goal for a in axes} - used:
+    for axis in sorted({a for axes in goal for a in axes} - used):  # all processes must go the same way
         for to in dims:
             if fits(to, axis):
                 yield Move("slice", _with(here, to, (*here[to], axis)), axis, target=to), 0.0
@@ -231,11 +231,8 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
             elif step.kind == "all-gather":
                 x = lax.all_gather(x, step.axis, axis=step.source, tiled=True, to="invarying")
                 if after[step.source] and not step.after[step.source]:  # whole: padded as it will be cut
-                    extents_now = list(x.shape)
-                    extents_now[step.source] = extents[step.source]
-                    x = island.crop_to(x, [min(a, b) for a, b in zip(x.shape, extents_now, strict=True)])
-                    extents_now[step.source] = _padded(extents[step.source], after[step.source], sizes)
-                    x = island.pad_to(x, extents_now)
+                    rows = _padded(extents[step.source], after[step.source], sizes)
+                    x = _repadded(x, step.source, extents[step.source], rows)
             elif step.kind == "slice":
                 rows = x.shape[step.target] // sizes[step.axis]
                 x = lax.dynamic_slice_in_dim(x, lax.axis_index(step.axis) * rows, rows, step.target)
@@ -247,6 +244,12 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
     either = [old or new for old, new in zip(before, after, strict=True)]
     y = island.run(local, mesh, (spec(before),), spec(after), island.fill_up(x, either, mesh))
     return island.crop_to(y, extents)
+
+
+def _repadded(x: Array, dim: int, extent: int, rows: int) -> Array:
+    """A dimension that is whole, padded to `rows` instead of what it was."""
+    x = lax.slice_in_dim(x, 0, min(extent, x.shape[dim]), axis=dim)
+    return island.pad_to(x, [*x.shape[:dim], rows, *x.shape[dim + 1 :]])
 
 
 def _permuted(x: Array, here: Cuts, there: Cuts, count: Mapping[str, int], grouped: bool) -> Array:
