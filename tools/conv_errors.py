@@ -7,6 +7,7 @@ the output. Published errors of Winograd's algorithm stand beside ours where we 
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,8 @@ def rows() -> list[list[str]]:
     found = []
     for window in (3, 5, 9):
         x, kernel = data(window)
-        plain = {"strides": (1, 1), "dilation": (1, 1), "padding": ((0, 0), (0, 0))}
-        tried = {name: None for name in ("direct", "im2col", "fft")}
+        plain: Any = {"strides": (1, 1), "dilation": (1, 1), "padding": ((0, 0), (0, 0))}
+        tried: dict[str, Any] = dict.fromkeys(("direct", "im2col", "fft"))
         tried |= {
             f"Winograd F({m}, {r})": cook_toom.algorithm(m, r)
             for m, r in ((2, 3), (4, 3), (6, 3), (2, 5), (4, 5))
