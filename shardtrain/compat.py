@@ -31,7 +31,7 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
 def ppermute(x: Array, axes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Array:
     """`lax.ppermute` that numbers devices by `axes` as they are given, as `lax.axis_index` does.
 
-    jax (0.10 to 0.12) numbers them in the order of the mesh here, whatever the order of `axes`.
+    jax 0.10 numbers them in the order of the mesh here, whatever the order of `axes`; 0.12 refuses another.
     """
     names = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in axes)
     sizes = {a: lax.axis_size(a) for a in axes}

@@ -4,8 +4,9 @@ Each takes global arrays, channels last, and works eagerly, under `jit`, and ins
 """
 
 from shardtrain.ops.channels import ChannelPlan, channel_plan
-from shardtrain.ops.conv import conv, linear
+from shardtrain.ops.conv import conv
 from shardtrain.ops.embed import embed
+from shardtrain.ops.linear import linear
 from shardtrain.ops.local import local
 from shardtrain.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool

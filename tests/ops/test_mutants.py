@@ -270,8 +270,13 @@ def duals_shifted(patch):
 
 
 def permutes_in_mesh_order(patch):
-    """As jax numbers the devices of a permute, whatever the order of the axes."""
-    patch.setattr(halo.compat, "ppermute", lax.ppermute)
+    """As jax 0.10 numbers the devices of a permute, whatever the order of the axes."""
+
+    def wrong(x, axes, pairs):
+        names = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in axes)
+        return lax.ppermute(x, names, pairs)
+
+    patch.setattr(halo.compat, "ppermute", wrong)
 
 
 def straddling_groups_shifted(patch):
