@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_ops import in_turns
 from census_conv import write_between
 from rich.console import Console
 from rich.progress import track
@@ -141,23 +142,12 @@ def naive(layer: Layer) -> float:
     return time.perf_counter() - clock
 
 
-def in_turns(sides: dict[str, Side], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, one call after the other."""
-    for side in sides.values():
-        side()
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds):
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            clock = time.perf_counter()
-            sides[name]()
-            taken[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def measured(layer: Layer, rounds: int) -> dict[str, float]:
     """Seconds by algorithm."""
     sides = {name: ours(layer, name) for name in ALGORITHMS} | {"PyTorch": theirs(layer)}
-    return in_turns({name: side for name, side in sides.items() if side is not None}, rounds)
+    there = {name: side for name, side in sides.items() if side is not None}
+    taken = in_turns(list(there.values()), rounds, seconds=0)  # one call of each in a round
+    return dict(zip(there, map(statistics.median, taken), strict=True))
 
 
 def draw(times: dict[int, dict[str, float]], path: Path) -> None:

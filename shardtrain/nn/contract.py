@@ -23,7 +23,7 @@ from shardtrain.nn.base import Partitioned, placed
 from shardtrain.ops.channels import ChannelMode
 from shardtrain.ops.local import local_windows
 from shardtrain.ops.transpose import transposed_pads
-from shardtrain.ops.window import MODES, Padding, tuple_of
+from shardtrain.ops.window import MODES, Padding, listed, tuple_of
 
 
 def lecun_normal(
@@ -274,7 +274,7 @@ class LocallyConnected(Contraction, nnx.Module):
         bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ) -> None:
-        self.image = tuple_of(image, len(image) if isinstance(image, Sequence) else 1, "image")
+        self.image = listed(image, "image")
         rank = self.pixel_dims = len(self.image)
         self.kernel_size = tuple_of(kernel_size, rank, "kernel_size")
         self.strides = tuple_of(strides, rank, "strides")

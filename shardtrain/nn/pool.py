@@ -78,7 +78,14 @@ class GlobalAvgPool(Partitioned, nnx.Module):
         return ops.global_avg_pool(x, layout=self.layout)
 
 
-class AdaptiveAvgPool(Partitioned, nnx.Module):
+class _Adaptive(Partitioned, nnx.Module):
+    """Pooling to images of `extents`, one number for every spatial dimension or one for each."""
+
+    def __init__(self, extents: int | Sequence[int]) -> None:
+        self.extents = numbers_of(extents, "extents")
+
+
+class AdaptiveAvgPool(_Adaptive):
     """Average pooling to images of `extents`; see `shardtrain.ops.adaptive_avg_pool`.
 
     Example:
@@ -86,24 +93,18 @@ class AdaptiveAvgPool(Partitioned, nnx.Module):
         (2, 6, 6, 3)
     """
 
-    def __init__(self, extents: int | Sequence[int]) -> None:
-        self.extents = numbers_of(extents, "extents")
-
     @placed
     def __call__(self, x: Array) -> Array:
         return ops.adaptive_avg_pool(x, self.extents, layout=self.layout)
 
 
-class AdaptiveMaxPool(Partitioned, nnx.Module):
+class AdaptiveMaxPool(_Adaptive):
     """Max pooling to images of `extents`; `1` is a global one. See `shardtrain.ops.adaptive_max_pool`.
 
     Example:
         >>> AdaptiveMaxPool(1)(jnp.ones((2, 13, 8, 3))).shape
         (2, 1, 1, 3)
     """
-
-    def __init__(self, extents: int | Sequence[int]) -> None:
-        self.extents = numbers_of(extents, "extents")
 
     @placed
     def __call__(self, x: Array) -> Array:

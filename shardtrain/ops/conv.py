@@ -114,11 +114,11 @@ def conv(
     input_dilation = tuple_of(input_dilation, rank, "input_dilation")
     if reason := kernels.refused(algorithm, kernel.shape[:-2], strides):
         raise UserError(f"conv: {reason}")
-    sizes = window_sizes(kernel.shape[:-2], dilation)
+    sizes = kernels.window_sizes(kernel.shape[:-2], dilation)
     mode = mode_of(padding)
     if mode != "constant" and max(input_dilation, default=1) > 1:
         raise UserError(f"conv: padding={padding!r} with input_dilation; use conv_transpose for a ring")
-    extents = window_sizes(x.shape[1:-1], input_dilation)
+    extents = kernels.window_sizes(x.shape[1:-1], input_dilation)
     config = Config(
         strides,
         dilation,
@@ -163,11 +163,6 @@ def check(what: str, x: Array, kernel: Array, bias: Array | None, groups: int) -
         )
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise UserError(f"{what}: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
-
-
-def window_sizes(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Rows that a dilated kernel spans in each dimension."""
-    return tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -232,7 +227,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
 
     @jax.custom_vjp
     def contract_dually(x: Array, kernel: Array) -> Array:
-        return contract(x, kernel)
+        return forward(x, kernel)[0]
 
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
         x = plan.gathered(reach(x, windows), sharing)
@@ -242,14 +237,14 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
         x, kernel = saved
         (dkernel,) = jax.vjp(lambda kernel: product(x, kernel, **_steps(windows)), kernel)[1](dy)
         back = kernels.transposed(kernel, local_groups)
-        return plan.scattered(product(reach(dy, duals or ()), back, **_steps(duals or ()))), dkernel
+        return plan.scattered(product(reach(dy, duals), back, **_steps(duals))), dkernel
 
     contract_dually.defvjp(forward, backward)
 
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
         x = island.real(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
-        y = contract(x, kernel) if duals is None else contract_dually(*compat.alike(x, kernel))
+        y = contract_dually(*compat.alike(x, kernel)) if duals else contract(x, kernel)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
         return island.real(y, extents_out, cuts_out, mesh)
 
@@ -269,22 +264,22 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
 
 def _duals(
     windows: Sequence[Window], config: Config, plan: ChannelPlan, channels: tuple[int, int]
-) -> list[Window] | None:
-    """The windows with which the input's gradient is a convolution of the output's, None where that is worse.
+) -> list[Window]:
+    """The windows with which the input's gradient is a convolution of the output's, none where that is worse.
 
     Halos of the output's gradient then travel, and every device computes its own rows. Otherwise it computes
     those of its neighbours' too that its halos held, and sends them back.
     """
     simple = config.padding_mode == "constant" and config.preferred_element_type is None
     if not simple or plan.straddle or plan.mode == "scatter" or (config.groups > 1 and plan.sharing > 1):
-        return None
+        return []
     duals = []
     for w in windows:
         low = w.size - 1 - w.pad[0]
         high = (w.extent - 1) * w.dilation + w.size - 1 - (w.extent_out - 1) * w.stride - low
         dual = Window(w.extent_out, w.size, w.dilation, (low, high), w.shards, w.axes, w.stride)
         if dual.extent_out != w.extent or len(set(dual.phases)) > 1:
-            return None
+            return []
         duals.append(dual)
 
     def rows(windows: Sequence[Window], channels: int) -> int:
@@ -293,7 +288,7 @@ def _duals(
         return sum(halos) * channels
 
     back = rows(windows, channels[0])
-    return duals if 0 < rows(duals, channels[1]) <= back else None
+    return duals if 0 < rows(duals, channels[1]) <= back else []
 
 
 def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) -> Array:
@@ -309,7 +304,7 @@ def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> l
     """The window of every spatial dimension, cut as the layout says."""
     found = []
     for dim, name in enumerate(spatial_names(x.ndim - 2)):
-        span = window_sizes(kernel.shape[:-2], config.dilation)[dim]
+        span = kernels.window_sizes(kernel.shape[:-2], config.dilation)[dim]
         axes = config.layout.cut(name, mesh)
         window = Window(
             x.shape[dim + 1],

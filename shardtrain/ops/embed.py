@@ -57,7 +57,7 @@ def _embed(indices: Array, table: Array, layout: Layout) -> Array:
     by_rows, by_features = layout.cut("channels", mesh), layout.channel_cut(features, mesh)
     vary = tuple(a for axes in cut for a in axes)
     kept = island.at_rest(layout, table.shape, 0, mesh)
-    spread = [tuple(a for a in axes_of(entry) if a in layout.parameters) for entry in kept]
+    spread = island.spread_axes(kept, layout)
     kept = spec([by_rows + spread[0], spread[1]])
     extents = (*indices.shape, features)
 

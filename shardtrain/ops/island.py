@@ -101,7 +101,7 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0
         vary: axes over which the data differ: the gradient is summed over them on the small shard.
         space: how many leading dimensions are pixels, which stay where they are.
     """
-    spread: list[Axes] = [()] * space + _spread(kept, layout)[space:]
+    spread: list[Axes] = [()] * space + spread_axes(kept, layout)[space:]
     if not any(spread):
         return parameter
     missing = tuple(a for a in vary if not any(a in axes_of(entry) for entry in kept))
@@ -119,11 +119,12 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0
 
 def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
     """As `gather`, for an operator that sums the gradient itself: every device then cuts out its part."""
-    for dim, axes in enumerate(_spread(kept, layout)):
+    for dim, axes in enumerate(spread_axes(kept, layout)):
         if axes:
             parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True, to="invarying")
     return parameter
 
 
-def _spread(kept: P, layout: Layout) -> list[Axes]:
+def spread_axes(kept: P, layout: Layout) -> list[Axes]:
+    """Of every dimension of a parameter, the axes over which `parameters` spreads it at rest."""
     return [tuple(a for a in axes_of(entry) if a in axes_of(layout.parameters)) for entry in kept]

@@ -14,11 +14,12 @@ from jaxtyping import Float
 
 from shardtrain.errors import UserError
 from shardtrain.kernels import local as kernels
+from shardtrain.kernels.conv import window_sizes
 from shardtrain.layout import Axes, Layout, active_mesh, axes_of, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.channels import ChannelMode, channel_plan
-from shardtrain.ops.conv import CONTRACTION, window_sizes
+from shardtrain.ops.conv import CONTRACTION
 from shardtrain.ops.halo import exchange
 from shardtrain.ops.reshard import move
 from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of

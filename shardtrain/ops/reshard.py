@@ -82,51 +82,38 @@ def _cuts(layout: Layout, shape: Sequence[int], mesh: AnyMesh) -> Cuts:
 
 
 @functools.lru_cache(maxsize=1024)
-def moves(
-    shape: tuple[int, ...], before: Cuts, after: Cuts, sizes: tuple[tuple[str, int], ...]
-) -> list[Move]:
+def moves(shape: tuple[int, ...], before: Cuts, after: Cuts, mesh: AnyMesh) -> list[Move]:
     """The steps that lead from one cut of `shape` to another and send the fewest bytes.
 
     Args:
         shape: of the whole array.
         before, after: the axes that cut every dimension.
-        sizes: axes of the mesh and how many devices they have.
+        mesh: says how many devices an axis has.
 
     A dimension whose old and new blocks are both padded and do not line up is gathered first.
     """
-    count = dict(sizes)
-    blocks = [
-        _padded(n, (old if not _torn(n, old, new, count) else ()) or new, count)
-        for n, old, new in zip(shape, before, after, strict=True)
-    ]
+    torn = [_torn(n, old, new, mesh) for n, old, new in zip(shape, before, after, strict=True)]
     steps, now = [], before
-    for dim, (extent, old, new) in enumerate(zip(shape, before, after, strict=True)):
-        if _torn(extent, old, new, count):
-            for axis in reversed(old):
-                now = _with(now, dim, now[dim][:-1])
-                steps.append(Move("all-gather", now, axis, source=dim))
-    return steps + _cheapest(tuple(blocks), now, after, count)
+    for dim in itertools.compress(range(len(shape)), torn):
+        for axis in reversed(before[dim]):
+            now = _with(now, dim, now[dim][:-1])
+            steps.append(Move("all-gather", now, axis, source=dim))
+    cuts = [old or new for old, new in zip(now, after, strict=True)]
+    blocks = [island.even(n, axes, mesh) for n, axes in zip(shape, cuts, strict=True)]
+    return steps + _cheapest(tuple(blocks), now, after, mesh)
 
 
-def _torn(extent: int, old: Axes, new: Axes, count: Mapping[str, int]) -> bool:
+def _torn(extent: int, old: Axes, new: Axes, mesh: AnyMesh) -> bool:
     """Whether old and new blocks of a dimension are padded to different extents."""
-    uneven = extent % _shards(old, count) or extent % _shards(new, count)
-    return bool(old and new and uneven and _padded(extent, old, count) != _padded(extent, new, count))
-
-
-def _shards(axes: Axes, count: Mapping[str, int]) -> int:
-    return math.prod(count[a] for a in axes)
-
-
-def _padded(extent: int, axes: Axes, count: Mapping[str, int]) -> int:
-    return -(-extent // _shards(axes, count)) * _shards(axes, count)
+    uneven = extent % size(mesh, old) or extent % size(mesh, new)
+    return bool(old and new and uneven and island.even(extent, old, mesh) != island.even(extent, new, mesh))
 
 
 def _with(cuts: Cuts, dim: int, axes: Axes) -> Cuts:
     return (*cuts[:dim], axes, *cuts[dim + 1 :])
 
 
-def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, count: Mapping[str, int]) -> list[Move]:
+def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, mesh: AnyMesh) -> list[Move]:
     """Dijkstra's shortest path: places are cuts of `shape`, the way from one to the next is bytes sent."""
     paid: dict[Cuts, float] = {start: 0.0}
     came: dict[Cuts, tuple[Cuts, Move]] = {}
@@ -138,7 +125,7 @@ def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, count: Mapping[st
             break
         if cost > paid[here]:
             continue
-        for move, price in _next(shape, here, goal, count):
+        for move, price in _next(shape, here, goal, mesh):
             total = cost + price + 1e-6
             if total < paid.get(move.after, math.inf):
                 paid[move.after] = total
@@ -151,22 +138,20 @@ def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, count: Mapping[st
     return path[::-1]
 
 
-def _next(
-    shape: tuple[int, ...], here: Cuts, goal: Cuts, count: Mapping[str, int]
-) -> Iterator[tuple[Move, float]]:
+def _next(shape: tuple[int, ...], here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iterator[tuple[Move, float]]:
     """The steps that can be made from `here` and what each sends, in shares of the whole array."""
-    block = 1 / math.prod(_shards(axes, count) for axes in here)
+    block = 1 / math.prod(size(mesh, axes) for axes in here)
     used = {a for axes in here for a in axes}
 
     def fits(dim: int, axis: str) -> bool:
-        return shape[dim] % (_shards(here[dim], count) * count[axis]) == 0
+        return shape[dim] % (size(mesh, here[dim]) * size(mesh, axis)) == 0
 
     dims = range(len(shape))
     for dim in dims:
         if not here[dim]:
             continue
         rest, axis = here[dim][:-1], here[dim][-1]
-        n = count[axis]
+        n = size(mesh, axis)
         without = _with(here, dim, rest)
         yield Move("all-gather", without, axis, source=dim), (n - 1) * block
         for to in dims:
@@ -177,15 +162,15 @@ def _next(
         for to in dims:
             if fits(to, axis):
                 yield Move("slice", _with(here, to, (*here[to], axis)), axis, target=to), 0.0
-    for there in _orders(here, goal, count):
+    for there in _orders(here, goal, mesh):
         yield Move("permute", there), block
 
 
-def _orders(here: Cuts, goal: Cuts, count: Mapping[str, int]) -> Iterator[Cuts]:
+def _orders(here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iterator[Cuts]:
     """Cuts into as many blocks by the same axes: the goal, one axis made the last, or two exchanged."""
 
     def blocks(cuts: Cuts) -> tuple[list[str], list[int]]:
-        return sorted(a for axes in cuts for a in axes), [_shards(axes, count) for axes in cuts]
+        return sorted(a for axes in cuts for a in axes), [size(mesh, axes) for axes in cuts]
 
     if here != goal and blocks(here) == blocks(goal):
         yield goal
@@ -193,7 +178,7 @@ def _orders(here: Cuts, goal: Cuts, count: Mapping[str, int]) -> Iterator[Cuts]:
         for axis in axes[:-1]:
             yield _with(here, dim, (*(a for a in axes if a != axis), axis))
     for first, second in itertools.combinations([a for axes in here for a in axes], 2):
-        if count[first] == count[second]:
+        if size(mesh, first) == size(mesh, second):
             change = {first: second, second: first}
             yield tuple(tuple(change.get(a, a) for a in axes) for axes in here)
 
@@ -219,8 +204,7 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
     mesh = active_mesh()
     assert mesh is not None
     extents = x.shape
-    sizes = {a: size(mesh, a) for axes in (*before, *after) for a in axes}
-    steps = moves(extents, before, after, tuple(sorted(sizes.items())))
+    steps = moves(extents, before, after, mesh)
 
     @jax.named_scope(SCOPE)
     def local(x: Array) -> Array:
@@ -231,13 +215,13 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
             elif step.kind == "all-gather":
                 x = lax.all_gather(x, step.axis, axis=step.source, tiled=True, to="invarying")
                 if after[step.source] and not step.after[step.source]:  # whole: padded as it will be cut
-                    rows = _padded(extents[step.source], after[step.source], sizes)
+                    rows = island.even(extents[step.source], after[step.source], mesh)
                     x = _repadded(x, step.source, extents[step.source], rows)
             elif step.kind == "slice":
-                rows = x.shape[step.target] // sizes[step.axis]
+                rows = x.shape[step.target] // size(mesh, step.axis)
                 x = lax.dynamic_slice_in_dim(x, lax.axis_index(step.axis) * rows, rows, step.target)
             else:
-                x = _permuted(x, now, step.after, sizes, island.grouped(mesh))
+                x = _permuted(x, now, step.after, mesh)
             now = step.after
         return x
 
@@ -252,17 +236,17 @@ def _repadded(x: Array, dim: int, extent: int, rows: int) -> Array:
     return island.pad_to(x, [*x.shape[:dim], rows, *x.shape[dim + 1 :]])
 
 
-def _permuted(x: Array, here: Cuts, there: Cuts, count: Mapping[str, int], grouped: bool) -> Array:
+def _permuted(x: Array, here: Cuts, there: Cuts, mesh: AnyMesh) -> Array:
     """Every device's block as `there` cuts, from the one that has it as `here` cuts."""
     axes = tuple(a for cut in here for a in cut)
-    places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*(count[a] for a in axes))]
+    places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*(size(mesh, a) for a in axes))]
 
     def block(place: Mapping[str, int], cuts: Cuts) -> tuple[int, ...]:
         """Its number in every dimension; in none that is not cut."""
-        shapes = [[count[a] for a in cut] for cut in cuts if cut]
+        shapes = [[size(mesh, a) for a in cut] for cut in cuts if cut]
         numbers = [[place[a] for a in cut] for cut in cuts if cut]
         return tuple(int(np.ravel_multi_index(n, s)) for n, s in zip(numbers, shapes, strict=True))
 
     owner = {block(place, here): i for i, place in enumerate(places)}
     senders = [owner[block(place, there)] for place in places]
-    return sent_by(x, senders, axes, grouped=grouped)
+    return sent_by(x, senders, axes, grouped=island.grouped(mesh))

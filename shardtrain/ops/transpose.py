@@ -10,7 +10,7 @@ from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
 from shardtrain.layout import Layout, chosen
 from shardtrain.ops.channels import ChannelMode
-from shardtrain.ops.conv import Config, check, convolve, window_sizes
+from shardtrain.ops.conv import Config, check, convolve
 from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 
 
@@ -74,7 +74,7 @@ def conv_transpose(
     check("conv_transpose", x, kernel, bias, groups)
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
-    sizes = window_sizes(kernel.shape[:-2], dilation)
+    sizes = kernels.window_sizes(kernel.shape[:-2], dilation)
     pads = transposed_pads(padding, sizes, strides, transpose_kernel)
     mode = mode_of(padding)
     check_repeats(mode, [n * s for n, s in zip(x.shape[1:-1], strides, strict=True)], pads)
@@ -115,7 +115,7 @@ def torch_padding(
     if not isinstance(window, Sequence):
         raise UserError(f"torch_padding: window={window!r}; give one number per spatial dimension")
     rank = len(window)
-    spans = window_sizes(window, tuple_of(dilation, rank, "dilation"))
+    spans = kernels.window_sizes(window, tuple_of(dilation, rank, "dilation"))
     crops, extra = (pairs_of(value, rank) for value in (padding, output_padding))
     return [(k - 1 - p, k - 1 - p + q) for k, (p, _), (_, q) in zip(spans, crops, extra, strict=True)]
 

@@ -297,9 +297,17 @@ def numbers_of(value: Any, what: str) -> int | tuple[int, ...]:
     Raises:
         UserError: anything else.
     """
-    several = isinstance(value, Sequence)
-    numbers = tuple_of(value, len(value) if several else 1, what)
-    return numbers if several else numbers[0]
+    numbers = listed(value, what)
+    return numbers if isinstance(value, Sequence) else numbers[0]
+
+
+def listed(value: Any, what: str) -> tuple[int, ...]:
+    """As many numbers as are given, each 1 or more; one number is a list of one.
+
+    Raises:
+        UserError: anything else.
+    """
+    return tuple_of(value, len(value) if isinstance(value, Sequence) else 1, what)
 
 
 def _integers(values: Any, what: str) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def test_the_steps_lead_there(text, shape, before, after):
     """Step by step in plain lists: only a dimension's last axis leaves, and all end where they should."""
     mesh = make_mesh(text)
     old, new = cuts(Layout(**before), shape, mesh), cuts(Layout(**after), shape, mesh)
-    steps = moves(shape, old, new, tuple(mesh.shape.items()))
+    steps = moves(shape, old, new, mesh)
     now = [list(axes) for axes in old]
     for step in steps:
         if step.kind == "permute":
@@ -237,7 +237,7 @@ def test_bytes(text, before, after, kinds):
     """Forward and backward as `moves` says."""
     mesh, shape = make_mesh(text), (8, 16, 8, 8)
     old, new = cuts(before, shape, mesh), cuts(after, shape, mesh)
-    there, back = (moves(shape, a, b, tuple(mesh.shape.items())) for a, b in ((old, new), (new, old)))
+    there, back = (moves(shape, a, b, mesh) for a, b in ((old, new), (new, old)))
     assert sorted(step.kind for step in there) == sorted(kinds)
     op = functools.partial(ops.reshard, before=before, after=after)
     forward, both = (moved(op, shape, old, new, mesh, backward=b) for b in (False, True))
@@ -289,11 +289,12 @@ def test_never_more_bytes_than_xla(text, before, after):
 
 SEARCH = """
 import importlib, itertools
+from jax.sharding import AbstractMesh
 moves = importlib.import_module("shardtrain.ops.reshard").moves
-sizes = (("data", 2), ("height", 2), ("width", 2))
+mesh = AbstractMesh((2, 2, 2), ("data", "height", "width"))
 cuts = [c for c in itertools.product([(), ("data",), ("height",), ("width",), ("height", "width")], repeat=3)
         if len(set(sum(c, ()))) == len(sum(c, ()))]
-print([moves((8, 8, 8), a, b, sizes) for a, b in itertools.islice(itertools.product(cuts, cuts), 0, None, 7)])
+print([moves((8, 8, 8), a, b, mesh) for a, b in itertools.islice(itertools.product(cuts, cuts), 0, None, 7)])
 """
 
 

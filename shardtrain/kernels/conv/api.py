@@ -1,4 +1,4 @@
-"""The front door: one convolution by the algorithm that is asked for, or chosen."""
+"""The front door: one convolution by the algorithm that is asked for."""
 
 import functools
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from shardtrain.errors import UserError
 from shardtrain.kernels.conv.direct import direct, transposed
 from shardtrain.kernels.conv.fft import fft
 from shardtrain.kernels.conv.im2col import im2col
+from shardtrain.kernels.conv.tiles import extended, window_sizes
 from shardtrain.kernels.conv.winograd import winograd
 
 ALGORITHMS = ("direct", "im2col", "fft", "winograd")
@@ -45,7 +46,7 @@ class Problem:
     @property
     def spans(self) -> tuple[int, ...]:
         """Rows that the dilated filters span."""
-        return tuple((k - 1) * d + 1 for k, d in zip(self.window, self.dilation, strict=True))
+        return window_sizes(self.window, self.dilation)
 
     @property
     def dual(self) -> "Problem":
@@ -178,9 +179,7 @@ def _by_phases(x: Array, kernel: Array, problem: Problem, **kinds: Any) -> Array
     for dim, d in enumerate(problem.dilation):
         axis = 1 + dim
         rows = -(-x.shape[axis] // d)
-        config = [(0, 0, 0)] * x.ndim
-        config[axis] = (0, rows * d - x.shape[axis], 0)
-        x = lax.pad(x, jnp.zeros((), x.dtype), config)
+        x = extended(x, axis, rows * d)
         x = x.reshape(*x.shape[:axis], rows, d, *x.shape[axis + 1 :])
         x = jnp.moveaxis(x, axis + 1, 0).reshape(-1, *x.shape[1 : axis + 1], *x.shape[axis + 2 :])
     y = winograd(x, kernel, outputs=outputs, **kinds)

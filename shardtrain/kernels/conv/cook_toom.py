@@ -13,9 +13,6 @@ import numpy as np
 
 Rows = tuple[tuple[Fraction, ...], ...]
 
-INFINITY = None
-"""The last point, which reads off the leading coefficients."""
-
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -23,7 +20,7 @@ class Algorithm:
 
     Attributes:
         outputs, taps: `m` and `r`.
-        points: the finite ones; the last is infinity.
+        points: the finite ones; the last is infinity, which reads off the leading coefficients.
         output, filter, input: `A^T` of `m` rows, `G` and `B^T` of `m + r - 1` rows.
     """
 

@@ -9,6 +9,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Complex, Float
 
+from shardtrain.kernels.conv.tiles import extended, joined, window_sizes
+
 LARGEST = {1: 1024, 2: 64, 3: 32}
 """Rows of a tile, by the number of spatial dimensions: larger ones save little and leave the caches."""
 
@@ -35,7 +37,7 @@ def fft(
         Mathieu, Henaff and LeCun, Fast Training of Convolutional Networks through FFTs, ICLR 2014;
         Vasilache et al., Fast Convolutional Nets With fbfft, ICLR 2015.
     """
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:-2], dilation, strict=True)]
+    spans = window_sizes(kernel.shape[:-2], dilation)
     extents = [n - s + 1 for n, s in zip(x.shape[1:-1], spans, strict=True)]
     sizes = tile_sizes(extents, spans)
     return from_filters(
@@ -102,9 +104,7 @@ def from_filters(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for dim, (t, size, step) in enumerate(zip(tiles, sizes, steps, strict=True)):
         axis = 2 * dim + 1
-        config = [(0, 0, 0)] * wide.ndim
-        config[axis] = (0, (t - 1) * step + size - wide.shape[axis], 0)
-        wide = lax.pad(wide, jnp.zeros((), wide.dtype), config)
+        wide = extended(wide, axis, (t - 1) * step + size)
         rows = np.arange(t)[:, None] * step + np.arange(size)
         if t == 1:
             wide = jnp.expand_dims(wide, axis)
@@ -123,9 +123,7 @@ def from_filters(
     product = jnp.moveaxis(product, 1, 2).reshape(*found, x.shape[0], *tiles, -1)
     y = jnp.fft.irfftn(product, sizes, axes=tuple(range(rank)))
     y = lax.slice(y, (0,) * y.ndim, (*steps, *y.shape[rank:]))
-    order = [rank, *(axis for d in range(rank) for axis in (rank + 1 + d, d)), 2 * rank + 1]
-    y = y.transpose(order).reshape(x.shape[0], *(t * s for t, s in zip(tiles, steps, strict=True)), -1)
-    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(out_type or x.dtype)
+    return joined(y, extents).astype(out_type or x.dtype)
 
 
 def _complex_product(a: Array, b: Array, precision: lax.PrecisionLike) -> Array:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.kernels.conv.cook_toom import Algorithm, Rows, algorithm
+from shardtrain.kernels.conv.tiles import extended, joined
 
 AT_ONCE = 96
 """Channels that are summed in one go in float32. XLA's CPU products add one after the other, and of 256 at
@@ -78,7 +79,6 @@ def from_filters(
     out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """`winograd` with filters that `transform_filters` gave."""
-    rank = len(found)
     extents = [n - f.taps + 1 for n, f in zip(x.shape[1:-1], found, strict=True)]
     tiles = [-(-n // f.outputs) for n, f in zip(extents, found, strict=True)]
     points = math.prod(f.tile for f in found)
@@ -98,11 +98,7 @@ def from_filters(
     y = jnp.moveaxis(product, 1, 2).reshape(*(f.tile for f in found), x.shape[0], *tiles, -1)
     for dim, f in enumerate(found):
         y = _apply(f.output, y, dim)
-    order = [rank, *(axis for d in range(rank) for axis in (rank + 1 + d, d)), 2 * rank + 1]
-    y = y.transpose(order).reshape(
-        x.shape[0], *(t * f.outputs for t, f in zip(tiles, found, strict=True)), -1
-    )
-    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *extents, y.shape[-1])).astype(out_type or x.dtype)
+    return joined(y, extents).astype(out_type or x.dtype)
 
 
 def transform_input(
@@ -114,9 +110,7 @@ def transform_input(
     for dim, (f, t) in enumerate(zip(found, tiles, strict=True)):
         axis = dim + dim + 1  # behind the `dim` dimensions that tiles have brought
         rows = t * f.outputs + f.taps - 1
-        config = [(0, 0, 0)] * wide.ndim
-        config[axis] = (0, rows - wide.shape[axis], 0)
-        wide = lax.pad(wide, jnp.zeros((), wide.dtype), config)
+        wide = extended(wide, axis, rows)
         last = (t - 1) * f.outputs + 1
         parts = [lax.slice_in_dim(wide, i, i + last, f.outputs, axis) for i in range(f.tile)]
         wide = _combine(f.input, parts, dim)

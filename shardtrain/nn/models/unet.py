@@ -13,7 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.nn.contract import Conv, ConvTranspose
 from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm
 from shardtrain.nn.pool import Concat, Crop, MaxPool
-from shardtrain.ops.window import tuple_of
+from shardtrain.ops.window import listed
 
 _NORMS: dict[str, Callable[..., nnx.Module]] = {
     "batch": BatchNorm,
@@ -83,7 +83,7 @@ class UNet(nnx.Module):
             raise UserError(f"UNet: norm={norm!r}; there are {', '.join(map(repr, _NORMS))}")
         if not isinstance(features, Sequence) or len(features) < 2:
             raise UserError(f"UNet: features={features}; give two levels or more, such as (32, 64)")
-        features = tuple_of(features, len(features), "features")
+        features = listed(features, "features")
         if norm == "group" and any(f % 8 for f in features):
             raise UserError(f"UNet: norm='group' has groups of 8 channels; {tuple(features)} do not divide")
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
