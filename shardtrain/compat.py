@@ -54,6 +54,15 @@ def alike(*arrays: Array) -> list[Array]:
     ]
 
 
+def device_kind() -> str:
+    """Kind of the devices that a program is traced for: those of the mesh around it, or jax's default one."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = described or getattr(jax.config, "jax_default_device", None)
+    if device is None or isinstance(device, str):
+        device = jax.devices(device)[0]
+    return str(device.device_kind)
+
+
 def inner_jaxpr(value: Any) -> Any:
     """An open or closed jaxpr as an open one."""
     return getattr(value, "jaxpr", value)

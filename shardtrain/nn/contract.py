@@ -111,7 +111,7 @@ class Conv(_Convolution, nnx.Conv):
         (2, 8, 8, 16)
     """
 
-    def __init__(self, *args: Any, algorithm: str = "direct", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, algorithm: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
         for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call

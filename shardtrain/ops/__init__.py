@@ -6,6 +6,7 @@ Each takes global arrays, channels last, and works eagerly, under `jit`, and ins
 from shardtrain.ops.channels import ChannelPlan, channel_plan
 from shardtrain.ops.conv import conv
 from shardtrain.ops.embed import embed
+from shardtrain.ops.explain import Explanation, explain_conv, load_conv_table
 from shardtrain.ops.linear import linear
 from shardtrain.ops.local import local
 from shardtrain.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
@@ -17,6 +18,7 @@ from shardtrain.ops.transpose import conv_transpose, torch_padding
 
 __all__ = [
     "ChannelPlan",
+    "Explanation",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "avg_pool",
@@ -26,12 +28,14 @@ __all__ = [
     "conv",
     "conv_transpose",
     "embed",
+    "explain_conv",
     "flatten",
     "global_avg_pool",
     "group_norm",
     "instance_norm",
     "layer_norm",
     "linear",
+    "load_conv_table",
     "local",
     "max_pool",
     "pad",

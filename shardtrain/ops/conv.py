@@ -38,10 +38,10 @@ class Config:
     padding_mode: str
     groups: int
     layout: Layout
-    channel_mode: ChannelMode | None
-    precision: lax.PrecisionLike
-    preferred_element_type: DTypeLike | None
-    algorithm: str = "direct"
+    channel_mode: ChannelMode | None = None
+    precision: lax.PrecisionLike = None
+    preferred_element_type: DTypeLike | None = None
+    algorithm: str = "auto"
 
 
 def conv(
@@ -54,7 +54,7 @@ def conv(
     dilation: int | Sequence[int] | None = 1,
     input_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
-    algorithm: str = "direct",
+    algorithm: str = "auto",
     layout: Layout | None = None,
     channel_mode: ChannelMode | None = None,
     precision: lax.PrecisionLike = None,
@@ -84,7 +84,11 @@ def conv(
             (one matrix product, with `prod(window)` times the input laid out), `"fft"` (tiles, for large
             windows, stride 1) or `"winograd"` (windows up to 7, stride 1); both gradients by the same. The
             same numbers up to rounding: Winograd's errors are about twice those of the others in float32,
-            and too large for bfloat16 beyond F(2, 3), which it takes there.
+            and too large for bfloat16 beyond F(2, 3), which it takes there. `"auto"` takes for the output
+            and for each gradient the one that was measured to be the fastest, or is by a model of the
+            device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
+            gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
+            all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
             `shardtrain.ops.channel_plan`.
@@ -107,6 +111,39 @@ def conv(
         Dryden et al., Improving Strong-Scaling of CNN Training by Exploiting Finer-Grained Parallelism,
         IPDPS 2019; Channel and Filter Parallelism for Large-Scale CNN Training, SC 2019.
     """
+    config = configured(
+        x,
+        kernel,
+        bias,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        input_dilation=input_dilation,
+        groups=groups,
+        algorithm=algorithm,
+        layout=layout,
+        channel_mode=channel_mode,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return convolve(x, kernel, bias, config=config)
+
+
+def configured(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] | None = 1,
+    input_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    layout: Layout | None = None,
+    **others: Any,
+) -> Config:
+    """The arguments of `conv`, checked; of `x`, `kernel` and `bias` only shapes and types are looked at."""
     check("conv", x, kernel, bias, groups)
     rank = kernel.ndim - 2
     strides = tuple_of(strides, rank, "strides")
@@ -119,7 +156,7 @@ def conv(
     if mode != "constant" and max(input_dilation, default=1) > 1:
         raise UserError(f"conv: padding={padding!r} with input_dilation; use conv_transpose for a ring")
     extents = kernels.window_sizes(x.shape[1:-1], input_dilation)
-    config = Config(
+    return Config(
         strides,
         dilation,
         input_dilation,
@@ -127,15 +164,12 @@ def conv(
         mode,
         groups,
         chosen(layout),
-        channel_mode,
-        precision,
-        preferred_element_type,
-        algorithm,
+        algorithm=algorithm,
+        **others,
     )
-    return convolve(x, kernel, bias, config=config)
 
 
-def check(what: str, x: Array, kernel: Array, bias: Array | None, groups: int) -> None:
+def check(what: str, x: Any, kernel: Any, bias: Any, groups: int) -> None:
     """Refuses shapes that do not agree."""
     rank = kernel.ndim - 2
     if rank < 0:

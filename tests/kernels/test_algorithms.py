@@ -223,7 +223,7 @@ def test_what_is_not_finite_stays_so(algorithm, value):
 @pytest.mark.parametrize(
     ("algorithm", "window", "strides", "message"),
     [
-        ("strassen", (3, 3), (1, 1), "algorithm='strassen'; there are 'direct', 'im2col'"),
+        ("strassen", (3, 3), (1, 1), "algorithm='strassen'; there are 'auto', 'direct', 'im2col'"),
         ("fft", (3, 3), (2, 1), r"algorithm='fft' has no strides=\(2, 1\); use 'direct'"),
         ("winograd", (3, 3), (1, 2), r"algorithm='winograd' has no strides=\(1, 2\)"),
         ("winograd", (9, 3), (1, 1), r"algorithm='winograd' has no window of \(9, 3\)"),

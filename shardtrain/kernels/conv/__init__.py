@@ -1,7 +1,23 @@
 """Convolution on one device by several algorithms."""
 
-from shardtrain.kernels.conv.api import ALGORITHMS, conv, refused
+from shardtrain.kernels.conv.api import conv
 from shardtrain.kernels.conv.direct import transposed
+from shardtrain.kernels.conv.select import Row, listening, rows_of
+from shardtrain.kernels.conv.tables import load
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Passes, Task, refused
 from shardtrain.kernels.conv.tiles import window_sizes
 
-__all__ = ["ALGORITHMS", "conv", "refused", "transposed", "window_sizes"]
+__all__ = [
+    "ALGORITHMS",
+    "PASSES",
+    "Passes",
+    "Row",
+    "Task",
+    "conv",
+    "listening",
+    "load",
+    "refused",
+    "rows_of",
+    "transposed",
+    "window_sizes",
+]

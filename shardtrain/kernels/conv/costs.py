@@ -1,0 +1,180 @@
+"""What every algorithm costs, by a roofline: operations and bytes of its stages against a device's rates."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from shardtrain.kernels.conv import fft, im2col, winograd
+from shardtrain.kernels.conv.cook_toom import Algorithm
+from shardtrain.kernels.conv.task import PASSES, Task
+
+Rate = tuple[float, float]
+"""Operations and bytes in a second; a multiplication and its addition are two operations."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        by_pass: pass -> algorithm -> `Rate`.
+        launch: seconds that every stage takes at least.
+        workspace: bytes beyond which `auto` refuses an algorithm.
+        margin: how many times faster than direct convolution another algorithm must be by the model.
+    """
+
+    by_pass: Mapping[str, Mapping[str, Rate]]
+    launch: float
+    workspace: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program of its own: it takes as long as its operations or its bytes, whichever is more."""
+
+    operations: float
+    bytes: float
+
+
+# NVIDIA's data sheets, dense (without sparsity), in teraflop/s and terabyte/s: A100 SXM (2021), H100 SXM
+# (2023), H200 SXM (2024), HGX B200 per GPU (2025). FP32 outside the tensor cores, TF32, FP16 and BF16, memory.
+SHEETS = {
+    r"NVIDIA A100-SXM4-80GB": (19.5, 156, 312, 2.04),
+    r"NVIDIA A100-SXM4-40GB": (19.5, 156, 312, 1.56),
+    r"NVIDIA H100 80GB HBM3": (67, 495, 989, 3.35),
+    r"NVIDIA H200( .*)?": (67, 495, 989, 4.8),
+    r"NVIDIA B200( .*)?": (75, 1125, 2250, 7.7),
+}
+
+REACHED = 0.85, 0.6, 0.65, 0.85
+"""Shares of those that good kernels reach, in the same order."""
+
+
+def sheet_rates(kind: str, dtype: str, precision: lax.PrecisionLike) -> Rates | None:
+    """Rates of a GPU by its data sheet, None for one we have none of."""
+    figures = next((v for pattern, v in SHEETS.items() if re.fullmatch(pattern, kind)), None)
+    if figures is None or dtype not in ("float32", "float16", "bfloat16"):
+        return None
+    fp32, tf32, half, memory = (1e12 * v * share for v, share in zip(figures, REACHED, strict=True))
+    products = half if dtype != "float32" else tf32 if few_digits(kind, dtype, precision) else fp32
+    rate = {"direct": (products, memory), "im2col": (products, memory), "winograd": (products, memory)}
+    rate["fft"] = fp32, memory  # its products are of complex numbers in float32
+    return Rates(dict.fromkeys(PASSES, rate), launch=4e-6, workspace=2 << 30, margin=1.3)
+
+
+def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
+    """Whether factors have 10 bits or fewer: float16, bfloat16, and float32 on tensor cores (TF32)."""
+    if jnp.finfo(dtype).nmant < 20:
+        return True
+    named = precision or getattr(jax.config, "jax_default_matmul_precision", None)
+    given = set(map(str, named if isinstance(named, tuple) else (named,)))
+    exact = given <= {"highest", "float32", "HIGHEST", str(lax.Precision.HIGHEST)}
+    return dtype == "float32" and kind.startswith("NVIDIA") and not exact
+
+
+def tiles(task: Task) -> tuple[Algorithm, ...]:
+    """Winograd's F(m, r) in every dimension."""
+    window = task.problem.window
+    return winograd.algorithms(window, winograd.tile_outputs(window, task.dtype))
+
+
+def stages(task: Task, algorithm: str) -> list[Stage]:
+    """The programs that an algorithm runs, one after the other."""
+    size = jnp.dtype(task.dtype).itemsize
+    p = task.problem
+    x = task.batch * math.prod(task.extents) * task.channels * size
+    y = task.batch * math.prod(task.outputs) * task.filters * size
+    k = math.prod(p.window) * task.channels // p.groups * task.filters * size
+    sums = 2.0 * multiplications(task, algorithm)
+    if algorithm == "direct":
+        return [Stage(sums, x + k + y)]
+    if algorithm == "im2col":
+        rows = workspace(task, algorithm)
+        return [Stage(0, x + rows), Stage(sums, rows + k + y)]
+    v, u, m = _transformed(task, algorithm)
+    return [Stage(0, x + v), Stage(0, k + u), Stage(sums, v + u + m), Stage(0, m + y)]
+
+
+def _transformed(task: Task, algorithm: str) -> tuple[int, int, int]:
+    """Bytes of transformed inputs, filters and outputs."""
+    size = jnp.dtype(task.dtype).itemsize
+    per_group = task.channels // task.problem.groups
+    if algorithm == "fft":
+        points, count = _spectrum(task)
+        size = 2 * max(4, size)  # complex
+    else:
+        points, count = _points(task)
+    return (
+        points * count * task.channels * size,
+        points * per_group * task.filters * size,
+        points * count * task.filters * max(4, size),
+    )
+
+
+def _points(task: Task) -> tuple[int, int]:
+    """Points of a tile of Winograd's, and tiles; the phases of a dilation are images of their own."""
+    found = tiles(task)
+    rows = [-(-n // d) for n, d in zip(task.outputs, task.problem.dilation, strict=True)]
+    count = math.prod(-(-n // f.outputs) for n, f in zip(rows, found, strict=True))
+    return math.prod(f.tile for f in found), task.batch * count * math.prod(task.problem.dilation)
+
+
+def _spectrum(task: Task) -> tuple[int, int]:
+    """Frequencies of a tile, and tiles."""
+    spans = task.problem.spans
+    sizes = fft.tile_sizes(task.outputs, spans)
+    count = [-(-n // (t - s + 1)) for n, t, s in zip(task.outputs, sizes, spans, strict=True)]
+    return math.prod(sizes[:-1]) * (sizes[-1] // 2 + 1), task.batch * math.prod(count)
+
+
+def multiplications(task: Task, algorithm: str) -> int:
+    """Products of numbers, those of the transforms left out."""
+    pairs = task.channels // task.problem.groups * task.filters
+    if algorithm == "fft":
+        return 3 * math.prod(_spectrum(task)) * pairs  # three real ones for a complex one
+    if algorithm == "winograd":
+        return math.prod(_points(task)) * pairs
+    return task.products
+
+
+def workspace(task: Task, algorithm: str) -> int:
+    """Bytes beside input, filters and output."""
+    if algorithm == "direct":
+        return 0
+    if algorithm == "im2col":
+        p, size = task.problem, jnp.dtype(task.dtype).itemsize
+        shape = (task.batch, *task.padded, task.channels)
+        return im2col.workspace(shape, p.window, p.strides, p.dilation, size)
+    return sum(_transformed(task, algorithm))
+
+
+def seconds(task: Task, algorithm: str, rate: Rate, launch: float) -> float:
+    """The time that the model predicts."""
+    operations, bandwidth = rate
+    return sum(launch + max(s.operations / operations, s.bytes / bandwidth) for s in stages(task, algorithm))
+
+
+def error(task: Task, algorithm: str, kind: str) -> float:
+    """Relative root mean square of the rounding errors, before the result is rounded to its own type.
+
+    Fitted to the table that `tools/conv_errors.py` measures (256 channels): in float32 sums dominate,
+    12 units of rounding by direct convolution and im2col, 7 by Fourier transforms. Winograd's grow with
+    `cook_toom.Algorithm.amplification` in every dimension, from 3 units in float32 or float64, and from 0.6
+    where the factors are rounded to few digits and the sums are not. Factors that are rounded on their way
+    into tensor cores (TF32) lose as much by every algorithm but Fourier's.
+    """
+    bits = jnp.finfo(task.dtype).nmant
+    unit = 2.0 ** -(max(bits, 23) + 1)  # sums are in float32 or wider
+    coarse = few_digits(kind, task.dtype, task.problem.precision)
+    if algorithm == "winograd":
+        grown = math.prod(f.amplification for f in tiles(task) if f.taps > 1)
+        return grown * (0.6 * 2.0 ** -(min(bits, 10) + 1) if coarse else 3 * unit)
+    if coarse and bits > 10 and algorithm != "fft":
+        return 0.6 * 2.0**-11
+    return (7 if algorithm == "fft" else 12) * unit

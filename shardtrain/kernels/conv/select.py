@@ -1,0 +1,178 @@
+"""Which algorithm is the fastest for every pass, from what is known when a program is traced.
+
+Times that were measured on this kind of device decide where there are any, and the cost model elsewhere. Both
+depend on static shapes, types and the kind of device only: all processes of a program choose alike.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from shardtrain import compat
+from shardtrain.kernels.conv import costs, tables
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Passes, Task, refused
+
+MARGIN = 1.02
+"""How many times faster than direct convolution another algorithm must have been measured."""
+
+LARGEST_ERROR = 1e-5
+"""Relative error beyond which `auto` refuses an algorithm in float32."""
+
+LEAST_CHANNELS = 8
+"""Channels and filters of a group below which matrix products are too thin for the model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm for one pass.
+
+    Attributes:
+        pass_name: one of `PASSES`.
+        algorithm: one of `ALGORITHMS`.
+        seconds: its time, None where it is unknown.
+        source: of the time: `"measured"`, `"model"`, or empty.
+        multiplications: products of numbers, those of the transforms left out.
+        workspace: bytes beside input, filters and output.
+        error: relative root mean square of the rounding errors.
+        refused: why `auto` does not take it whatever its time, None if it may.
+    """
+
+    pass_name: str
+    algorithm: str
+    seconds: float | None
+    source: str
+    multiplications: int
+    workspace: int
+    error: float
+    refused: str | None
+
+
+def passes_of(task: Task) -> Passes:
+    """The algorithm of every pass on the device that is traced for."""
+    return _passes(task, compat.device_kind())
+
+
+def rows_of(task: Task, kind: str) -> dict[str, tuple[Row, ...]]:
+    """Every algorithm for every pass."""
+    return {name: _rows(task, name, kind, tables.of(kind)) for name in PASSES}
+
+
+def _passes(task: Task, kind: str) -> Passes:
+    table = tables.of(kind)
+    return Passes(*(chosen(_rows(task, name, kind, table), _margin(task, kind, table)) for name in PASSES))
+
+
+def chosen(rows: tuple[Row, ...], margin: float) -> str:
+    """The fastest of the rows, direct convolution unless another one is clearly faster.
+
+    Where times were measured those of the model have no say. `margin` is the model's.
+    """
+    source = "measured" if any(row.source == "measured" for row in rows) else "model"
+    known = {r.algorithm: r for r in rows if r.seconds is not None and r.source == source and not r.refused}
+    direct = next((r.seconds for r in rows if r.algorithm == "direct" and r.source == source), None)
+    if direct is None:
+        return "direct"
+    best = min(known.values(), key=lambda row: row.seconds or 0.0)
+    clearly = (best.seconds or 0.0) * (MARGIN if source == "measured" else margin) < direct
+    return best.algorithm if clearly else "direct"
+
+
+def _margin(task: Task, kind: str, table: tables.Table | None) -> float:
+    rates = _rates(task, kind, table)
+    return rates.margin if rates else 1.0
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(task: Task, name: str, kind: str, table: tables.Table | None) -> tuple[Row, ...]:
+    return tuple(_row(task, name, algorithm, kind, table) for algorithm in ALGORITHMS)
+
+
+def _row(task: Task, name: str, algorithm: str, kind: str, table: tables.Table | None) -> Row:
+    """One algorithm for one pass; what does not compute it has neither time nor error."""
+    reason = _impossible(task, name, algorithm)
+    if reason is not None:
+        return Row(name, algorithm, None, "", 0, 0, 0.0, reason)
+    run = task.dual if name == "input" and task.problem.dense else task
+    measured = (table.seconds(task, name) if table else {}).get(algorithm)
+    if measured is None:
+        seconds, source = _modelled(run, name, algorithm, kind, table), "model"
+    else:
+        seconds, source = measured, "measured"
+    rates = _rates(task, kind, table)
+    space, error = costs.workspace(run, algorithm), costs.error(run, algorithm, kind)
+    reason = _unwise(run, algorithm, kind, space, error, rates.workspace if rates else None)
+    count = costs.multiplications(run, algorithm)
+    return Row(name, algorithm, seconds, source if seconds else "", count, space, error, reason)
+
+
+def _rates(task: Task, kind: str, table: tables.Table | None) -> costs.Rates | None:
+    """Fitted to the table, which is of float32, or of a data sheet."""
+    if table is not None and table.rates is not None:
+        return table.rates if task.dtype == "float32" else None
+    return costs.sheet_rates(kind, task.dtype, task.problem.precision)
+
+
+def _modelled(task: Task, name: str, algorithm: str, kind: str, table: tables.Table | None) -> float | None:
+    """The model's time, None where it has none."""
+    rates = _rates(task, kind, table)
+    p = task.problem
+    thin = p.groups > 1 and min(task.channels, task.filters) // p.groups < LEAST_CHANNELS
+    if rates is None or thin or algorithm not in rates.by_pass.get(name, {}):
+        return None
+    return costs.seconds(task, algorithm, rates.by_pass[name][algorithm], rates.launch)
+
+
+def _impossible(task: Task, name: str, algorithm: str) -> str | None:
+    """Why an algorithm does not compute a pass."""
+    p = task.problem
+    if algorithm == "direct":
+        return None
+    if not 1 <= len(p.window) <= 3 or not task.products:
+        return "nothing to choose from here"
+    if max(p.input_dilation) > 1:
+        return "zeros between inputs"
+    if name == "input" and not p.dense:
+        return "zeros between the rows of a gradient"
+    if refused(algorithm, p.window, p.strides):
+        return "no strides" if max(p.strides) > 1 else "no window of more than 7 rows"
+    return None
+
+
+def _unwise(task: Task, algorithm: str, kind: str, space: int, error: float, limit: int | None) -> str | None:
+    """Why `auto` does not take what an algorithm can compute."""
+    if algorithm == "direct":
+        return None
+    if algorithm == "winograd":
+        beyond = [f for f in costs.tiles(task) if f.tile > 4]
+        if beyond and costs.few_digits(kind, task.dtype, task.problem.precision):
+            name = task.dtype if jnp.finfo(task.dtype).nmant < 20 else "TF32"
+            return f"F({beyond[0].outputs}, {beyond[0].taps}) in {name} loses too many digits"
+        if error > LARGEST_ERROR and task.dtype == "float32":
+            return f"errors beyond {LARGEST_ERROR:.0e}"
+    if limit is not None and space > limit:
+        return f"a workspace of more than {limit >> 20} MiB"
+    return None
+
+
+_listening: ContextVar[list[tuple[Task, Passes]] | None] = ContextVar("_listening", default=None)
+
+
+def heard(task: Task, passes: Passes) -> None:
+    """Tells `listening` what a convolution is computed by."""
+    if (found := _listening.get()) is not None:
+        found.append((task, passes))
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[tuple[Task, Passes]]]:
+    """Collects what the convolutions that are traced inside are computed by."""
+    found: list[tuple[Task, Passes]] = []
+    token = _listening.set(found)
+    try:
+        yield found
+    finally:
+        _listening.reset(token)

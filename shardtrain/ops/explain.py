@@ -1,0 +1,152 @@
+"""Why a convolution is computed as it is."""
+
+import functools
+import inspect
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+from shardtrain import compat
+from shardtrain.kernels import conv as kernels
+from shardtrain.ops.conv import configured, convolve
+
+load_conv_table = kernels.load
+
+WIDTH = 100
+"""Columns of the printed table."""
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """An array, or a `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a convolution is computed by on one device, and what else there was.
+
+    Attributes:
+        kind: of the device.
+        layer: what one device computes, as `tools/tune_conv.py --layer` takes it.
+        choice: the algorithms of the output and of both gradients.
+        rows: every algorithm for every pass.
+    """
+
+    kind: str
+    layer: str
+    choice: kernels.Passes
+    rows: tuple[kernels.Row, ...]
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns; what is chosen has a star."""
+        table = Table(title=f"{self.layer} on one {self.kind}", title_justify="left", expand=False)
+        for name in ("pass", "algorithm", "ms", "from", "products", "MiB", "error", "why not"):
+            table.add_column(name, justify="right" if name in ("ms", "products", "MiB", "error") else "left")
+        last = ""
+        for row in self.rows:
+            if last not in ("", row.pass_name):
+                table.add_section()
+            table.add_row(row.pass_name if row.pass_name != last else "", *self._cells(row))
+            last = row.pass_name
+        out = io.StringIO()
+        Console(file=out, width=WIDTH, color_system=None, force_terminal=False).print(table)
+        note = "* chosen; products: multiplications; MiB: workspace; error: relative rms, by a model"
+        return f"{out.getvalue()}{note}\n"
+
+    def _why_not(self, row: kernels.Row) -> str:
+        best = next(
+            r
+            for r in self.rows
+            if r.pass_name == row.pass_name and r.algorithm == getattr(self.choice, r.pass_name)
+        )
+        sooner = row.seconds is not None and best.seconds is not None and row.seconds < best.seconds
+        return row.refused or ("not surely faster" if sooner else "")
+
+    def _cells(self, row: kernels.Row) -> list[str]:
+        star = "*" if getattr(self.choice, row.pass_name) == row.algorithm else " "
+        known = bool(row.multiplications)
+        return [
+            f"{star} {row.algorithm}",
+            "" if row.seconds is None else f"{1e3 * row.seconds:.3g}",
+            row.source,
+            f"{row.multiplications:.2e}" if known else "",
+            f"{row.workspace / 2**20:.1f}" if known else "",
+            f"{row.error:.0e}" if known else "",
+            self._why_not(row),
+        ]
+
+
+def explain_conv(
+    x: Shaped | Sequence[int],
+    kernel: Shaped | Sequence[int],
+    bias: Array | None = None,
+    *,
+    dtype: Any = "float32",
+    **arguments: Any,
+) -> Explanation:
+    """What `conv` of the same arguments is computed by, and why; nothing is computed.
+
+    Inside `with jax.set_mesh(mesh):` it explains what one device computes of it.
+
+    Args:
+        x, kernel: arrays, `jax.ShapeDtypeStruct`s or shapes.
+        bias: has no influence.
+        dtype: of `x` and `kernel` where they are given as shapes.
+        arguments: those of `conv`. With an `algorithm` by name the rows show what `"auto"` would weigh.
+
+    Returns:
+        The choice, and a row for every algorithm and pass: its time, measured or by the model (operations
+        and bytes against the device's rates), multiplications, workspace, rounding error (a model fitted to
+        `docs/measurements.md`), and why it is refused. `print` shows them as a table.
+
+    Raises:
+        UserError: as `conv`.
+
+    Example:
+        >>> found = explain_conv((8, 56, 56, 64), (3, 3, 64, 64), strides=2)
+        >>> found.choice.input
+        'direct'
+    """
+    del bias
+    given = [
+        jax.ShapeDtypeStruct(tuple(a), dtype)
+        if isinstance(a, Sequence)
+        else jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for a in (x, kernel)
+    ]
+
+    config = configured(*given, **arguments)
+    traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, config=config)
+
+    def both(x: Array, kernel: Array) -> Any:
+        y, pull = jax.vjp(traced_anew, x, kernel)
+        return pull(y)
+
+    with kernels.listening() as heard:
+        jax.eval_shape(both, *given)
+    return _explanation(heard)
+
+
+def _explanation(heard: list[tuple[kernels.Task, kernels.Passes]]) -> Explanation:
+    """Of the convolutions of one island: the first is the output's; one of another shape its dual."""
+    task, choice = heard[0]
+    kind = compat.device_kind()
+    rows = kernels.rows_of(task, kind)
+    for other, passes in heard[1:]:
+        if other != task:
+            choice = choice._replace(input=passes.forward)
+            forward = kernels.rows_of(other, kind)["forward"]
+            rows["input"] = tuple(replace(row, pass_name="input") for row in forward)
+    return Explanation(kind, str(task), choice, tuple(row for name in kernels.PASSES for row in rows[name]))
