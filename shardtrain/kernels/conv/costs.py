@@ -43,7 +43,7 @@ class Stage:
 
 
 # NVIDIA's data sheets, dense (without sparsity), in teraflop/s and terabyte/s: A100 SXM (2021), H100 SXM
-# (2023), H200 SXM (2024), HGX B200 per GPU (2025). FP32 outside the tensor cores, TF32, FP16 and BF16, memory.
+# (2023), H200 SXM (2024), a GPU of HGX B200 (2025): FP32 outside the tensor cores, TF32, 16 bits; memory.
 SHEETS = {
     r"NVIDIA A100-SXM4-80GB": (19.5, 156, 312, 2.04),
     r"NVIDIA A100-SXM4-40GB": (19.5, 156, 312, 1.56),
@@ -128,9 +128,10 @@ def _points(task: Task) -> tuple[int, int]:
 def _spectrum(task: Task) -> tuple[int, int]:
     """Frequencies of a tile, and tiles."""
     spans = task.problem.spans
-    sizes = fft.tile_sizes(task.outputs, spans)
+    groups = task.problem.groups
+    sizes = fft.tile_sizes(task.outputs, spans, task.batch, task.channels // groups, task.filters, groups)
     count = [-(-n // (t - s + 1)) for n, t, s in zip(task.outputs, sizes, spans, strict=True)]
-    return math.prod(sizes[:-1]) * (sizes[-1] // 2 + 1), task.batch * math.prod(count)
+    return fft.frequencies(sizes), task.batch * math.prod(count)
 
 
 def multiplications(task: Task, algorithm: str) -> int:

@@ -1,5 +1,12 @@
-"""Convolution by Fourier transforms of tiles (overlap-save)."""
+"""Convolution by Fourier transforms of tiles (overlap-save).
 
+Tiles are small, and a transform of a few dozen pixels is fastest as a product with the matrix of its waves:
+frequencies come out first, real and imaginary parts apart, as the products of spectra want them. Rows of
+filters that are zero, and outputs that wrap around, are left out of the matrices.
+"""
+
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -7,12 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 
 from shardtrain.kernels.conv.tiles import extended, joined, window_sizes
 
-LARGEST = {1: 1024, 2: 64, 3: 32}
-"""Rows of a tile, by the number of spatial dimensions: larger ones save little and leave the caches."""
+MATRIX = 256
+"""Rows of a tile beyond which its transform is not a matrix product."""
+
+PER_BYTE = 10
+"""Operations in the time that a byte takes, when tiles are chosen."""
+
+Spectra = tuple[Array, Array, Array]
+"""The three combinations of real and imaginary parts that Gauss's product takes."""
 
 
 def fft(
@@ -24,10 +37,10 @@ def fft(
     precision: lax.PrecisionLike = None,
     out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """Convolution without padding and with stride 1, as products of real Fourier transforms.
+    """Convolution without padding and with stride 1: spectra of tiles times spectra of filters.
 
-    Images larger than a tile are cut in tiles that overlap by a window less a row. Computed in at least
-    float32; `out_type` is the result's, the input's by default.
+    Images are cut in tiles that overlap by a window less a row. Computed in at least float32; `out_type` is
+    the result's, the input's by default.
 
     Example:
         >>> fft(jnp.ones((1, 40, 41, 4)), jnp.ones((9, 9, 4, 6)), dilation=(1, 1)).shape
@@ -38,57 +51,79 @@ def fft(
         Vasilache et al., Fast Convolutional Nets With fbfft, ICLR 2015.
     """
     spans = window_sizes(kernel.shape[:-2], dilation)
-    extents = [n - s + 1 for n, s in zip(x.shape[1:-1], spans, strict=True)]
-    sizes = tile_sizes(extents, spans)
-    return from_filters(
-        x,
-        transform_filters(kernel, sizes, dilation),
-        sizes,
-        spans,
-        groups=groups,
-        precision=precision,
-        out_type=out_type,
-    )
+    extents = tuple(n - s + 1 for n, s in zip(x.shape[1:-1], spans, strict=True))
+    sizes = tile_sizes(extents, spans, x.shape[0], *kernel.shape[-2:], groups)
+    filters = transform_filters(kernel, sizes, dilation)
+    return from_filters(x, filters, sizes, spans, groups=groups, precision=precision, out_type=out_type)
 
 
-def tile_sizes(extents: Sequence[int], spans: Sequence[int]) -> list[int]:
-    """Rows of a tile for `extents` outputs of windows of `spans` rows: at most the whole image."""
-    largest = LARGEST[len(extents)]
-    sizes = []
-    for n, span in zip(extents, spans, strict=True):
-        useful = max(largest, 1 << (2 * span - 1).bit_length())
-        sizes.append(min(useful, fast_size(n + span - 1)))
-    return sizes
+@functools.lru_cache(maxsize=1024)
+def tile_sizes(
+    extents: tuple[int, ...],
+    spans: tuple[int, ...],
+    batch: int = 1,
+    per_group: int = 1,
+    filters: int = 1,
+    groups: int = 1,
+) -> tuple[int, ...]:
+    """Rows of the tiles that cost least, for `extents` outputs of windows of `spans` rows."""
+
+    def cost(sizes: tuple[int, ...]) -> float:
+        steps = [t - s + 1 for t, s in zip(sizes, spans, strict=True)]
+        tiles = batch * math.prod(-(-n // s) for n, s in zip(extents, steps, strict=True))
+        points = frequencies(sizes)
+        pairs, channels = per_group * filters, per_group * groups
+        operations = tiles * (_operations(sizes, sizes) * channels + _operations(sizes, steps) * filters)
+        operations += _operations(sizes, spans) * pairs + 6 * points * tiles * pairs
+        moved = 4 * points * (3 * tiles * (channels + filters) + 5 * pairs)
+        return operations + PER_BYTE * moved
+
+    found = itertools.product(*(_candidates(n + s - 1, s) for n, s in zip(extents, spans, strict=True)))
+    return min(found, key=cost)
 
 
-def fast_size(rows: int) -> int:
-    """The next number of rows that is a product of 2, 3 and 5 and even, for which transforms are fast."""
-    found = rows + rows % 2
-    while True:
-        rest = found
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return found
-        found += 2
+def _candidates(rows: int, span: int) -> list[int]:
+    """Even sizes: of the whole image, and of tiles that give at least half the outputs that they overlap by."""
+    whole = rows + rows % 2
+    sizes = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, *(1 << i for i in range(9, 24)))
+    found = [n for n in sizes if 1.5 * span <= n < whole and n <= max(MATRIX, 4 * span)]
+    return [*found[:9], whole]
+
+
+def _operations(sizes: Sequence[int], rows: Sequence[int]) -> float:
+    """Of the transform of one tile with `rows` that are not zero."""
+    *others, last = sizes
+    if max(sizes) > MATRIX:
+        return 20.0 * math.prod(sizes) * math.log2(math.prod(sizes))  # 2.5, at an eighth of the speed
+    operations = 4.0 * (last // 2 + 1) * math.prod(rows)
+    done, left = last // 2 + 1, math.prod(rows[:-1])
+    for size, have in zip(reversed(others), reversed(rows[:-1]), strict=True):
+        operations += 8.0 * done * size * left
+        done, left = done * size, left // max(1, have)
+    return operations
+
+
+def frequencies(sizes: Sequence[int]) -> int:
+    """Of a tile of real numbers: half of those of the last dimension are the conjugates of the others."""
+    return math.prod(sizes[:-1]) * (sizes[-1] // 2 + 1)
 
 
 def transform_filters(
     kernel: Float[Array, "*window channels_per_group channels_out"],
     sizes: Sequence[int],
     dilation: Sequence[int],
-) -> Complex[Array, "*frequencies channels_per_group channels_out"]:
+) -> Spectra:
     """Filters as `from_filters` takes them: once, where they do not change."""
+    rank = len(sizes)
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    config = [(0, 0, d - 1) for d in dilation] + [(0, 0, 0)] * 2
-    wide = lax.pad(wide, jnp.zeros((), wide.dtype), config)
-    return jnp.conj(jnp.fft.rfftn(wide, sizes, axes=tuple(range(len(sizes)))))  # conj: it is a correlation
+    wide = wide.transpose([*reversed(range(rank)), rank, rank + 1])
+    real, imag = _spectrum(wide, sizes, dilation)
+    return real, imag + real, real - imag  # of the conjugate: it is a correlation
 
 
 def from_filters(
     x: Float[Array, "batch *spatial channels_in"],
-    filters: Complex[Array, "*frequencies channels_per_group channels_out"],
+    filters: Spectra,
     sizes: Sequence[int],
     spans: Sequence[int],
     *,
@@ -105,35 +140,110 @@ def from_filters(
     for dim, (t, size, step) in enumerate(zip(tiles, sizes, steps, strict=True)):
         axis = 2 * dim + 1
         wide = extended(wide, axis, (t - 1) * step + size)
-        rows = np.arange(t)[:, None] * step + np.arange(size)
-        if t == 1:
-            wide = jnp.expand_dims(wide, axis)
-        else:
-            wide = jnp.take(wide, rows.reshape(-1), axis=axis)
-            wide = wide.reshape(*wide.shape[:axis], t, size, *wide.shape[axis + 1 :])
-    # (batch, tiles, size, tiles, size, ..., channels): frequencies first
-    inside, outside = [2 * d + 2 for d in range(rank)], [2 * d + 1 for d in range(rank)]
+        parts = [lax.slice_in_dim(wide, i * step, i * step + size, axis=axis) for i in range(t)]
+        wide = jnp.stack(parts, axis)
+    # (batch, tiles, size, tiles, size, ..., channels): rows first, those of the last dimension before all
+    inside, outside = [2 * d + 2 for d in reversed(range(rank))], [2 * d + 1 for d in range(rank)]
     wide = wide.transpose([*inside, 0, *outside, wide.ndim - 1])
-    spectrum = jnp.fft.rfftn(wide, axes=tuple(range(rank)))
-    found = spectrum.shape[:rank]
-    count = math.prod(found)
-    a = spectrum.reshape(count, -1, groups, x.shape[-1] // groups)
-    b = filters.reshape(count, filters.shape[-2], groups, -1)
-    product = _complex_product(a, b, precision)  # (count, groups, rows, channels_out / groups)
-    product = jnp.moveaxis(product, 1, 2).reshape(*found, x.shape[0], *tiles, -1)
-    y = jnp.fft.irfftn(product, sizes, axes=tuple(range(rank)))
-    y = lax.slice(y, (0,) * y.ndim, (*steps, *y.shape[rank:]))
+    real, imag = (
+        part.reshape(part.shape[0], -1, x.shape[-1]) for part in _spectrum(wide, sizes, (1,) * rank)
+    )
+    y = _inverse(*_products(real, imag, filters, groups, precision), sizes, steps)
+    y = y.reshape(*reversed(steps), x.shape[0], *tiles, -1)
+    y = y.transpose([*reversed(range(rank)), *range(rank, y.ndim)])
     return joined(y, extents).astype(out_type or x.dtype)
 
 
-def _complex_product(a: Array, b: Array, precision: lax.PrecisionLike) -> Array:
-    """Batched matrix products by Gauss's three real ones."""
-    contract = (((3,), (1,)), ((0, 2), (0, 2)))
+def _products(
+    real: Array, imag: Array, filters: Spectra, groups: int, precision: lax.PrecisionLike
+) -> tuple[Array, Array]:
+    """Batched products of `(points, rows, channels)` with the filters: Gauss's three real ones."""
 
     def product(a: Array, b: Array) -> Array:
-        return lax.dot_general(a, b, contract, precision=precision)
+        if groups == 1:
+            return lax.dot_general(a, b, (((2,), (1,)), ((0,), (0,))), precision=precision)
+        a = a.reshape(*a.shape[:2], groups, -1)
+        b = b.reshape(*b.shape[:2], groups, -1)
+        y = lax.dot_general(a, b, (((3,), (1,)), ((0, 2), (0, 2))), precision=precision)
+        return jnp.moveaxis(y, 1, 2).reshape(*a.shape[:2], -1)
 
-    one = product(a.real + a.imag, b.real)
-    two = product(a.real, b.imag - b.real)
-    three = product(a.imag, b.real + b.imag)
-    return lax.complex(one - three, one + two)
+    one, two, three = filters
+    both = product(real + imag, one)
+    return both - product(imag, three), both - product(real, two)
+
+
+def _spectrum(x: Array, sizes: Sequence[int], steps: Sequence[int]) -> tuple[Array, Array]:
+    """Transform of the leading dimensions, reversed: `(points, *rest)`, real and imaginary part.
+
+    Row `i` stands at pixel `i * step`; there are zeros between, and behind the last one.
+    """
+    rank = len(sizes)
+    rows, rest = x.shape[:rank], x.shape[rank:]
+    back = list(zip(reversed(sizes), reversed(steps), strict=True))
+    if max(sizes) > MATRIX:
+        config = [(0, n - (r - 1) * d - 1, d - 1) for r, (n, d) in zip(rows, back, strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), config + [(0, 0, 0)] * len(rest))
+        found = jnp.fft.rfftn(x, axes=tuple(reversed(range(rank)))).reshape(-1, *rest)
+        return found.real, found.imag
+    y = x.reshape(1, rows[0], -1)
+    for i, (size, step) in enumerate(back):
+        waves = _waves(size, rows[i], step, x.dtype.name, i == 0)
+        if i + 1 == rank:
+            real, imag = (_times(waves[:, part], y).reshape(-1, *rest) for part in (0, 1))
+        else:
+            y = _times(waves.reshape(-1, waves.shape[-1]), y)
+            y = y.reshape(y.shape[0] * waves.shape[0], 2 * rows[i + 1], -1)
+    return real, imag
+
+
+def _inverse(real: Array, imag: Array, sizes: Sequence[int], steps: Sequence[int]) -> Array:
+    """The first `steps` rows of every dimension, leading and in reversed order, of `(points, *rest)`."""
+    rest = real.shape[1:]
+    if max(sizes) > MATRIX:
+        shape = [sizes[-1] // 2 + 1, *reversed(sizes[:-1]), *rest]
+        y = lax.complex(real, imag).reshape(shape)
+        y = jnp.fft.irfftn(y, sizes, axes=tuple(reversed(range(len(sizes)))))
+        return lax.slice(y, (0,) * y.ndim, (*reversed(steps), *y.shape[len(sizes) :]))
+    dtype = real.dtype.name
+    back = [
+        _back(size, step, dtype, dim + 1 == len(sizes))
+        for dim, (size, step) in enumerate(zip(sizes, steps, strict=True))
+    ]
+    count = back[0].shape[1]
+    real, imag = (part.reshape(part.shape[0] // count, count, -1) for part in (real, imag))
+    y = _times(back[0][..., 0], real) + _times(back[0][..., 1], imag)
+    for waves in back[1:]:
+        y = y.reshape(y.shape[0] // waves.shape[1], 2 * waves.shape[1], -1)
+        y = _times(waves.reshape(waves.shape[0], -1), y)
+    return y.reshape(*reversed(steps), *rest)
+
+
+def _times(matrix: np.ndarray, x: Array) -> Array:
+    """A matrix times every entry of `(batch, rows, columns)`, exactly: TF32 would lose half the digits."""
+    exact = lax.Precision.HIGHEST
+    if x.shape[0] == 1:
+        return lax.dot(jnp.asarray(matrix), x[0], precision=exact)[None]
+    whole = jnp.broadcast_to(jnp.asarray(matrix), (x.shape[0], *matrix.shape))
+    return lax.dot_general(whole, x, (((2,), (1,)), ((0,), (0,))), precision=exact)
+
+
+@functools.lru_cache(maxsize=256)
+def _waves(size: int, rows: int, step: int, dtype: str, real: bool) -> np.ndarray:
+    """`(frequencies, 2, rows)` of real numbers, `(frequencies, 2, 2 * rows)` of complex ones."""
+    count = size // 2 + 1 if real else size
+    angle = 2 * np.pi / size * (np.arange(count)[:, None] * (step * np.arange(rows)) % size)
+    c, s = np.cos(angle), np.sin(angle)
+    found = np.stack([c, -s], 1) if real else np.stack([np.hstack([c, s]), np.hstack([-s, c])], 1)
+    return found.astype(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _back(size: int, rows: int, dtype: str, real: bool) -> np.ndarray:
+    """`(rows, frequencies, 2)` to real numbers, `(2 * rows, frequencies, 2)` to complex ones."""
+    count = size // 2 + 1 if real else size
+    angle = 2 * np.pi / size * (np.arange(rows)[:, None] * np.arange(count) % size)
+    c, s = np.cos(angle) / size, np.sin(angle) / size
+    if real:
+        weight = np.where(np.isin(np.arange(count), (0, size // 2)), 1, 2)
+        return (np.stack([c, -s], -1) * weight[:, None]).astype(dtype)
+    return np.concatenate([np.stack([c, -s], -1), np.stack([s, c], -1)]).astype(dtype)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -34,17 +33,16 @@ def im2col(
     """
     window, per_group = kernel.shape[:-2], kernel.shape[-2]
     extents = extents_out(x.shape[1:-1], window, strides, dilation)
-    columns = []
-    for tap in np.ndindex(*window):
-        start = [i * d for i, d in zip(tap, dilation, strict=True)]
-        stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, extents, strides, strict=True)]
-        columns.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1)))
+    patches = x if groups == 1 else x.reshape(*x.shape[:-1], groups, per_group)
+    for dim in reversed(range(len(window))):  # columns before rows: what lies side by side is copied together
+        last = (extents[dim] - 1) * strides[dim] + 1
+        starts = [i * dilation[dim] for i in range(window[dim])]
+        parts = [lax.slice_in_dim(patches, i, i + last, strides[dim], dim + 1) for i in starts]
+        patches = jnp.concatenate(parts, axis=-1)
+    # (batch, *spatial_out, taps * channels), or with groups before the last dimension
     if groups == 1:
-        patches = jnp.concatenate(columns, axis=-1)
         matrix = kernel.reshape(-1, kernel.shape[-1])
         return jnp.tensordot(patches, matrix, 1, precision=precision, preferred_element_type=out_type)
-    parts = [c.reshape(*c.shape[:-1], groups, per_group) for c in columns]
-    patches = jnp.concatenate(parts, axis=-1)  # (batch, *spatial_out, groups, taps * channels_per_group)
     matrix = kernel.reshape(-1, groups, kernel.shape[-1] // groups)
     contract = (((patches.ndim - 1,), (0,)), ((patches.ndim - 2,), (1,)))
     y = lax.dot_general(patches, matrix, contract, precision=precision, preferred_element_type=out_type)
