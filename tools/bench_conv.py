@@ -3,11 +3,17 @@
     python tools/bench_conv.py --markdown --plot docs/conv_window_sizes.png
 
 Layers of AlexNet, VGG-16 and ResNet-50, and windows from 3 to 31 pixels; float32. PyTorch stands beside ours
-where it is installed. `naive` is a loop over output pixels in Python, timed on one small image.
+where it is installed. `auto` runs the same program as the algorithm that it chooses. Scalar loops, one
+multiplication and addition at a time, are timed on one layer: in Python, jitted, and in C where there is a
+compiler.
 """
 
 import argparse
+import ctypes
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +54,13 @@ class Layer:
     def pad(self) -> int:
         return self.window // 2 if self.padding is None else self.padding
 
+    @property
+    def text(self) -> str:
+        """As `tools/tune_conv.py` takes it."""
+        shape = f"{self.batch}x{self.extent}x{self.extent}x{self.channels}->{self.filters}"
+        more = f"strides={self.stride},padding={self.pad},groups={self.groups}"
+        return f"{shape},window={self.window},{more}"
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(0)
         x = rng.standard_normal((self.batch, self.extent, self.extent, self.channels), np.float32)
@@ -84,6 +97,8 @@ LAYERS = (
 )
 SIZES = (3, 5, 7, 9, 11, 15, 19, 23, 31)
 SWEEP = tuple(Layer(f"window {k}", 1, 64, 16, 16, k) for k in SIZES)
+
+OURS = (*ALGORITHMS, "auto")
 
 Side = Callable[[], object]
 
@@ -127,27 +142,114 @@ def theirs(layer: Layer) -> Side | None:
     return run
 
 
-def naive(layer: Layer) -> float:
-    """Seconds of a loop over the pixels and filters of one image, in plain numpy."""
-    x, kernel = layer.arrays()
-    x = np.pad(x, ((0, 0), (layer.pad,) * 2, (layer.pad,) * 2, (0, 0)))
-    flat = kernel.reshape(-1, layer.filters)
-    y = np.zeros((layer.extent, layer.extent, layer.filters), np.float32)
+NEST = Layer("", 1, 28, 64, 64, 3)
+"""What the scalar loops compute; without padding."""
+
+LOOP_IN_C = """
+void nest(const float *x, const float *k, float *y, int n, int m, int w, int c, int f) {
+  for (int i = 0; i < m; i++) for (int j = 0; j < m; j++) for (int o = 0; o < f; o++)
+    for (int a = 0; a < w; a++) for (int b = 0; b < w; b++) for (int q = 0; q < c; q++)
+      y[(i * m + j) * f + o] += x[((i + a) * n + j + b) * c + q] * k[((a * w + b) * c + q) * f + o];
+}
+"""
+
+
+def in_python(x: np.ndarray, k: np.ndarray) -> float:
+    """Seconds of a nest of loops over lists, one row of outputs timed."""
+    (window, _, channels, filters), rows = k.shape, x.shape[0] - k.shape[0] + 1
+    image, kernel = x.tolist(), k.tolist()
     clock = time.perf_counter()
-    for i in range(layer.extent):
-        for j in range(layer.extent):
-            patch = x[0, i : i + layer.window, j : j + layer.window].reshape(-1)
-            for f in range(layer.filters):
-                y[i, j, f] = patch @ flat[:, f]
+    for j in range(rows):
+        for f in range(filters):
+            total = 0.0
+            for a in range(window):
+                for b in range(window):
+                    for c in range(channels):
+                        total += image[a][j + b][c] * kernel[a][b][c][f]
+    return (time.perf_counter() - clock) * rows
+
+
+def jitted(x: np.ndarray, k: np.ndarray) -> float:
+    """Seconds of the nest as one `lax.fori_loop` compiled by XLA."""
+    (w, _, c, f), m = k.shape, x.shape[0] - k.shape[0] + 1
+    steps = m * m * f * w * w * c
+
+    def add(n: jax.Array, y: jax.Array, x: jax.Array, k: jax.Array) -> jax.Array:
+        i, j, o, a, b, q = jnp.unravel_index(n, (m, m, f, w, w, c))
+        return y.at[i, j, o].add(x[i + a, j + b, q] * k[a, b, q, o])
+
+    def run(x: jax.Array, k: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, steps, lambda n, y: add(n, y, x, k), jnp.zeros((m, m, f)))
+
+    program = jax.jit(run).lower(x, k).compile()
+    clock = time.perf_counter()
+    jax.block_until_ready(program(x, k))
     return time.perf_counter() - clock
 
 
-def measured(layer: Layer, rounds: int) -> dict[str, float]:
-    """Seconds by algorithm."""
-    sides = {name: ours(layer, name) for name in ALGORITHMS} | {"PyTorch": theirs(layer)}
+def in_c(x: np.ndarray, k: np.ndarray) -> float | None:
+    """Seconds of the nest compiled by `cc -O2`, None without a compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "nest.so"
+        command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=LOOP_IN_C.encode(), check=True)
+        nest = ctypes.CDLL(str(library)).nest
+    (w, _, c, f), m = k.shape, x.shape[0] - k.shape[0] + 1
+    y = np.zeros((m, m, f), np.float32)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (x, k, y)]
+    clock = time.perf_counter()
+    nest(*pointers, x.shape[0], m, w, c, f)
+    return time.perf_counter() - clock
+
+
+def loops(rounds: int) -> str:
+    """How long the scalar loops take beside im2col."""
+    x, k = NEST.arrays()
+    gemm = statistics.median(measured(NEST, rounds)["im2col"])
+    x = np.pad(x[0], ((NEST.pad,) * 2, (NEST.pad,) * 2, (0, 0)))
+    found = {
+        "in Python": in_python(x, k),
+        "jitted (`lax.fori_loop`)": jitted(x, k),
+        "in C (`cc -O2`, one core)": in_c(x, k),
+    }
+    said = ", ".join(f"{name} {v / gemm:,.0f} times" for name, v in found.items() if v is not None)
+    return (
+        f"Scalar loops, one multiplication and addition at a time, take {said} as long as im2col "
+        f"({1e3 * gemm:.2f} ms for 28², 64 -> 64, 3²; two cores)."
+    )
+
+
+def verdict(found: dict[Layer, dict[str, list[float]]]) -> list[str]:
+    """Sentences on `auto` and on large windows."""
+    ratios = {}
+    for layer, times in found.items():
+        best = min((a for a in ALGORITHMS if a in times), key=lambda a: statistics.median(times[a]))
+        ratios[layer.name] = over(times["auto"], times[best])
+    worst = max(ratios, key=lambda name: ratios[name])
+    slow = [f"{name} ({ratio:.2f})" for name, ratio in ratios.items() if ratio > 1.05]
+    large = {layer.window: found[layer] for layer in SWEEP if layer.window >= 15}
+    gemm = ", ".join(f"{over(t['im2col'], t['fft']):.1f} at {k}" for k, t in large.items())
+    direct = ", ".join(f"{over(t['direct'], t['fft']):.1f} at {k}" for k, t in large.items())
+    return [
+        f"`auto` over the fastest of ours, median of the ratios: {ratios[worst]:.2f} at most ({worst}); "
+        + (f"above 1.05: {', '.join(slow)}." if slow else "no row is above 1.05."),
+        f"Times by which fft is faster than im2col: {gemm}; than direct: {direct}.",
+    ]
+
+
+def measured(layer: Layer, rounds: int) -> dict[str, list[float]]:
+    """Seconds by algorithm, in every round."""
+    sides = {name: ours(layer, name) for name in OURS} | {"PyTorch": theirs(layer)}
     there = {name: side for name, side in sides.items() if side is not None}
-    taken = in_turns(list(there.values()), rounds, seconds=0)  # one call of each in a round
-    return dict(zip(there, map(statistics.median, taken), strict=True))
+    return dict(zip(there, in_turns(list(there.values()), rounds, seconds=0.02), strict=True))
+
+
+def over(a: list[float], b: list[float]) -> float:
+    """Median over the rounds of a ratio: other work on the machine hits both alike."""
+    return statistics.median(p / q for p, q in zip(a, b, strict=True))
 
 
 def draw(times: dict[int, dict[str, float]], path: Path) -> None:
@@ -158,7 +260,7 @@ def draw(times: dict[int, dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for name in (*ALGORITHMS, "PyTorch"):
+    for name in (*ALGORITHMS, "PyTorch"):  # auto would hide one of the others
         points = [(k, 1e3 * found[name]) for k, found in times.items() if name in found]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -182,12 +284,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     progress = track((*LAYERS, *SWEEP), "timing", console=Console(stderr=True), transient=True)
     found = {layer: measured(layer, args.rounds) for layer in progress}
-    columns = [name for name in (*ALGORITHMS, "PyTorch") if any(name in times for times in found.values())]
+    medians = {layer: {a: statistics.median(t) for a, t in times.items()} for layer, times in found.items()}
+    columns = [name for name in (*OURS, "PyTorch") if any(name in times for times in found.values())]
     table = Table(title="forward pass, ms")
     lines = []
     for name in ("layer", "shape", *columns):
         table.add_column(name, justify="left" if name in ("layer", "shape") else "right")
-    for layer, times in found.items():
+    for layer, times in medians.items():
         best = min(times[name] for name in ALGORITHMS if name in times)
         shape = f"{layer.batch}x{layer.extent}²x{layer.channels} -> {layer.filters}, {layer.window}²"
         cells = [f"{1e3 * times[c]:.2f}" if c in times else "" for c in columns]
@@ -198,14 +301,10 @@ def main() -> None:
         bold = [f"**{v}**" if times.get(c) == best else v for c, v in zip(columns, cells, strict=True)]
         lines.append("| " + " | ".join([layer.name, shape, *bold]) + " |")
     Console(width=100).print(table)
-    small = Layer("", 1, 32, 16, 16, 5)
-    loop, gemm = naive(small), measured(small, args.rounds)["im2col"]
-    says = (
-        f"A loop over pixels and filters takes {loop / gemm:.0f} times as long as im2col (32², 16 -> 16, 5²)."
-    )
+    says = "\n".join([*verdict(found), loops(args.rounds)])
     print(says)
     if args.plot:
-        draw({layer.window: found[layer] for layer in SWEEP}, args.plot)
+        draw({layer.window: medians[layer] for layer in SWEEP}, args.plot)
     if args.markdown:
         head = ["| " + " | ".join(["layer", "shape", *columns]) + " |", "|---|---|" + "--:|" * len(columns)]
         intro = f"Milliseconds, float32, median of {args.rounds} in turns; jax {jax.__version__}, CPU."

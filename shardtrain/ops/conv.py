@@ -88,7 +88,7 @@ def conv(
             and for each gradient the one that was measured to be the fastest, or is by a model of the
             device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
             gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
-            all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
+            up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
             `shardtrain.ops.channel_plan`.

@@ -25,13 +25,13 @@ class Rates:
         by_pass: pass -> algorithm -> `Rate`.
         launch: seconds that every stage takes at least.
         workspace: bytes beyond which `auto` refuses an algorithm.
-        margin: how many times faster than direct convolution another algorithm must be by the model.
+        margins: pass -> algorithm -> how many times faster than direct convolution it must be by the model.
     """
 
     by_pass: Mapping[str, Mapping[str, Rate]]
     launch: float
     workspace: int
-    margin: float
+    margins: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stage:
     """A program of its own: it takes as long as its operations or its bytes, whichever is more."""
 
     operations: float
-    bytes: float
+    bytes: int
 
 
 # NVIDIA's data sheets, dense (without sparsity), in teraflop/s and terabyte/s: A100 SXM (2021), H100 SXM
@@ -56,6 +56,10 @@ REACHED = 0.85, 0.6, 0.65, 0.85
 """Shares of those that good kernels reach, in the same order."""
 
 
+DOUBTS = {"direct": 1.0, "im2col": 1.3, "winograd": 1.3, "fft": 2.0}
+"""Margins where nothing was measured; the stages of `fft` are furthest from what libraries are tuned for."""
+
+
 def sheet_rates(kind: str, dtype: str, precision: lax.PrecisionLike) -> Rates | None:
     """Rates of a GPU by its data sheet, None for one we have none of."""
     figures = next((v for pattern, v in SHEETS.items() if re.fullmatch(pattern, kind)), None)
@@ -65,7 +69,9 @@ def sheet_rates(kind: str, dtype: str, precision: lax.PrecisionLike) -> Rates | 
     products = half if dtype != "float32" else tf32 if few_digits(kind, dtype, precision) else fp32
     rate = {"direct": (products, memory), "im2col": (products, memory), "winograd": (products, memory)}
     rate["fft"] = fp32, memory  # its products are of complex numbers in float32
-    return Rates(dict.fromkeys(PASSES, rate), launch=4e-6, workspace=2 << 30, margin=1.3)
+    return Rates(
+        dict.fromkeys(PASSES, rate), launch=4e-6, workspace=2 << 30, margins=dict.fromkeys(PASSES, DOUBTS)
+    )
 
 
 def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
@@ -96,9 +102,25 @@ def stages(task: Task, algorithm: str) -> list[Stage]:
         return [Stage(sums, x + k + y)]
     if algorithm == "im2col":
         rows = workspace(task, algorithm)
-        return [Stage(0, x + rows), Stage(sums, rows + k + y)]
+        return [Stage(0.0, x + rows), Stage(sums, rows + k + y)]
     v, u, m = _transformed(task, algorithm)
-    return [Stage(0, x + v), Stage(0, k + u), Stage(sums, v + u + m), Stage(0, m + y)]
+    transforms = _waves(task) if algorithm == "fft" else (0.0, 0.0, 0.0)  # Winograd's are few sums
+    moved = x + v, k + u, m + y
+    given, filters, back = (Stage(o, b) for o, b in zip(transforms, moved, strict=True))
+    return [given, filters, Stage(sums, v + u + m), back]
+
+
+def _waves(task: Task) -> tuple[float, float, float]:
+    """Operations of the Fourier transforms of inputs, filters and outputs."""
+    sizes, count = _cut(task)
+    spans = task.problem.spans
+    steps = [t - s + 1 for t, s in zip(sizes, spans, strict=True)]
+    pairs = task.channels // task.problem.groups * task.filters
+    return (
+        count * task.channels * fft.operations(sizes, sizes),
+        pairs * fft.operations(sizes, spans),
+        count * task.filters * fft.operations(sizes, steps),
+    )
 
 
 def _transformed(task: Task, algorithm: str) -> tuple[int, int, int]:
@@ -127,11 +149,16 @@ def _points(task: Task) -> tuple[int, int]:
 
 def _spectrum(task: Task) -> tuple[int, int]:
     """Frequencies of a tile, and tiles."""
-    spans = task.problem.spans
-    groups = task.problem.groups
+    sizes, count = _cut(task)
+    return fft.frequencies(sizes), count
+
+
+def _cut(task: Task) -> tuple[tuple[int, ...], int]:
+    """Rows of a tile of Fourier's, and tiles."""
+    spans, groups = task.problem.spans, task.problem.groups
     sizes = fft.tile_sizes(task.outputs, spans, task.batch, task.channels // groups, task.filters, groups)
     count = [-(-n // (t - s + 1)) for n, t, s in zip(task.outputs, sizes, spans, strict=True)]
-    return fft.frequencies(sizes), task.batch * math.prod(count)
+    return sizes, task.batch * math.prod(count)
 
 
 def multiplications(task: Task, algorithm: str) -> int:

@@ -73,34 +73,34 @@ def tile_sizes(
         tiles = batch * math.prod(-(-n // s) for n, s in zip(extents, steps, strict=True))
         points = frequencies(sizes)
         pairs, channels = per_group * filters, per_group * groups
-        operations = tiles * (_operations(sizes, sizes) * channels + _operations(sizes, steps) * filters)
-        operations += _operations(sizes, spans) * pairs + 6 * points * tiles * pairs
+        count = tiles * (operations(sizes, sizes) * channels + operations(sizes, steps) * filters)
+        count += operations(sizes, spans) * pairs + 6 * points * tiles * pairs
         moved = 4 * points * (3 * tiles * (channels + filters) + 5 * pairs)
-        return operations + PER_BYTE * moved
+        return count + PER_BYTE * moved
 
     found = itertools.product(*(_candidates(n + s - 1, s) for n, s in zip(extents, spans, strict=True)))
     return min(found, key=cost)
 
 
 def _candidates(rows: int, span: int) -> list[int]:
-    """Even sizes: of the whole image, and of tiles that give at least half the outputs that they overlap by."""
-    whole = rows + rows % 2
+    """Even sizes: of the whole image, and of tiles with at least half as many outputs as overlap."""
+    whole = rows + -rows % (2 if rows <= MATRIX else 64)
     sizes = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, *(1 << i for i in range(9, 24)))
     found = [n for n in sizes if 1.5 * span <= n < whole and n <= max(MATRIX, 4 * span)]
     return [*found[:9], whole]
 
 
-def _operations(sizes: Sequence[int], rows: Sequence[int]) -> float:
+def operations(sizes: Sequence[int], rows: Sequence[int]) -> float:
     """Of the transform of one tile with `rows` that are not zero."""
     *others, last = sizes
     if max(sizes) > MATRIX:
         return 20.0 * math.prod(sizes) * math.log2(math.prod(sizes))  # 2.5, at an eighth of the speed
-    operations = 4.0 * (last // 2 + 1) * math.prod(rows)
+    found = 4.0 * (last // 2 + 1) * math.prod(rows)
     done, left = last // 2 + 1, math.prod(rows[:-1])
     for size, have in zip(reversed(others), reversed(rows[:-1]), strict=True):
-        operations += 8.0 * done * size * left
+        found += 8.0 * done * size * left
         done, left = done * size, left // max(1, have)
-    return operations
+    return found
 
 
 def frequencies(sizes: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from shardtrain import compat
 from shardtrain.kernels.conv import costs, tables
 from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Passes, Task, refused
 
-MARGIN = 1.02
+MARGIN = 1.04
 """How many times faster than direct convolution another algorithm must have been measured."""
 
 LARGEST_ERROR = 1e-5
@@ -39,6 +39,7 @@ class Row:
         workspace: bytes beside input, filters and output.
         error: relative root mean square of the rounding errors.
         refused: why `auto` does not take it whatever its time, None if it may.
+        margin: how many times faster than direct convolution it must be.
     """
 
     pass_name: str
@@ -49,10 +50,13 @@ class Row:
     workspace: int
     error: float
     refused: str | None
+    margin: float = 1.0
 
 
 def passes_of(task: Task) -> Passes:
     """The algorithm of every pass on the device that is traced for."""
+    if not jnp.issubdtype(task.dtype, jnp.floating):
+        return Passes("direct", "direct", "direct")
     return _passes(task, compat.device_kind())
 
 
@@ -62,28 +66,20 @@ def rows_of(task: Task, kind: str) -> dict[str, tuple[Row, ...]]:
 
 
 def _passes(task: Task, kind: str) -> Passes:
-    table = tables.of(kind)
-    return Passes(*(chosen(_rows(task, name, kind, table), _margin(task, kind, table)) for name in PASSES))
+    return Passes(*(chosen(rows) for rows in rows_of(task, kind).values()))
 
 
-def chosen(rows: tuple[Row, ...], margin: float) -> str:
+def chosen(rows: tuple[Row, ...]) -> str:
     """The fastest of the rows, direct convolution unless another one is clearly faster.
 
-    Where times were measured those of the model have no say. `margin` is the model's.
+    Where times were measured those of the model have no say.
     """
     source = "measured" if any(row.source == "measured" for row in rows) else "model"
-    known = {r.algorithm: r for r in rows if r.seconds is not None and r.source == source and not r.refused}
-    direct = next((r.seconds for r in rows if r.algorithm == "direct" and r.source == source), None)
-    if direct is None:
+    known = {r.algorithm: r.seconds * r.margin for r in rows if r.seconds and r.source == source}
+    if "direct" not in known:
         return "direct"
-    best = min(known.values(), key=lambda row: row.seconds or 0.0)
-    clearly = (best.seconds or 0.0) * (MARGIN if source == "measured" else margin) < direct
-    return best.algorithm if clearly else "direct"
-
-
-def _margin(task: Task, kind: str, table: tables.Table | None) -> float:
-    rates = _rates(task, kind, table)
-    return rates.margin if rates else 1.0
+    allowed = [r.algorithm for r in rows if r.algorithm in known and not r.refused]
+    return min(allowed, key=lambda algorithm: known[algorithm])  # direct comes first
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,15 +94,18 @@ def _row(task: Task, name: str, algorithm: str, kind: str, table: tables.Table |
         return Row(name, algorithm, None, "", 0, 0, 0.0, reason)
     run = task.dual if name == "input" and task.problem.dense else task
     measured = (table.seconds(task, name) if table else {}).get(algorithm)
+    rates = _rates(task, kind, table)
     if measured is None:
-        seconds, source = _modelled(run, name, algorithm, kind, table), "model"
+        seconds, source = _modelled(run, name, algorithm, rates), "model"
     else:
         seconds, source = measured, "measured"
-    rates = _rates(task, kind, table)
     space, error = costs.workspace(run, algorithm), costs.error(run, algorithm, kind)
     reason = _unwise(run, algorithm, kind, space, error, rates.workspace if rates else None)
     count = costs.multiplications(run, algorithm)
-    return Row(name, algorithm, seconds, source if seconds else "", count, space, error, reason)
+    margin = 1.0
+    if algorithm != "direct" and seconds:
+        margin = MARGIN if source == "measured" or rates is None else rates.margins[name][algorithm]
+    return Row(name, algorithm, seconds, source if seconds else "", count, space, error, reason, margin)
 
 
 def _rates(task: Task, kind: str, table: tables.Table | None) -> costs.Rates | None:
@@ -116,9 +115,8 @@ def _rates(task: Task, kind: str, table: tables.Table | None) -> costs.Rates | N
     return costs.sheet_rates(kind, task.dtype, task.problem.precision)
 
 
-def _modelled(task: Task, name: str, algorithm: str, kind: str, table: tables.Table | None) -> float | None:
+def _modelled(task: Task, name: str, algorithm: str, rates: costs.Rates | None) -> float | None:
     """The model's time, None where it has none."""
-    rates = _rates(task, kind, table)
     p = task.problem
     thin = p.groups > 1 and min(task.channels, task.filters) // p.groups < LEAST_CHANNELS
     if rates is None or thin or algorithm not in rates.by_pass.get(name, {}):
@@ -131,7 +129,7 @@ def _impossible(task: Task, name: str, algorithm: str) -> str | None:
     p = task.problem
     if algorithm == "direct":
         return None
-    if not 1 <= len(p.window) <= 3 or not task.products:
+    if not 1 <= len(p.window) <= 3 or task.products < 1:
         return "nothing to choose from here"
     if max(p.input_dilation) > 1:
         return "zeros between inputs"

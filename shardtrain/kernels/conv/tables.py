@@ -26,7 +26,7 @@ Seconds = Mapping[str, float]
 """By algorithm."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """What was measured on one kind of device.
 
@@ -131,4 +131,8 @@ def _rates(found: Any) -> Rates | None:
         name: {a: (float(r[0]), float(r[1])) for a, r in by_algorithm.items()}
         for name, by_algorithm in found["by_pass"].items()
     }
-    return Rates(by_pass, float(found["launch"]), int(found["workspace"]), float(found["margin"]))
+    margins = {
+        name: {a: max(1.0, float(m)) for a, m in by_algorithm.items()}
+        for name, by_algorithm in found["margins"].items()
+    }
+    return Rates(by_pass, float(found["launch"]), int(found["workspace"]), margins)
