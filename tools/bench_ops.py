@@ -55,9 +55,15 @@ HEADER = ("operator", "cut", "ours, ms", "jax, ms", "ratio", "middle half")
 
 
 def in_turns(sides: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
-    """Seconds for one call of each side, a number for every round; blocks last about `seconds`."""
+    """Seconds for one call of each side, a number for every round; blocks last about `seconds`.
+
+    Each block begins with a call that is not timed: caches are the side's own, and threads that spin after
+    the side before have gone to sleep.
+    """
 
     def block(side: Callable[[], object], calls: int) -> float:
+        time.sleep(0.002)
+        jax.block_until_ready(side())
         clock = time.perf_counter()
         for _ in range(calls):
             jax.block_until_ready(side())

@@ -81,6 +81,9 @@ class Flags:
     """File of the table; by default, and without --layer only, the one that comes with shardtrain."""
     rounds: int = 7
     """Blocks of calls of each side; the median counts."""
+    again: bool = False
+    """Keep the lower one of every time that is in the file already and the new one: on machines that also do
+    other work."""
 
 
 def programs(task: Task) -> dict[tuple[str, str], Callable[[], object]]:
@@ -141,6 +144,16 @@ def measured(task: Task, rounds: int) -> Seconds:
     return found
 
 
+def lower(found: dict[Task, Seconds], path: Path) -> dict[Task, Seconds]:
+    """The lower ones of these times and of those in a file."""
+    before = json.loads(path.read_text())["rows"]
+    for row in before:
+        for name, times in found.get(parse(row["layer"]), {}).items():
+            for algorithm, value in row["seconds"].get(name, {}).items():
+                times[algorithm] = min(value, times.get(algorithm, value))
+    return found
+
+
 def fitted(found: dict[Task, Seconds]) -> dict[str, Any] | None:
     """The cost model's rates for every pass and algorithm, and how far they can be trusted.
 
@@ -198,6 +211,8 @@ def write(flags: Flags) -> None:
     """Measures and writes."""
     if flags.layer and flags.out is None:
         raise UserError("--layer: name the file of your table with --out")
+    if flags.again and not (flags.out or Path(tables.__file__)).exists():
+        raise UserError(f"--again: there is no {flags.out} yet")
     if flags.rounds < 1:
         raise UserError(f"--rounds {flags.rounds}: use 1 or more")
     texts = flags.layer or tuple(layer.text for layer in (*LAYERS, *SWEEP)) + MORE
@@ -209,6 +224,9 @@ def write(flags: Flags) -> None:
     path = flags.out or Path(tables.__file__).parent / "tables" / f"{name}.json"
     progress = track(tasks, f"timing on {kind}", console=Console(stderr=True), transient=True)
     found = {task: measured(task, flags.rounds) for task in progress}
+    if flags.again:
+        tables.read(path.read_text(), str(path))
+        found = lower(found, path)
     rows = [{"layer": str(task), "seconds": seconds} for task, seconds in found.items()]
     head = {"version": tables.VERSION, "device_kind": kind, "jax": jax.__version__, "machine": machine()}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
