@@ -1,7 +1,8 @@
 """What differs between the jax versions we work on (0.10 to 0.12), and nothing else."""
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,3 +85,53 @@ def where(equation: Any) -> str:
     frames = list(source_info_util.user_frames(equation.source_info.traceback))
     users = [f for f in frames if "/flax/" not in f.file_name] or frames
     return f"{users[0].file_name}:{users[0].start_line}" if users else "unknown place"
+
+
+INTERPRETS_TRANSPOSED = jax.__version_info__ >= (0, 11)
+"""Whether the interpreter of Mosaic GPU multiplies transposed tiles."""
+
+
+def mosaic_kernel(body: Callable, *, name: str, interpreted: bool, **kwargs: Any) -> Callable:
+    """`plgpu.kernel` with the semantics that our kernels are written in, or in the interpreter.
+
+    jax 0.10's default is `Lane` and 0.11's `Warpgroup`, whose vectors take no scalars.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret: Any = None
+    if interpreted:
+        if hasattr(plgpu, "InterpretGPUParams"):
+            interpret = plgpu.InterpretGPUParams(detect_races=True)
+        else:
+            from jax._src.pallas.mosaic_gpu.interpret import params
+
+            interpret = params.InterpretGPUParams(detect_races=True)
+    semantics = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return plgpu.kernel(body, compiler_params=semantics, interpret=interpret, kernel_name=name, **kwargs)
+
+
+def mosaic_races() -> bool:
+    """Whether the interpreter of Mosaic GPU found a race since it was last reset; resets it."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    found = gpu_callbacks.get_races()
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    return bool(found is not None and found.races_found)
+
+
+def triton_kernel(
+    body: Callable, *, name: str, warps: int, stages: int, interpreted: bool, **kwargs: Any
+) -> Callable:
+    """`pl.pallas_call` lowered by Triton, or in the interpreter."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plt
+
+    params = plt.CompilerParams(num_warps=warps, num_stages=stages)
+
+    def call(*operands: Array) -> Any:
+        with warnings.catch_warnings():  # jax 0.11 says that this back end will go: it is our second choice
+            warnings.filterwarnings("ignore", ".*Triton backend is deprecated.*", DeprecationWarning)
+            kernel = pl.pallas_call(body, compiler_params=params, interpret=interpreted, name=name, **kwargs)
+            return kernel(*operands)
+
+    return call

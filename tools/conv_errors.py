@@ -16,7 +16,9 @@ from census_conv import write_between
 from rich.console import Console
 from rich.table import Table
 
-from shardtrain.kernels.conv import conv, cook_toom, winograd
+from shardtrain.kernels.conv import conv
+from shardtrain.kernels.winograd import cook_toom
+from shardtrain.kernels.winograd import xla as winograd
 
 CHANNELS, FILTERS, EXTENT = 256, 16, 24
 TYPES = "float32", "float16", "bfloat16"

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 from shardtrain import UserError
-from shardtrain.kernels.conv import api, cook_toom, im2col, winograd
+from shardtrain.kernels.conv import api, im2col
+from shardtrain.kernels.winograd import cook_toom
+from shardtrain.kernels.winograd import xla as winograd
 
 FAST = "im2col", "fft", "winograd"
 

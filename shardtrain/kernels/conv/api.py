@@ -17,8 +17,8 @@ from shardtrain.kernels.conv.fft import fft
 from shardtrain.kernels.conv.im2col import im2col
 from shardtrain.kernels.conv.select import heard, passes_of
 from shardtrain.kernels.conv.task import Passes, Problem, Task, refused
-from shardtrain.kernels.conv.tiles import extended
-from shardtrain.kernels.conv.winograd import tile_outputs, winograd
+from shardtrain.kernels.tiles import extended
+from shardtrain.kernels.winograd import tile_outputs, winograd
 
 
 def conv(

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shardtrain.kernels.conv import fft, im2col, winograd
-from shardtrain.kernels.conv.cook_toom import Algorithm
+from shardtrain.kernels.conv import fft, im2col
 from shardtrain.kernels.conv.task import PASSES, Task
+from shardtrain.kernels.winograd import tile_outputs
+from shardtrain.kernels.winograd.cook_toom import Algorithm
+from shardtrain.kernels.winograd.xla import algorithms
 
 Rate = tuple[float, float]
 """Operations and bytes in a second; a multiplication and its addition are two operations."""
@@ -87,7 +89,7 @@ def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
 def tiles(task: Task) -> tuple[Algorithm, ...]:
     """Winograd's F(m, r) in every dimension."""
     window = task.problem.window
-    return winograd.algorithms(window, winograd.tile_outputs(window, task.dtype))
+    return algorithms(window, tile_outputs(window, task.dtype))
 
 
 def stages(task: Task, algorithm: str) -> list[Stage]:

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain.kernels.conv.tiles import extended, joined, window_sizes
+from shardtrain.kernels.tiles import extended, joined, window_sizes
 
 MATRIX = 256
 """Rows of a tile beyond which its transform is not a matrix product."""

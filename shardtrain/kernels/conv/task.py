@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from shardtrain.errors import UserError
-from shardtrain.kernels.conv.tiles import window_sizes
+from shardtrain.kernels.tiles import window_sizes
 
 ALGORITHMS = ("direct", "im2col", "fft", "winograd")
 PASSES = ("forward", "input", "kernel")

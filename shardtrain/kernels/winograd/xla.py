@@ -10,8 +10,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain.kernels.conv.cook_toom import Algorithm, Rows, algorithm
-from shardtrain.kernels.conv.tiles import extended, joined
+from shardtrain.kernels.tiles import extended, joined
+from shardtrain.kernels.winograd.cook_toom import Algorithm, Rows, algorithm
 
 AT_ONCE = 96
 """Channels that are summed in one go in float32. XLA's CPU products add one after the other, and of 256 at
@@ -71,7 +71,7 @@ def transform_filters(
     """Filters as `from_filters` takes them: once, where they do not change."""
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     for dim, f in enumerate(found):
-        wide = _apply(f.filter, wide, dim)
+        wide = apply(f.filter, wide, dim)
     return wide.astype(kernel.dtype)
 
 
@@ -103,7 +103,7 @@ def from_filters(
     # (points, groups, rows, channels_out / groups)
     y = jnp.moveaxis(product, 1, 2).reshape(*(f.tile for f in found), x.shape[0], *tiles, -1)
     for dim, f in enumerate(found):
-        y = _apply(f.output, y, dim)
+        y = apply(f.output, y, dim)
     return joined(y, extents).astype(out_type or x.dtype)
 
 
@@ -124,7 +124,7 @@ def transform_input(
     return wide.astype(x.dtype)
 
 
-def _apply(rows: Rows, x: Array, axis: int) -> Array:
+def apply(rows: Rows, x: Array, axis: int) -> Array:
     """A matrix of fractions times dimension `axis`."""
     return _combine(rows, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis)
 

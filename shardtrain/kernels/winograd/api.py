@@ -1,0 +1,174 @@
+"""The front door: picks an implementation and differentiates."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+from shardtrain.kernels import gpu
+from shardtrain.kernels.matmul import api as products
+from shardtrain.kernels.winograd import stages, xla
+from shardtrain.kernels.winograd.cook_toom import algorithm
+from shardtrain.kernels.winograd.stages import Static
+
+
+def tile_outputs(window: Sequence[int], dtype: DTypeLike) -> tuple[int, ...]:
+    """`m` of F(m, r) in every dimension: tiles of 6 pixels, of 4 where numbers have few digits."""
+    few = jnp.finfo(dtype).nmant < 20
+    return tuple(max(1, (5 if few else 7) - r if r <= 4 else 9 - r) for r in window)
+
+
+def winograd(
+    x: Float[Array, "batch *spatial channels_in"],
+    kernel: Float[Array, "*window channels_per_group channels_out"],
+    bias: Float[Array, " channels_out"] | None = None,
+    *,
+    outputs: Sequence[int],
+    groups: int = 1,
+    relu: bool = False,
+    precision: lax.PrecisionLike = None,
+    out_type: DTypeLike | None = None,
+    implementation: str | None = None,
+    fused: bool | None = None,
+) -> Float[Array, "batch *spatial_out channels_out"]:
+    """Convolution without padding and with stride 1 on one device, by F(m, r) in every dimension.
+
+    Args:
+        x: input.
+        kernel: filters.
+        bias: added to every pixel, as part of the output transform.
+        outputs: `m` of every dimension.
+        groups: feature groups.
+        relu: whether negative results become 0, as part of the output transform.
+        precision: of the products of float32; `"high"` is three products of TF32 on GPUs.
+        out_type: of the result, the input's by default.
+        implementation: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of them that does it here.
+        fused: whether the kernels multiply and transform back in one; None for what moves fewer bytes.
+
+    Returns:
+        The output. Gradients are by the same algorithm and implementation; those of the GPU's kernels cannot
+        be differentiated again.
+
+    Raises:
+        UserError: a named implementation that does not compute this.
+
+    Example:
+        >>> winograd(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), outputs=(4, 4)).shape
+        (1, 6, 7, 6)
+
+    References:
+        Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
+    """
+    found = xla.algorithms(kernel.shape[:-2], outputs)
+    name, static = picked(
+        implementation,
+        kernel.shape[:-2],
+        outputs,
+        x.dtype,
+        groups=groups,
+        precision=precision,
+        relu=relu,
+        out_type=out_type,
+        fused=fused,
+    )
+    if static is None:
+        y = xla.winograd(x, kernel, outputs=outputs, groups=groups, precision=precision, out_type=out_type)
+        if bias is not None:
+            y = y + bias.astype(y.dtype)
+        return jnp.maximum(y, 0) if relu else y
+    assert name != "xla"
+    line = len(found) == 1
+    if line:  # a line is an image of one row
+        x, kernel = x[:, None], kernel[None]
+    operands = compat.alike(x, kernel, *([] if bias is None else [bias]))
+    y = _by_kernels(static, *operands, *([None] if bias is None else []))
+    return y[:, 0] if line else y
+
+
+def picked(
+    implementation: str | None,
+    window: Sequence[int],
+    outputs: Sequence[int],
+    dtype: DTypeLike,
+    *,
+    groups: int = 1,
+    precision: lax.PrecisionLike = None,
+    relu: bool = False,
+    out_type: DTypeLike | None = None,
+    fused: bool | None = None,
+) -> tuple[str, Static | None]:
+    """The implementation that computes this here, and what it is told; None for plain jax.
+
+    Raises:
+        UserError: the named one does not.
+    """
+    names = gpu.chosen(implementation, "winograd")
+    level = _level(precision)
+    reasons = []
+    for name in names:
+        if name == "xla":
+            return name, None
+        reason = _no_kernels(name, len(window), groups) or products.refused(name, dtype, level)
+        if reason is None:
+            found = xla.algorithms(window, outputs)
+            pair = (algorithm(1, 1), found[0]) if len(found) == 1 else (found[0], found[1])
+            static = Static(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
+            reason = stages.refused(static, dtype, 0)
+            if reason is None:
+                return name, static
+        reasons.append(reason)
+    raise UserError(f"winograd: {reasons[0]}")
+
+
+def _no_kernels(name: str, rank: int, groups: int) -> str | None:
+    if rank > 2:
+        return f"implementation={name!r} has 1 and 2 dimensions, not {rank}; use 'xla'"
+    if groups > 1:
+        return f"implementation={name!r} has no groups, not {groups}; use 'xla'"
+    return None
+
+
+def _level(precision: lax.PrecisionLike) -> str:
+    """`precision` as the products of tiles know it, by the stricter of a pair."""
+    names: dict[Any, str] = {
+        None: "default", "default": "default", "bfloat16": "default", "fastest": "default",
+        "high": "tf32x3", "bfloat16_3x": "tf32x3", "tensorfloat32": "default",
+        "highest": "highest", "float32": "highest",
+    }  # fmt: skip
+    given = precision if isinstance(precision, tuple) else (precision,)
+    levels = [names.get(p.name.lower() if isinstance(p, lax.Precision) else p, "highest") for p in given]
+    return max(levels, key=products.PRECISIONS.index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernels(static: Static, x: Array, kernel: Array, bias: Array | None) -> Array:
+    return stages.convolve(static, x, kernel, bias)
+
+
+def _forward(
+    static: Static, x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None, Array | None]]:
+    y = stages.convolve(static, x, kernel, bias)
+    return y, (x, kernel, bias, y if static.relu else None)
+
+
+def _backward(
+    static: Static, saved: tuple[Array, Array, Array | None, Array | None], dy: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias, y = saved
+    if y is not None:
+        dy = jnp.where(y > 0, dy, jnp.zeros_like(dy))
+    dbias = None if bias is None else dy.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
+    dy = dy.astype(x.dtype)
+    dkernel = stages.filter_gradient(static, x, dy).astype(kernel.dtype)
+    return stages.input_gradient(static, kernel, dy).astype(x.dtype), dkernel, dbias
+
+
+_by_kernels.defvjp(_forward, _backward)

@@ -1,0 +1,329 @@
+"""Winograd's convolution by the kernels of a GPU: what is the same for all that they are written in.
+
+Transform the input's tiles, multiply them by the transformed filters for every point of a tile, transform
+back. Filters, small as they are, are left to XLA, which also fills the borders and crops them.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from shardtrain.kernels import gpu
+from shardtrain.kernels.matmul import matmul
+from shardtrain.kernels.winograd import mosaic, triton, xla
+from shardtrain.kernels.winograd.cook_toom import Algorithm
+
+ROOMS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
+LARGEST_TILE = 8
+"""Of either dimension: a larger one does not fit in the registers."""
+
+
+@dataclass(frozen=True)
+class Static:
+    """What is static of a convolution by kernels.
+
+    Attributes:
+        found: F(m, r) along rows and along columns.
+        implementation: "mosaic" or "triton".
+        precision: of the products, as in `shardtrain.kernels.matmul`.
+        out_type: of the result.
+        relu: whether the result is rectified.
+        fused: whether the product and the output transform are one kernel; None for what moves fewer bytes.
+    """
+
+    found: tuple[Algorithm, Algorithm]
+    implementation: str
+    precision: str
+    out_type: Any
+    relu: bool = False
+    fused: bool | None = None
+
+    @property
+    def room(self) -> Any:
+        return ROOMS[self.implementation]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of everything that the kernels see.
+
+    Attributes:
+        batch: images, filled up so that they can lie side by side.
+        side: images side by side in the channels, so that narrow layers fill the vectors too.
+        extents: rows and columns of the output.
+        tiles: per column and row of an image.
+        strips: rows of tiles of all images, filled up so that the products have whole tiles.
+        count: tiles of a program.
+        depth, columns: channels in and out, filled up.
+    """
+
+    batch: int
+    side: int
+    extents: tuple[int, int]
+    tiles: tuple[int, int]
+    strips: int
+    count: int
+    depth: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Of the products: tiles of all images."""
+        return self.strips * self.tiles[1] * self.side
+
+
+def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> Plan:
+    """Sizes for an input of `(batch, rows, columns, channels)` and `columns` filters."""
+    batch, *spatial, channels = shape
+    unit = 128 // jnp.dtype(dtype).itemsize  # the depth of the product's tiles
+    depth, wide = _whole(channels, unit), _whole(columns, 64)
+    lanes = static.room.LANES
+    side = max(lanes // math.gcd(lanes, depth), lanes // math.gcd(lanes, wide))
+    extents = tuple(n - f.taps + 1 for n, f in zip(spatial, static.found, strict=True))
+    tile = [f.tile for f in static.found]
+    step = static.found[1].outputs
+    # Float32 products are the widest that a program holds.
+    count = min(
+        static.room.together(tile, tile, step, dtype),
+        static.room.together((1, 1), tile, 1, jnp.float32),
+        _power(-(-extents[1] // step)),
+    )
+    down, across = (-(-n // f.outputs) for n, f in zip(extents, static.found, strict=True))
+    across = _whole(across, count)
+    images = _whole(batch, side) // side
+    strips = images * down
+    whole = 128 // math.gcd(128, across * side)
+    return Plan(
+        images * side,
+        side,
+        (extents[0], extents[1]),
+        (down, across),
+        _whole(strips, whole),
+        count,
+        depth,
+        wide,
+    )
+
+
+def convolve(
+    static: Static,
+    x: Float[Array, "batch rows columns channels_in"],
+    kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
+    bias: Float[Array, " channels_out"] | None,
+) -> Float[Array, "batch rows_out columns_out channels_out"]:
+    """Convolution with stride 1 and no padding, plus the bias, rectified if asked."""
+    p = plan(static, x.shape, kernel.shape[-1], x.dtype)
+    u = _filters(static, kernel, p)
+    v = _tiles(static, x, p)
+    if _fused(static, p, x.dtype):
+        y = static.room.multiply_and_untransform(
+            v, u, rows=_rows(static, "output"), out_type=static.out_type, interpreted=_interpreted()
+        )
+        return _finished(static, _from_points(static, y, p), x.shape[0], bias, kernel.shape[-1], p)
+    m = _multiplied(static, v, u)
+    m = m.reshape(m.shape[0], p.strips, p.tiles[1], p.side * p.columns)
+    if bias is not None:
+        bias = jnp.tile(jnp.pad(bias.astype(jnp.float32), (0, p.columns - bias.shape[0])), p.side)
+    y = static.room.untransform(
+        m,
+        bias,
+        rows=_rows(static, "output"),
+        tiles=p.tiles,
+        batch=p.batch // p.side,
+        count=p.count,
+        relu=static.relu,
+        out_type=static.out_type,
+        interpreted=_interpreted(),
+    )
+    return _cropped(_apart(y, p.side), x.shape[0], p.extents, kernel.shape[-1])
+
+
+def filter_gradient(
+    static: Static,
+    x: Float[Array, "batch rows columns channels_in"],
+    dy: Float[Array, "batch rows_out columns_out channels_out"],
+) -> Float[Array, "taps_down taps_across channels_in channels_out"]:
+    """Gradient of the filters: the adjoint of the same algorithm, `G^T [V^T (A dy A^T)] G`, in float32.
+
+    The transposed product is over all tiles; it is cut in chunks, which are summed at the end, so that there
+    are programs for all of the card.
+    """
+    p = plan(static, x.shape, dy.shape[-1], x.dtype)
+    v = _tiles(static, x, p)
+    back = tuple(tuple(zip(*f.output, strict=True)) for f in static.found)
+    m, n = (f.outputs for f in static.found)
+    filled = _side_by_side(dy, p, (p.tiles[0] * m, p.tiles[1] * n), p.columns)
+    d = static.room.transform(
+        filled,
+        rows=back,
+        steps=(m, n),
+        tiles=p.tiles,
+        strips=p.strips,
+        count=p.count,
+        interpreted=_interpreted(),
+    ).reshape(v.shape[0], p.rows, p.columns)
+    chunks = _chunks(p, v.shape[0])
+    v, d = (a.reshape(-1, p.rows // chunks, a.shape[-1]) for a in (v, d))
+    du = matmul(
+        v,
+        d,
+        transpose_a=True,
+        precision=static.precision,
+        out_type=jnp.float32,
+        implementation=static.implementation,
+    )
+    du = du.reshape(-1, chunks, p.depth, p.columns).sum(1)
+    du = du.reshape(*(f.tile for f in static.found), p.depth, p.columns)
+    for dim, f in enumerate(static.found):
+        du = xla.apply(tuple(zip(*f.filter, strict=True)), du, dim)
+    return du[:, :, : x.shape[-1], : dy.shape[-1]]
+
+
+def input_gradient(
+    static: Static,
+    kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
+    dy: Float[Array, "batch rows_out columns_out channels_out"],
+) -> Float[Array, "batch rows columns channels_in"]:
+    """Gradient of the input: the convolution of `dy` with the filters turned round."""
+    margins = [(0, 0, 0), *((f.taps - 1, f.taps - 1, 0) for f in static.found), (0, 0, 0)]
+    dy = lax.pad(dy, jnp.zeros((), dy.dtype), margins)
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return convolve(replace(static, relu=False, out_type=dy.dtype), dy, turned, None)
+
+
+def bytes_moved(static: Static, p: Plan, dtype: DTypeLike, *, fused: bool) -> int:
+    """Bytes to and from memory of the product and the output transform, for choosing between the two ways.
+
+    Operands are counted as often as a column or a row of tiles of the product reads them.
+    """
+    width, out = jnp.dtype(dtype).itemsize, jnp.dtype(static.out_type).itemsize
+    points = math.prod(f.tile for f in static.found)
+    outputs = math.prod(f.outputs for f in static.found)
+    bm, bn = static.room.FUSED[outputs] if fused else (128, 128 if p.columns % 128 == 0 else 64)
+    operands = points * p.rows * p.depth * width * -(-p.columns // bn)
+    operands += points * p.depth * p.columns * width * -(-p.rows // bm)
+    result = outputs * p.rows * p.columns * out
+    if fused:
+        return operands + 3 * result  # written by points, read and written as an image
+    return operands + 2 * points * p.rows * p.columns * 4 + result
+
+
+def refused(static: Static, dtype: DTypeLike, columns: int) -> str | None:
+    """Why kernels do not compute this, None if they do."""
+    name = f"implementation={static.implementation!r}"
+    tile = [f.tile for f in static.found]
+    if max(tile) > LARGEST_TILE:
+        return f"{name} holds tiles of {LARGEST_TILE} pixels, not {max(tile)}; use 'xla'"
+    if static.fused:
+        if math.prod(f.outputs for f in static.found) not in static.room.FUSED:
+            return f"{name} has no fused product for {tile[0]}x{tile[1]} tiles; leave fused out"
+        if static.precision != "default" and jnp.dtype(dtype) == jnp.float32:
+            return f"{name} fuses products of the default precision only; leave fused out"
+    return None
+
+
+def _fused(static: Static, p: Plan, dtype: DTypeLike) -> bool:
+    if static.fused is not None:
+        return static.fused
+    able = not refused(replace(static, fused=True), dtype, p.columns)
+    return able and bytes_moved(static, p, dtype, fused=True) < bytes_moved(static, p, dtype, fused=False)
+
+
+def _filters(static: Static, kernel: Array, p: Plan) -> Array:
+    u = xla.transform_filters(kernel, static.found)
+    u = u.reshape(-1, *u.shape[2:])
+    return jnp.pad(u, ((0, 0), (0, p.depth - u.shape[1]), (0, p.columns - u.shape[2])))
+
+
+def _tiles(static: Static, x: Array, p: Plan) -> Array:
+    """Transformed tiles of the input, `(points, rows of the products, depth)`."""
+    down, across = static.found
+    rows = p.tiles[0] * down.outputs + down.taps - 1, p.tiles[1] * across.outputs + across.taps - 1
+    v = static.room.transform(
+        _side_by_side(x, p, rows, p.depth),
+        rows=_rows(static, "input"),
+        steps=(down.outputs, across.outputs),
+        tiles=p.tiles,
+        strips=p.strips,
+        count=p.count,
+        interpreted=_interpreted(),
+    )
+    return v.reshape(v.shape[0], p.rows, p.depth)
+
+
+def _multiplied(static: Static, v: Array, u: Array) -> Array:
+    return matmul(
+        v, u, precision=static.precision, out_type=jnp.float32, implementation=static.implementation
+    )
+
+
+def _side_by_side(x: Array, p: Plan, extents: tuple[int, int], channels: int) -> Array:
+    """Filled with zeros to whole tiles, and neighbouring images side by side in the channels."""
+    wanted = p.batch, *extents, channels
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, b - a, 0) for a, b in zip(x.shape, wanted, strict=True)])
+    if p.side == 1:
+        return x
+    x = jnp.moveaxis(x.reshape(-1, p.side, *wanted[1:]), 1, 3)
+    return x.reshape(*x.shape[:3], -1)
+
+
+def _apart(y: Array, side: int) -> Array:
+    """`_side_by_side` undone."""
+    if side == 1:
+        return y
+    y = jnp.moveaxis(y.reshape(*y.shape[:3], side, -1), 3, 1)
+    return y.reshape(-1, *y.shape[2:])
+
+
+def _from_points(static: Static, y: Array, p: Plan) -> Array:
+    """`(outputs, rows, columns)` of the fused product as images side by side."""
+    m, n = (f.outputs for f in static.found)
+    real = p.batch // p.side * p.tiles[0]
+    y = y.reshape(m, n, p.strips, p.tiles[1], p.side, p.columns)[:, :, :real]
+    y = y.reshape(m, n, -1, *p.tiles, p.side, p.columns)  # (m, n, images, down, across, side, columns)
+    y = y.transpose(2, 5, 3, 0, 4, 1, 6)
+    return y.reshape(p.batch, p.tiles[0] * m, p.tiles[1] * n, p.columns)
+
+
+def _finished(static: Static, y: Array, batch: int, bias: Array | None, columns: int, p: Plan) -> Array:
+    """Cropped, with bias and rectifier, which XLA puts into the copy that reorders the fused product."""
+    y = _cropped(y, batch, p.extents, columns)
+    if bias is not None:
+        y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+    return jnp.maximum(y, 0) if static.relu else y
+
+
+def _cropped(y: Array, batch: int, extents: tuple[int, int], columns: int) -> Array:
+    return y[:batch, : extents[0], : extents[1], :columns]
+
+
+def _rows(static: Static, which: str) -> tuple[Any, Any]:
+    return getattr(static.found[0], which), getattr(static.found[1], which)
+
+
+def _chunks(p: Plan, points: int) -> int:
+    """Parts of the sum over tiles: enough programs for two on each of 132 multiprocessors."""
+    programs = points * -(-p.depth // 128) * -(-p.columns // 128)
+    chunks = 1
+    while chunks * programs < 264 and p.rows // chunks % 256 == 0:
+        chunks *= 2
+    return chunks
+
+
+def _interpreted() -> bool:
+    return bool((at := gpu.card()) and at.interpreted)
+
+
+def _whole(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _power(n: int) -> int:
+    """The largest power of two up to `n`."""
+    return 1 << (max(1, n).bit_length() - 1)
