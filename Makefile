@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 EXTRA ?=
 comma := ,
 
-.PHONY: install train test test-all test-latest lint clean
+
+.PHONY: install gpu-compiler train test test-all test-latest lint clean
 install: $(VENV)/installed$(EXTRA)
 
 $(VENV)/installed$(EXTRA): pyproject.toml
@@ -16,13 +17,23 @@ $(VENV)/installed$(EXTRA): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
 	@touch $@
 
+# jax's CUDA plugin, ptxas and nvdisasm, to compile for GPUs without one (300 MB, no driver); in a folder of
+# its own, because jax would look for a driver wherever it finds the plugin.
+gpu-compiler: $(VENV)/gpu-compiler/installed
+
+$(VENV)/gpu-compiler/installed: $(VENV)/installed$(EXTRA)
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/gpu-compiler \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-cuda-nvdisasm
+	@touch $@
+
 train: install
 	$(BIN)/python recipes/train_cnn.py --mesh data=2,height=2,channel=2 --compare --out runs/digits
 
-test: install
+test: install gpu-compiler
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: install
+test-all: install gpu-compiler
 	$(BIN)/python -m pytest -n 2
 
 # The suite on the newest jax, which needs Python 3.12 or newer.

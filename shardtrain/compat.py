@@ -91,7 +91,9 @@ INTERPRETS_TRANSPOSED = jax.__version_info__ >= (0, 11)
 """Whether the interpreter of Mosaic GPU multiplies transposed tiles."""
 
 
-def mosaic_kernel(body: Callable, *, name: str, interpreted: bool, **kwargs: Any) -> Callable:
+def mosaic_kernel(
+    body: Callable, *, name: str, out_shape: Sequence[int], out_type: Any, interpreted: bool, **kwargs: Any
+) -> Callable:
     """`plgpu.kernel` with the semantics that our kernels are written in, or in the interpreter.
 
     jax 0.10's default is `Lane` and 0.11's `Warpgroup`, whose vectors take no scalars.
@@ -107,20 +109,47 @@ def mosaic_kernel(body: Callable, *, name: str, interpreted: bool, **kwargs: Any
 
             interpret = params.InterpretGPUParams(detect_races=True)
     semantics = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-    return plgpu.kernel(body, compiler_params=semantics, interpret=interpret, kernel_name=name, **kwargs)
+
+    def program(*refs: Any) -> None:
+        with jax.enable_x64(False):  # also where jax traces it again, for a batch
+            body(*refs)
+
+    kernel = plgpu.kernel(
+        program,
+        out_type=jax.ShapeDtypeStruct(tuple(out_shape), out_type),
+        compiler_params=semantics,
+        interpret=interpret,
+        kernel_name=name,
+        **kwargs,
+    )
+
+    def call(*operands: Array) -> Array:
+        with jax.enable_x64(False):  # indices of 64 bits are not for kernels
+            y = kernel(*operands)
+        return alike(y, *operands)[0]  # it forgets over which axes they vary
+
+    return call
 
 
 def mosaic_races() -> bool:
     """Whether the interpreter of Mosaic GPU found a race since it was last reset; resets it."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    found = gpu_callbacks.get_races()
+    found = gpu_callbacks._races
     gpu_callbacks.reset_gpu_interpret_mode_state()
     return bool(found is not None and found.races_found)
 
 
 def triton_kernel(
-    body: Callable, *, name: str, warps: int, stages: int, interpreted: bool, **kwargs: Any
+    body: Callable,
+    *,
+    name: str,
+    out_shape: Sequence[int],
+    out_type: Any,
+    warps: int,
+    stages: int,
+    interpreted: bool,
+    **kwargs: Any,
 ) -> Callable:
     """`pl.pallas_call` lowered by Triton, or in the interpreter."""
     from jax.experimental import pallas as pl
@@ -128,10 +157,18 @@ def triton_kernel(
 
     params = plt.CompilerParams(num_warps=warps, num_stages=stages)
 
-    def call(*operands: Array) -> Any:
-        with warnings.catch_warnings():  # jax 0.11 says that this back end will go: it is our second choice
+    def call(*operands: Array) -> Array:
+        same = alike(*operands)
+        varying = jax.typeof(same[0]).manual_axis_type
+        out = jax.ShapeDtypeStruct(tuple(out_shape), out_type, manual_axis_type=varying)
+        with (
+            jax.enable_x64(False),
+            warnings.catch_warnings(),
+        ):  # jax 0.11 says that this back end will go: it is our second choice
             warnings.filterwarnings("ignore", ".*Triton backend is deprecated.*", DeprecationWarning)
-            kernel = pl.pallas_call(body, compiler_params=params, interpret=interpreted, name=name, **kwargs)
-            return kernel(*operands)
+            kernel = pl.pallas_call(
+                body, out_shape=out, compiler_params=params, interpret=interpreted, name=name, **kwargs
+            )
+            return kernel(*same)
 
     return call

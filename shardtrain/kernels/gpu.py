@@ -44,8 +44,8 @@ _interpreted: contextvars.ContextVar[Card | None] = contextvars.ContextVar("inte
 def interpreted(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Within it, kernels are traced as for a card of this capability and run in Pallas' interpreters.
 
-    For tests: an interpreter takes a thousand times as long. Mosaic's looks for races of the copies, and
-    raises what it finds. What was jitted before keeps what it was traced with.
+    For tests: an interpreter takes a thousand times as long. Mosaic's looks for races of the copies. All that
+    was jitted before is forgotten, inside and afterwards, because it does not know what it was traced for.
 
     Example:
         >>> with interpreted():
@@ -53,10 +53,12 @@ def interpreted(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         (9, 0)
     """
     token = _interpreted.set(Card("interpreted", capability, interpreted=True))
+    jax.clear_caches()
     try:
         yield
     finally:
         _interpreted.reset(token)
+        jax.clear_caches()
 
 
 def card() -> Card | None:

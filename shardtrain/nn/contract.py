@@ -111,13 +111,16 @@ class Conv(_Convolution, nnx.Conv):
         (2, 8, 8, 16)
     """
 
-    def __init__(self, *args: Any, algorithm: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, algorithm: str = "auto", implementation: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
         for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
             tuple_of(getattr(self, name), rank, name)
-        self.algorithm = algorithm
-        if reason := refused(algorithm, self.kernel_size, tuple_of(self.strides, rank, "strides")):
+        self.algorithm, self.implementation = algorithm, implementation
+        strides = tuple_of(self.strides, rank, "strides")
+        if reason := refused(algorithm, self.kernel_size, strides, implementation):
             raise UserError(f"nn.Conv: {reason}")
         _check_padding("nn.Conv", self.padding, rank)
         if self.conv_general_dilated is not lax.conv_general_dilated:
@@ -141,6 +144,7 @@ class Conv(_Convolution, nnx.Conv):
             input_dilation=self.input_dilation,
             groups=self.feature_group_count,
             algorithm=self.algorithm,
+            implementation=self.implementation,
             layout=self.layout,
             channel_mode=self.channel_mode(),
             precision=self.precision,

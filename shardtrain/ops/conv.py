@@ -42,6 +42,7 @@ class Config:
     precision: lax.PrecisionLike = None
     preferred_element_type: DTypeLike | None = None
     algorithm: str = "auto"
+    implementation: str | None = None
 
 
 def conv(
@@ -55,6 +56,7 @@ def conv(
     input_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    implementation: str | None = None,
     layout: Layout | None = None,
     channel_mode: ChannelMode | None = None,
     precision: lax.PrecisionLike = None,
@@ -89,6 +91,11 @@ def conv(
             device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
             gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
             up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
+        implementation: what Winograd's algorithm is written in: `"mosaic"` (Pallas' Mosaic GPU, on Hopper),
+            `"triton"` (NVIDIA cards from Ampere on), `"xla"` (plain jax, everywhere), or None for the first
+            of them that does it on the device that the program is for. The kernels take float32, bfloat16
+            and float16 in 1 and 2 dimensions without groups; float32 as TF32, or with `precision="high"` as
+            three products of TF32. They have gradients, but not of second order.
         layout: which mesh axes cut what; by name by default.
         channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
             `shardtrain.ops.channel_plan`.
@@ -121,6 +128,7 @@ def conv(
         input_dilation=input_dilation,
         groups=groups,
         algorithm=algorithm,
+        implementation=implementation,
         layout=layout,
         channel_mode=channel_mode,
         precision=precision,
@@ -140,6 +148,7 @@ def configured(
     input_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    implementation: str | None = None,
     layout: Layout | None = None,
     **others: Any,
 ) -> Config:
@@ -149,7 +158,7 @@ def configured(
     strides = tuple_of(strides, rank, "strides")
     dilation = tuple_of(dilation, rank, "dilation")
     input_dilation = tuple_of(input_dilation, rank, "input_dilation")
-    if reason := kernels.refused(algorithm, kernel.shape[:-2], strides):
+    if reason := kernels.refused(algorithm, kernel.shape[:-2], strides, implementation):
         raise UserError(f"conv: {reason}")
     sizes = kernels.window_sizes(kernel.shape[:-2], dilation)
     mode = mode_of(padding)
@@ -165,6 +174,7 @@ def configured(
         groups,
         chosen(layout),
         algorithm=algorithm,
+        implementation=implementation,
         **others,
     )
 
@@ -242,6 +252,7 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     product = functools.partial(
         kernels.conv,
         algorithm=config.algorithm,
+        implementation=config.implementation,
         dilation=config.dilation,
         groups=local_groups if spread is None else spread.groups,
         precision=config.precision,

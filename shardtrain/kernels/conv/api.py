@@ -31,6 +31,7 @@ def conv(
     input_dilation: Sequence[int] | None = None,
     groups: int = 1,
     algorithm: str = "auto",
+    implementation: str | None = None,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
@@ -40,6 +41,8 @@ def conv(
         x, kernel, strides, dilation, padding, input_dilation, groups, precision, preferred_element_type: as
             in `lax.conv_general_dilated`, channels last.
         algorithm: one of `ALGORITHMS`, for all passes; `"auto"` takes for each what `select` finds fastest.
+        implementation: of Winograd's algorithm: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of
+            them that does it on the device that is traced for.
 
     Raises:
         UserError: an algorithm that there is not, or that does not compute this.
@@ -53,10 +56,18 @@ def conv(
     given = tuple(input_dilation or (1,) * len(strides))
     pads = tuple((int(a), int(b)) for a, b in padding)
     window = kernel.shape[:-2]
-    if reason := refused(algorithm, window, strides):
+    if reason := refused(algorithm, window, strides, implementation):
         raise UserError(f"conv: {reason}")
     problem = Problem(
-        window, tuple(strides), tuple(dilation), given, pads, groups, precision, preferred_element_type
+        window,
+        tuple(strides),
+        tuple(dilation),
+        given,
+        pads,
+        groups,
+        precision,
+        preferred_element_type,
+        implementation,
     )
     task = Task(problem, x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], x.dtype.name)
     passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
@@ -112,7 +123,7 @@ def _compute(problem: Problem, algorithm: str, x: Array, kernel: Array) -> Array
         return im2col(x, kernel, strides=problem.strides, dilation=problem.dilation, **kinds)
     if algorithm == "fft":
         return fft(x, kernel, dilation=problem.dilation, **kinds)
-    return _by_phases(x, kernel, problem, **kinds)
+    return _by_phases(x, kernel, problem, **kinds, implementation=problem.implementation)
 
 
 def _by_phases(x: Array, kernel: Array, problem: Problem, **kinds: Any) -> Array:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from shardtrain.errors import UserError
+from shardtrain.kernels import gpu
 from shardtrain.kernels.tiles import window_sizes
 
 ALGORITHMS = ("direct", "im2col", "fft", "winograd")
@@ -33,6 +34,7 @@ class Problem:
         groups: feature groups.
         precision: of the products.
         out_type: of the result, the input's if None.
+        implementation: of Winograd's kernels, None for the first that does it.
     """
 
     window: tuple[int, ...]
@@ -43,6 +45,7 @@ class Problem:
     groups: int = 1
     precision: lax.PrecisionLike = None
     out_type: Any = None
+    implementation: str | None = None
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -134,10 +137,18 @@ class Task:
         return ",".join(found + ([f"dtype={self.dtype}"] if self.dtype != "float32" else []))
 
 
-def refused(algorithm: str, window: Sequence[int], strides: Sequence[int]) -> str | None:
+def refused(
+    algorithm: str, window: Sequence[int], strides: Sequence[int], implementation: str | None = None
+) -> str | None:
     """Why `algorithm` does not compute a convolution with this window and these strides, None if it does."""
     if algorithm not in ("auto", *ALGORITHMS):
         return f"algorithm={algorithm!r}; there are 'auto', {', '.join(map(repr, ALGORITHMS))}"
+    if implementation is not None:
+        if implementation not in gpu.IMPLEMENTATIONS:
+            known = ", ".join(map(repr, gpu.IMPLEMENTATIONS))
+            return f"implementation={implementation!r}; there are {known}"
+        if algorithm != "winograd":
+            return f"implementation={implementation!r} is of algorithm='winograd', not of {algorithm!r}"
     if algorithm in ("fft", "winograd") and max(strides, default=1) > 1:
         return f"algorithm={algorithm!r} has no strides={tuple(strides)}; use 'direct' or 'im2col'"
     if algorithm == "winograd" and max(window, default=1) > 7:

@@ -19,19 +19,19 @@ TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def matmul(
-    a: Float[Array, "*batch rows depth"],
-    b: Float[Array, "*batch depth columns"],
+    a: Float[Array, "*batch _ _"],
+    b: Float[Array, "*batch _ columns"],
     *,
     transpose_a: bool = False,
     precision: str = "default",
     out_type: DTypeLike | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*batch rows columns"]:
+) -> Float[Array, "*batch _ columns"]:
     """Matrix product on one device by tiles, sums in at least float32.
 
     Args:
-        a: left operand, `(*batch, depth, rows)` with `transpose_a`.
-        b: right operand, of the same type.
+        a: left operand `(*batch, rows, depth)`, or `(*batch, depth, rows)` with `transpose_a`.
+        b: right operand `(*batch, depth, columns)`, of the same type.
         transpose_a: whether `a` is given transposed.
         precision: of the products of float32: `"default"` (the device's, TF32 on GPUs), `"tf32x3"` (three
             products of TF32: 21 bits) or `"highest"` (float32's own, which the tensor cores do not have).

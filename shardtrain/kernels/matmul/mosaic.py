@@ -8,7 +8,6 @@ barrier, for a copy or for the tensor cores.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -37,18 +36,18 @@ def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plg
 
 
 def matmul(
-    a: Float[Array, "parts batch rows depth"],
+    a: Float[Array, "parts batch _ _"],
     b: Float[Array, "parts batch depth columns"],
     *,
     products: tuple[tuple[int, int], ...] = ((0, 0),),
     transpose_a: bool = False,
     out_type: DTypeLike,
     interpreted: bool,
-) -> Float[Array, "batch rows columns"]:
+) -> Float[Array, "batch _ columns"]:
     """Sum of `a[i] @ b[j]` over `products`, for operands padded to `tile_sizes`.
 
     Args:
-        a: left operands, `(parts, batch, depth, rows)` with `transpose_a`.
+        a: left operands `(parts, batch, rows, depth)`, or `(parts, batch, depth, rows)` with `transpose_a`.
         b: right operands.
         products: which parts are multiplied; several give products of more digits than the type has.
         transpose_a: types of 16 bits only, the tensor cores read float32 along the depth.
@@ -75,7 +74,8 @@ def matmul(
             transpose_b=along,
         ),
         name="matmul",
-        out_type=jax.ShapeDtypeStruct((batch, rows, columns), jnp.dtype(out_type)),
+        out_shape=(batch, rows, columns),
+        out_type=jnp.dtype(out_type),
         grid=(batch, rows // bm, columns // bn),
         grid_names=("batch", "row", "column"),
         scratch_types=[plgpu.SMEM((bm, narrow), out_type, transforms=swizzled(narrow, out_type))],

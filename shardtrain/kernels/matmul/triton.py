@@ -6,7 +6,6 @@ index arithmetic; Triton itself stages tiles in shared memory and synchronizes; 
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -26,18 +25,18 @@ def tile_sizes(rows: int, columns: int, dtype: DTypeLike) -> tuple[int, int, int
 
 
 def matmul(
-    a: Float[Array, "parts batch rows depth"],
+    a: Float[Array, "parts batch _ _"],
     b: Float[Array, "parts batch depth columns"],
     *,
     transpose_a: bool = False,
     precision: lax.DotAlgorithmPreset | lax.Precision | None = None,
     out_type: DTypeLike,
     interpreted: bool,
-) -> Float[Array, "batch rows columns"]:
+) -> Float[Array, "batch _ columns"]:
     """`a[0] @ b[0]`, for operands padded to `tile_sizes`.
 
     Args:
-        a: left operand, `(1, batch, depth, rows)` with `transpose_a`.
+        a: left operand `(1, batch, rows, depth)`, or `(1, batch, depth, rows)` with `transpose_a`.
         b: right operand.
         transpose_a: whether `a` is given transposed.
         precision: of the products of float32: TF32 by default, three of them, or float32's own.
@@ -55,7 +54,8 @@ def matmul(
     return compat.triton_kernel(
         functools.partial(_program, bk=bk, transpose_a=transpose_a, precision=precision),
         name="matmul",
-        out_shape=jax.ShapeDtypeStruct((batch, rows, columns), jnp.dtype(out_type)),
+        out_shape=(batch, rows, columns),
+        out_type=jnp.dtype(out_type),
         grid=(batch, rows // bm, columns // bn),
         in_specs=[lefts, pl.BlockSpec((None, depth, bn), lambda p, i, j: (p, 0, j))],
         out_specs=pl.BlockSpec((None, bm, bn), lambda p, i, j: (p, i, j)),

@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -28,7 +27,7 @@ LANES = 128
 BUDGET = 112 * 1024
 """Bytes of shared memory of a program, so that two fit on a multiprocessor."""
 
-FUSED = {1: (64, 128), 2: (64, 128), 4: (64, 64), 16: (64, 16)}
+FUSED = {2: (64, 64), 4: (64, 64), 16: (64, 16)}
 """Rows and columns of the fused product's tiles by outputs of a tile: as many as registers hold."""
 
 
@@ -69,7 +68,8 @@ def transform(
     kernel = compat.mosaic_kernel(
         functools.partial(_transform, rows=rows, steps=steps, tiles=tiles, real=x.shape[0] * tiles[0]),
         name="winograd_transform",
-        out_type=jax.ShapeDtypeStruct((points, strips, tiles[1], x.shape[3]), x.dtype),
+        out_shape=(points, strips, tiles[1], x.shape[3]),
+        out_type=x.dtype,
         grid=(strips, tiles[1] // count, x.shape[3] // LANES),
         grid_names=("strip", "tiles", "channels"),
         scratch_types=[
@@ -135,9 +135,8 @@ def untransform(
     kernel = compat.mosaic_kernel(
         functools.partial(_untransform, rows=rows, tiles=tiles, relu=relu, biased=bias is not None),
         name="winograd_untransform",
-        out_type=jax.ShapeDtypeStruct(
-            (batch, tiles[0] * outputs[0], tiles[1] * outputs[1], m.shape[3]), jnp.dtype(out_type)
-        ),
+        out_shape=(batch, tiles[0] * outputs[0], tiles[1] * outputs[1], m.shape[3]),
+        out_type=jnp.dtype(out_type),
         grid=(batch * tiles[0], tiles[1] // count, m.shape[3] // LANES),
         grid_names=("strip", "tiles", "channels"),
         scratch_types=[
@@ -211,7 +210,8 @@ def multiply_and_untransform(
     kernel = compat.mosaic_kernel(
         functools.partial(_multiply_and_untransform, bk=bk, transpose_u=along, cast=not interpreted),
         name="winograd_fused",
-        out_type=jax.ShapeDtypeStruct((outputs, v.shape[1], u.shape[2]), jnp.dtype(out_type)),
+        out_shape=(outputs, v.shape[1], u.shape[2]),
+        out_type=jnp.dtype(out_type),
         grid=(v.shape[1] // bm, u.shape[2] // bn),
         grid_names=("row", "column"),
         scratch_types=[plgpu.SMEM((bm, bn), out_type, transforms=swizzled(bn, out_type))],

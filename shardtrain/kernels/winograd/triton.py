@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -19,7 +18,7 @@ from shardtrain.kernels.winograd.cook_toom import Rows
 LANES = 32
 """Channels of a program of the transforms."""
 
-FUSED = {1: (64, 128), 2: (64, 128), 4: (64, 64), 16: (64, 16)}
+FUSED = {2: (64, 64), 4: (64, 64), 16: (64, 16)}
 """Rows and columns of the fused product's tiles by outputs of a tile: as many as registers hold."""
 
 
@@ -52,7 +51,8 @@ def transform(
             images=x.shape[0],
         ),
         name="winograd_transform",
-        out_shape=jax.ShapeDtypeStruct((points, strips, tiles[1], x.shape[3]), x.dtype),
+        out_shape=(points, strips, tiles[1], x.shape[3]),
+        out_type=x.dtype,
         grid=(strips, tiles[1] // count, x.shape[3] // LANES),
         warps=4,
         stages=1,
@@ -99,7 +99,8 @@ def untransform(
             _untransform, rows=rows, tiles=tiles, count=count, relu=relu, biased=bias is not None
         ),
         name="winograd_untransform",
-        out_shape=jax.ShapeDtypeStruct((batch * extents[0] * extents[1], m.shape[3]), jnp.dtype(out_type)),
+        out_shape=(batch * extents[0] * extents[1], m.shape[3]),
+        out_type=jnp.dtype(out_type),
         grid=(batch * tiles[0], tiles[1] // count, m.shape[3] // LANES),
         warps=4,
         stages=1,
@@ -145,7 +146,8 @@ def multiply_and_untransform(
             _multiply_and_untransform, bm=bm, bn=bn, bk=128 // v.dtype.itemsize, points=v.shape[0]
         ),
         name="winograd_fused",
-        out_shape=jax.ShapeDtypeStruct((outputs, v.shape[1], u.shape[2]), jnp.dtype(out_type)),
+        out_shape=(outputs, v.shape[1], u.shape[2]),
+        out_type=jnp.dtype(out_type),
         grid=(v.shape[1] // bm, u.shape[2] // bn),
         warps=8 if outputs == 16 else 4,
         stages=3,

@@ -1,0 +1,457 @@
+"""What the compiler says of every GPU kernel, without a GPU.
+
+    make gpu-compiler
+    python tools/gpu_evidence.py --markdown
+    python tools/gpu_evidence.py --targets sm_90a --quick --json rows.json
+
+Every kernel is lowered and compiled for the card, its PTX assembled by ptxas and disassembled: registers,
+spills, shared memory, tensor core instructions. Bytes are what the kernel moves to and from memory, beside
+the least that its operands without padding would need; `model` is the roofline time by the card's data sheet
+and not a measurement. Budgets are checked: no spills, shared memory within the card's limit, tensor core
+instructions in every product. Training steps of a small convolutional network on meshes of 8 and 16 cards
+follow, with the collectives of the compiled program and its peak of memory.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cards
+
+DUMP = Path(tempfile.mkdtemp(prefix="gpu_evidence_"))
+LAYER = 32, 56, 56, 256
+"""Batch, rows, columns and channels, in and out, of the layer whose kernels are compiled."""
+
+TENSOR = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to compile.
+
+    Attributes:
+        kernel, config: its name and what distinguishes it.
+        call, operands: a function and the shapes and types of its arguments.
+        bytes, least: that it moves, and that it would without padding.
+        flops: of products.
+        dtype: of its operands.
+    """
+
+    kernel: str
+    config: str
+    call: Callable[..., Any]
+    operands: tuple[Any, ...]
+    bytes: int
+    least: int
+    flops: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler says of a kernel; times in microseconds are the model's."""
+
+    kernel: str
+    config: str
+    target: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    tensor_core_instructions: int
+    bytes: int
+    least_bytes: int
+    flops: int
+    model_us: float
+
+
+def winograd_cases(
+    implementation: str, dtype: Any, outputs: int, taps: int, precision: str
+) -> Iterator[Case]:
+    """Every kernel of one convolution and its gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    from shardtrain.kernels.matmul import matmul
+    from shardtrain.kernels.winograd import stages
+    from shardtrain.kernels.winograd.cook_toom import algorithm
+
+    name = jnp.dtype(dtype).name
+    found = algorithm(outputs, taps)
+    static = stages.Static((found, found), implementation, precision, jnp.dtype(dtype), relu=True)
+    batch, rows, columns, channels = LAYER
+    shape = batch, rows + taps - 1, columns + taps - 1, channels
+    p = stages.plan(static, shape, channels, dtype)
+    points, size = found.tile**2, jnp.dtype(dtype).itemsize
+    width = p.side * p.depth
+    images = p.batch // p.side
+    config = f"{implementation} {name} F({outputs},{taps})"
+
+    def of(*shape: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def extent(tiles: int, step: int, reach: int) -> int:
+        return (tiles - 1) * step + reach
+
+    image = images, *(extent(t, outputs, found.tile) for t in p.tiles), width
+    tiles = points, p.strips, p.tiles[1], width
+    real = points * batch * math.prod(-(-n // outputs) for n in (rows, columns)) * channels
+    strip = {"strips": p.strips, "count": p.count, "tiles": p.tiles, "interpreted": False}
+    back = tuple(zip(*found.output, strict=True))
+    dense = images, *(t * outputs for t in p.tiles), width
+    if precision == "default":
+        yield Case(
+            "transform of x",
+            config,
+            lambda x: static.room.transform(x, rows=(found.input,) * 2, steps=(outputs,) * 2, **strip),
+            (of(*image),),
+            size * (math.prod(image) + math.prod(tiles)),
+            size * (math.prod(shape) + real),
+            0,
+            name,
+        )
+        yield Case(
+            "transform of dy",
+            config,
+            lambda dy: static.room.transform(dy, rows=(back,) * 2, steps=(outputs,) * 2, **strip),
+            (of(*dense),),
+            size * (math.prod(dense) + math.prod(tiles)),
+            size * (math.prod(LAYER) + real),
+            0,
+            name,
+        )
+        yield Case(
+            "untransform, bias, relu",
+            config,
+            lambda m, bias: static.room.untransform(
+                m,
+                bias,
+                rows=(found.output,) * 2,
+                tiles=p.tiles,
+                batch=images,
+                count=p.count,
+                relu=True,
+                out_type=dtype,
+                interpreted=False,
+            ),
+            (of(*tiles, dtype=jnp.float32), of(width, dtype=jnp.float32)),
+            4 * math.prod(tiles) + size * math.prod(dense),
+            4 * real + size * math.prod(LAYER),
+            0,
+            name,
+        )
+    times = 3 if precision == "tf32x3" else 1
+    v, u = (points, p.rows, p.depth), (points, p.depth, p.columns)
+    flops = 2 * points * p.rows * p.depth * p.columns * times
+    product = {"precision": precision, "implementation": implementation, "out_type": jnp.float32}
+    label = config if precision == "default" else f"{config} {precision}"
+    moved = size * (math.prod(v) + math.prod(u)) + 4 * points * p.rows * p.columns
+    least = size * (real + math.prod(u)) + 4 * real
+    yield Case(
+        "product", label, lambda v, u: matmul(v, u, **product), (of(*v), of(*u)), moved, least, flops, name
+    )
+    yield Case(
+        "product for wgrad",
+        label,
+        lambda v, d: matmul(v, d, transpose_a=True, **product),
+        (of(*v), of(*v)),
+        2 * size * math.prod(v) + 4 * math.prod(u),
+        2 * size * real + 4 * math.prod(u),
+        flops,
+        name,
+    )
+    if outputs**2 in static.room.FUSED and precision == "default":
+        result = outputs**2, p.rows, p.columns
+        yield Case(
+            "product and untransform",
+            config,
+            lambda v, u: static.room.multiply_and_untransform(
+                v, u, rows=(found.output,) * 2, out_type=dtype, interpreted=False
+            ),
+            (of(*v), of(*u)),
+            size * (math.prod(v) + math.prod(u) + math.prod(result)),
+            size * (real + math.prod(u) + math.prod(LAYER)),
+            flops,
+            name,
+        )
+
+
+def cases(card: cards.Card, quick: bool) -> Iterator[Case]:
+    """All kernels for a card, or one of each kind."""
+    import jax.numpy as jnp
+
+    implementations = ("mosaic", "triton") if card.capability == 9 else ("triton",)
+    if quick:
+        yield from winograd_cases(implementations[0], jnp.bfloat16, 2, 3, "default")
+        yield from winograd_cases(implementations[0], jnp.float32, 4, 3, "default")
+        yield from winograd_cases(implementations[0], jnp.float32, 4, 3, "tf32x3")
+        return
+    for implementation in implementations:
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+            for outputs, taps in ((2, 3), (4, 3), (6, 3), (4, 5)):
+                yield from winograd_cases(implementation, dtype, outputs, taps, "default")
+        yield from winograd_cases(implementation, jnp.float32, 4, 3, "tf32x3")
+
+
+def compiled(card: cards.Card, case: Case) -> Row:
+    """Compiles one kernel and reads what the compiler wrote."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from shardtrain import compat
+
+    before = set(DUMP.rglob("*"))
+    mesh = compat.auto_mesh(cards.devices(card)[:1], ["data"])
+    here = NamedSharding(mesh, PartitionSpec())
+    operands = [jax.ShapeDtypeStruct(o.shape, o.dtype, sharding=here) for o in case.operands]
+    with jax.set_mesh(mesh), quietly():
+        jax.jit(case.call).lower(*operands).compile()
+    new = set(DUMP.rglob("*")) - before
+    assembled = [a for path in new if path.suffix == ".ptx" for a in assemble(path, card.arch)]
+    if not assembled:
+        sys.exit(f"error: {case.kernel}, {case.config}, for {card.arch}: no kernel was compiled")
+    registers, spilled, tensor = max(assembled, key=lambda a: a[0])
+    return Row(
+        case.kernel,
+        case.config,
+        card.arch,
+        registers,
+        spilled,
+        shared_memory(new),
+        tensor,
+        case.bytes,
+        case.least,
+        case.flops,
+        1e6 * roofline(card, case),
+    )
+
+
+def assemble(ptx: Path, arch: str) -> Iterator[tuple[int, int, int]]:
+    """Registers, bytes of spills and tensor core instructions of our kernels in a PTX file."""
+    text = ptx.read_text()
+    if not re.search(r"\.entry (?:winograd|matmul)", text):
+        return
+    target = ptx.with_suffix(".cubin")
+    run = subprocess.run(
+        [cards.binary("ptxas"), "-v", f"-arch={arch}", str(ptx), "-o", str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        sys.exit(f"error: ptxas: {run.stderr.strip()[-500:]}")
+    sass = subprocess.run(
+        [cards.binary("nvdisasm"), "-c", str(target)], capture_output=True, text=True, check=True
+    ).stdout
+    report = run.stdout + run.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    yield max(registers), sum(spilled), len(TENSOR.findall(sass))
+
+
+def shared_memory(dumped: set[Path]) -> int:
+    """Bytes that a program asks for when it is launched, from what either back end writes down."""
+    found = [0]
+    for path in dumped:
+        if path.name.endswith("mlir-passes.log"):
+            pattern = r"dynamic_shared_memory_size %c(\d+)_i32"
+        elif path.name.endswith("thunk_sequence.txt"):
+            pattern = r"(?:winograd|matmul)\S* grid.*shared_memory: (\d+) bytes"
+        else:
+            continue
+        found += [int(n) for n in re.findall(pattern, path.read_text(errors="replace"))]
+    return max(found)
+
+
+def roofline(card: cards.Card, case: Case) -> float:
+    """Seconds by the rates of the data sheet that `algorithm="auto"` uses."""
+    from shardtrain.kernels.conv import costs
+
+    rates = costs.sheet_rates(card.kind, case.dtype, None)
+    assert rates is not None
+    operations, bandwidth = rates.by_pass["forward"]["winograd"]
+    return max(case.flops / operations, case.bytes / bandwidth)
+
+
+def broken(row: Row, card: cards.Card) -> str | None:
+    """Which budget a kernel breaks."""
+    if row.spill_bytes:
+        return f"{row.spill_bytes} bytes of spills"
+    if row.smem_bytes > card.shared_per_block:
+        return f"{row.smem_bytes} bytes of shared memory, {card.shared_per_block} are there"
+    if "product" in row.kernel and not row.tensor_core_instructions:
+        return "no tensor core instruction"
+    return None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step compiled for a mesh."""
+
+    target: str
+    mesh: str
+    hosts: int
+    kernels: str
+    collectives: dict[str, int]
+    peak_bytes: int
+
+
+def program(card: cards.Card, hosts: int) -> Program:
+    """A training step with the kernels inside, cut on batch, height and channels."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import shardtrain as st
+    from shardtrain import compat
+
+    sizes = {"data": 2 * hosts, "height": 2, "channel": 2}
+    found = np.array(cards.devices(card, hosts=hosts, per_host=8)).reshape(tuple(sizes.values()))
+    mesh = compat.auto_mesh(found, list(sizes))
+
+    def loss(kernels: list[Any], x: Any) -> Any:
+        for kernel in kernels:
+            x = jax.nn.relu(st.ops.conv(x, kernel, algorithm="winograd"))
+        return (x.astype(jnp.float32) ** 2).mean()
+
+    def step(kernels: list[Any], x: Any) -> Any:
+        value, gradients = jax.value_and_grad(loss)(kernels, x)
+        return value, jax.tree.map(lambda k, g: k - 0.1 * g, kernels, gradients)
+
+    def of(shape: tuple[int, ...], spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    filters = PartitionSpec(None, None, None, "channel")
+    kernels = [of((3, 3, 128, 256), filters), of((3, 3, 256, 128), filters)]
+    x = of((16 * hosts, 56, 56, 128), PartitionSpec("data", "height", None, "channel"))
+    with jax.set_mesh(mesh), quietly():
+        run = jax.jit(step, donate_argnums=0).lower(kernels, x).compile()
+    text = run.as_text() or ""
+    kinds = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+    targets = set(re.findall(r'custom_call_target="([^"]+)"', text))
+    kernels_by = "Mosaic" if any("mosaic" in t for t in targets) else "Triton"
+    if not any("mosaic" in t or "triton" in t for t in targets):
+        sys.exit(f"error: the training step for {card.arch} has none of our kernels, only {targets}")
+    memory: Any = run.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    name = ",".join(f"{axis}={n}" for axis, n in sizes.items())
+    return Program(card.arch, name, hosts, kernels_by, {k: n for k, n in counts.items() if n}, peak)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps what the compilers print from the terminal."""
+    kept = os.dup(1), os.dup(2)
+    with open(DUMP / "printed.log", "ab") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd in (1, 2):
+            os.dup2(file.fileno(), fd)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, was in zip((1, 2), kept, strict=True):
+                os.dup2(was, fd)
+                os.close(was)
+
+
+HEADER = ("target", "kernel", "config", "regs", "spill", "shared", "tensor", "MB", "least", "model µs")
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    return [
+        row.target,
+        row.kernel,
+        row.config,
+        str(row.registers),
+        str(row.spill_bytes),
+        f"{row.smem_bytes / 1024:.0f}K",
+        str(row.tensor_core_instructions),
+        f"{row.bytes / 1e6:.0f}",
+        f"{row.least_bytes / 1e6:.0f}",
+        f"{row.model_us:.0f}",
+    ]
+
+
+def main() -> None:
+    """Compiles, prints, checks, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", choices=list(cards.CARDS), default=list(cards.CARDS))
+    parser.add_argument("--quick", action="store_true", help="two convolutions of each card, one mesh")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows here")
+    parser.add_argument("--markdown", action="store_true", help="write the table into docs/measurements.md")
+    args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "XLA_FLAGS": f"--xla_dump_to={DUMP / 'xla'}"}
+    cards.prepare()
+
+    import shutil
+
+    import jax
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    console = Console(width=100 if not sys.stdout.isatty() else None)
+    work = [(cards.CARDS[t], case) for t in args.targets for case in cases(cards.CARDS[t], args.quick)]
+    rows, complaints = [], []
+    for card, case in track(work, "compiling", console=Console(stderr=True), transient=True):
+        rows.append(compiled(card, case))
+        if reason := broken(rows[-1], card):
+            complaints.append(f"{card.arch}, {case.kernel}, {case.config}: {reason}")
+    hosts = (1,) if args.quick else (1, 2)
+    programs = [program(cards.CARDS[t], h) for t in args.targets for h in hosts]
+    shutil.rmtree(DUMP, ignore_errors=True)
+
+    table = Table(title="GPU kernels, as compiled", padding=(0, 0, 0, 0))
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in HEADER[:3] else "right")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    for found in programs:
+        counts = ", ".join(f"{n} {kind}" for kind, n in found.collectives.items())
+        console.print(
+            f"{found.target}: {found.mesh} on {found.hosts} host(s), {found.kernels}: {counts}; peak "
+            f"{found.peak_bytes / 2**20:.0f} MiB a card"
+        )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if args.markdown:
+        from census_conv import write_between
+
+        head = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
+        lines = ["| " + " | ".join(cells(row)) + " |" for row in rows]
+        meshes = ["| target | mesh | hosts | kernels | collectives | peak MiB |", "|---|---|--:|---|---|--:|"]
+        for found in programs:
+            counts = ", ".join(f"{n} {kind}" for kind, n in found.collectives.items())
+            peak = f"{found.peak_bytes / 2**20:.0f}"
+            meshes.append(
+                f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {counts} | {peak} |"
+            )
+        says = f"Layer {LAYER} to {LAYER[-1]} channels; jax {jax.__version__}."
+        write_between("gpu_evidence", "\n".join([says, "", *head, *lines, "", *meshes]))
+    if complaints:
+        sys.exit("error: budgets are broken\n" + "\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
