@@ -221,7 +221,7 @@ def test_few_digits_take_no_large_tiles(measured):
 def test_large_tiles_in_bfloat16_are_noticed(measured, monkeypatch, wrong):
     measured(table({"direct": 9.0, "winograd": 1.0}, LAYER + ",dtype=bfloat16"))
     tiles = api.tile_outputs
-    monkeypatch.setattr(costs.winograd, "tile_outputs", lambda window, dtype: tiles(window, "float32"))
+    monkeypatch.setattr(costs, "tile_outputs", lambda window, dtype: tiles(window, "float32"))
     select._rows.cache_clear()
     if wrong == "float32's tiles":  # F(4, 3) is refused all the same
         nothing_beyond_f23("cpu")
