@@ -42,12 +42,14 @@ class Explanation:
         layer: what one device computes, as `tools/tune_conv.py --layer` takes it.
         choice: the algorithms of the output and of both gradients.
         rows: every algorithm for every pass.
+        implementation: what Winograd's algorithm would be written in here.
     """
 
     kind: str
     layer: str
     choice: kernels.Passes
     rows: tuple[kernels.Row, ...]
+    implementation: str
 
     def __str__(self) -> str:
         """A table of at most 100 columns; what is chosen has a star."""
@@ -63,7 +65,7 @@ class Explanation:
         out = io.StringIO()
         Console(file=out, width=WIDTH, color_system=None, force_terminal=False).print(table)
         note = "* chosen; products: multiplications; MiB: workspace; error: relative rms, by a model"
-        return f"{out.getvalue()}{note}\n"
+        return f"{out.getvalue()}{note}\nwinograd here in {self.implementation}\n"
 
     def _why_not(self, row: kernels.Row) -> str:
         best = next(
@@ -149,4 +151,5 @@ def _explanation(heard: list[tuple[kernels.Task, kernels.Passes]]) -> Explanatio
             choice = choice._replace(input=passes.forward)
             forward = kernels.rows_of(other, kind)["forward"]
             rows["input"] = tuple(replace(row, pass_name="input") for row in forward)
-    return Explanation(kind, str(task), choice, tuple(row for name in kernels.PASSES for row in rows[name]))
+    found = tuple(row for name in kernels.PASSES for row in rows[name])
+    return Explanation(kind, str(task), choice, found, kernels.implementation(task))

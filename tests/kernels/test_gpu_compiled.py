@@ -76,6 +76,15 @@ def test_under_vmap_and_in_the_layer():
     )
 
 
+def test_explained():
+    device = AbstractDevice(device_kind=KINDS["mosaic"], num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        found = st.ops.explain_conv((32, 28, 28, 512), (3, 3, 512, 512), dtype="bfloat16")
+    assert found.implementation == "mosaic"
+    assert "winograd here in mosaic" in str(found)
+    assert st.ops.explain_conv((32, 28, 28, 512), (3, 3, 512, 512)).implementation == "xla"
+
+
 def evidence(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tools/gpu_evidence.py", *arguments],

@@ -1,6 +1,6 @@
 """Convolution on one device by several algorithms."""
 
-from shardtrain.kernels.conv.api import conv
+from shardtrain.kernels.conv.api import conv, implementation
 from shardtrain.kernels.conv.direct import transposed
 from shardtrain.kernels.conv.select import Row, listening, rows_of
 from shardtrain.kernels.conv.tables import load
@@ -14,6 +14,7 @@ __all__ = [
     "Row",
     "Task",
     "conv",
+    "implementation",
     "listening",
     "load",
     "refused",

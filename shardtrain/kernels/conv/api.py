@@ -18,7 +18,7 @@ from shardtrain.kernels.conv.im2col import im2col
 from shardtrain.kernels.conv.select import heard, passes_of
 from shardtrain.kernels.conv.task import Passes, Problem, Task, refused
 from shardtrain.kernels.tiles import extended
-from shardtrain.kernels.winograd import tile_outputs, winograd
+from shardtrain.kernels.winograd import picked, tile_outputs, winograd
 
 
 def conv(
@@ -75,6 +75,23 @@ def conv(
     if set(passes) == {"direct"} or (algorithm != "auto" and not problem.dense):
         return _compute(problem, passes.forward, x, kernel)  # jax's own gradients, of both modes
     return _differentiable(problem, passes, *compat.alike(x, kernel))
+
+
+def implementation(task: Task) -> str:
+    """What Winograd's algorithm is written in where this is traced, chosen for the task or not."""
+    p = task.problem
+    if refused("winograd", p.window, p.strides):
+        return "xla"
+    static = picked(
+        (task.batch, *task.padded, task.channels),
+        (*p.window, task.channels // p.groups, task.filters),
+        task.dtype,
+        outputs=tile_outputs(p.window, task.dtype),
+        groups=p.groups,
+        precision=p.precision,
+        implementation=p.implementation,
+    )
+    return static.implementation if static else "xla"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -66,16 +66,16 @@ def winograd(
     References:
         Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
     """
-    found = xla.algorithms(kernel.shape[:-2], outputs)
-    name, static = picked(
-        implementation,
-        kernel.shape[:-2],
-        outputs,
+    static = picked(
+        x.shape,
+        kernel.shape,
         x.dtype,
+        outputs=outputs,
         groups=groups,
-        precision=precision,
         relu=relu,
+        precision=precision,
         out_type=out_type,
+        implementation=implementation,
         fused=fused,
     )
     if static is None:
@@ -83,8 +83,7 @@ def winograd(
         if bias is not None:
             y = y + bias.astype(y.dtype)
         return jnp.maximum(y, 0) if relu else y
-    assert name != "xla"
-    line = len(found) == 1
+    line = x.ndim == 3
     if line:  # a line is an image of one row
         x, kernel = x[:, None], kernel[None]
     operands = compat.alike(x, kernel, *([] if bias is None else [bias]))
@@ -93,36 +92,37 @@ def winograd(
 
 
 def picked(
-    implementation: str | None,
-    window: Sequence[int],
-    outputs: Sequence[int],
+    x: Sequence[int],
+    kernel: Sequence[int],
     dtype: DTypeLike,
     *,
+    outputs: Sequence[int],
     groups: int = 1,
-    precision: lax.PrecisionLike = None,
     relu: bool = False,
+    precision: lax.PrecisionLike = None,
     out_type: DTypeLike | None = None,
+    implementation: str | None = None,
     fused: bool | None = None,
-) -> tuple[str, Static | None]:
-    """The implementation that computes this here, and what it is told; None for plain jax.
+) -> Static | None:
+    """What the kernels are told that compute this here, for shapes of input and filters; None for plain jax.
 
     Raises:
-        UserError: the named one does not.
+        UserError: the named implementation does not.
     """
-    names = gpu.chosen(implementation, "winograd")
-    level = _level(precision)
     reasons = []
-    for name in names:
+    for name in gpu.chosen(implementation, "winograd"):
         if name == "xla":
-            return name, None
-        reason = _no_kernels(name, len(window), groups) or products.refused(name, dtype, level)
+            return None
+        level = _level(precision)
+        reason = _no_kernels(name, len(kernel) - 2, groups) or products.refused(name, dtype, level)
         if reason is None:
-            found = xla.algorithms(window, outputs)
+            found = xla.algorithms(kernel[:-2], outputs)
             pair = (algorithm(1, 1), found[0]) if len(found) == 1 else (found[0], found[1])
             static = Static(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
-            reason = stages.refused(static, dtype, 0)
+            image = (x[0], 1, *x[1:]) if len(found) == 1 else tuple(x)
+            reason = stages.refused(static, image, kernel[-1], dtype)
             if reason is None:
-                return name, static
+                return static
         reasons.append(reason)
     raise UserError(f"winograd: {reasons[0]}")
 

@@ -214,25 +214,38 @@ def bytes_moved(static: Static, p: Plan, dtype: DTypeLike, *, fused: bool) -> in
     return operands + 2 * points * p.rows * p.columns * 4 + result
 
 
-def refused(static: Static, dtype: DTypeLike, columns: int) -> str | None:
-    """Why kernels do not compute this, None if they do."""
+def refused(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> str | None:
+    """Why kernels do not compute this, for an input of `shape` and `columns` filters; None if they do."""
     name = f"implementation={static.implementation!r}"
     tile = [f.tile for f in static.found]
     if max(tile) > LARGEST_TILE:
         return f"{name} holds tiles of {LARGEST_TILE} pixels, not {max(tile)}; use 'xla'"
+    p = plan(static, shape, columns, dtype)
+    if min(*shape, *p.extents, columns) < 1:
+        return f"{name} has nothing to compute for an input of {shape}; use 'xla'"
+    if (numbers := math.prod(tile) * p.rows * max(p.depth, p.columns)) >= 2**31:  # indices are of 32 bits
+        return f"{name} takes transformed images of 2^31 numbers, not {numbers}; cut the batch, or use 'xla'"
     if static.fused:
-        if math.prod(f.outputs for f in static.found) not in static.room.FUSED:
-            return f"{name} has no fused product for {tile[0]}x{tile[1]} tiles; leave fused out"
-        if static.precision != "default" and jnp.dtype(dtype) == jnp.float32:
-            return f"{name} fuses products of the default precision only; leave fused out"
+        return _fusible(static, dtype)
+    return None
+
+
+def _fusible(static: Static, dtype: DTypeLike) -> str | None:
+    """Why the product and the output transform are not one kernel; None if they can be."""
+    name, tile = f"implementation={static.implementation!r}", [f.tile for f in static.found]
+    if math.prod(f.outputs for f in static.found) not in static.room.FUSED:
+        return f"{name} has no fused product for {tile[0]}x{tile[1]} tiles; leave fused out"
+    if static.precision != "default" and jnp.dtype(dtype) == jnp.float32:
+        return f"{name} fuses products of the default precision only; leave fused out"
     return None
 
 
 def _fused(static: Static, p: Plan, dtype: DTypeLike) -> bool:
     if static.fused is not None:
         return static.fused
-    able = not refused(replace(static, fused=True), dtype, p.columns)
-    return able and bytes_moved(static, p, dtype, fused=True) < bytes_moved(static, p, dtype, fused=False)
+    return _fusible(static, dtype) is None and bytes_moved(static, p, dtype, fused=True) < bytes_moved(
+        static, p, dtype, fused=False
+    )
 
 
 def _filters(static: Static, kernel: Array, p: Plan) -> Array:
