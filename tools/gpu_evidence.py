@@ -5,8 +5,9 @@
     python tools/gpu_evidence.py --targets sm_90a --quick --json rows.json
 
 Every kernel is lowered and compiled for the card, its PTX assembled by ptxas and disassembled: registers,
-spills, shared memory, tensor core instructions. Bytes are what the kernel moves to and from memory, beside
-the least that its operands without padding would need; `model` is the roofline time by the card's data sheet
+spills, shared memory, tensor core instructions. Bytes are what the kernel loads and stores (of a product: a
+tile of an operand as often as it is needed, though the cache may have it; of the fused product: also the copy
+that orders its result), beside the least that operands without padding would need; `model` is the roofline time by the card's data sheet
 and not a measurement. Budgets are checked: no spills, shared memory within the card's limit, tensor core
 instructions in every product. Training steps of a small convolutional network on meshes of 8 and 16 cards
 follow, with the collectives of the compiled program and its peak of memory.
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -154,7 +156,12 @@ def winograd_cases(
     flops = 2 * points * p.rows * p.depth * p.columns * times
     product = {"precision": precision, "implementation": implementation, "out_type": jnp.float32}
     label = config if precision == "default" else f"{config} {precision}"
-    moved = size * (math.prod(v) + math.prod(u)) + 4 * points * p.rows * p.columns
+
+    def read(bm: int, bn: int) -> int:
+        """Bytes of both operands, each as often as a tile of the result needs it."""
+        return size * (math.prod(v) * -(-p.columns // bn) + math.prod(u) * -(-p.rows // bm))
+
+    moved = times * read(128, 128) + 4 * points * p.rows * p.columns
     least = size * (real + math.prod(u)) + 4 * real
     yield Case(
         "product", label, lambda v, u: matmul(v, u, **product), (of(*v), of(*u)), moved, least, flops, name
@@ -164,7 +171,7 @@ def winograd_cases(
         label,
         lambda v, d: matmul(v, d, transpose_a=True, **product),
         (of(*v), of(*v)),
-        2 * size * math.prod(v) + 4 * math.prod(u),
+        times * 2 * size * math.prod(v) * -(-p.columns // 128) + 4 * math.prod(u),
         2 * size * real + 4 * math.prod(u),
         flops,
         name,
@@ -178,7 +185,7 @@ def winograd_cases(
                 v, u, rows=(found.output,) * 2, out_type=dtype, interpreted=False
             ),
             (of(*v), of(*u)),
-            size * (math.prod(v) + math.prod(u) + math.prod(result)),
+            read(*static.room.FUSED[outputs**2]) + 3 * size * math.prod(result),
             size * (real + math.prod(u) + math.prod(LAYER)),
             flops,
             name,
@@ -209,13 +216,14 @@ def compiled(card: cards.Card, case: Case) -> Row:
 
     from shardtrain import compat
 
-    before = set(DUMP.rglob("*"))
+    shutil.rmtree(DUMP, ignore_errors=True)
+    DUMP.mkdir()
     mesh = compat.auto_mesh(cards.devices(card)[:1], ["data"])
     here = NamedSharding(mesh, PartitionSpec())
     operands = [jax.ShapeDtypeStruct(o.shape, o.dtype, sharding=here) for o in case.operands]
     with jax.set_mesh(mesh), quietly():
         jax.jit(case.call).lower(*operands).compile()
-    new = set(DUMP.rglob("*")) - before
+    new = set(DUMP.rglob("*"))
     assembled = [a for path in new if path.suffix == ".ptx" for a in assemble(path, card.arch)]
     if not assembled:
         sys.exit(f"error: {case.kernel}, {case.config}, for {card.arch}: no kernel was compiled")
@@ -280,6 +288,41 @@ def roofline(card: cards.Card, case: Case) -> float:
     assert rates is not None
     operations, bandwidth = rates.by_pass["forward"]["winograd"]
     return max(case.flops / operations, case.bytes / bandwidth)
+
+
+def against_direct(rows: list[Row]) -> list[list[str]]:
+    """Forward passes by the model, beside direct convolution's: the better of both ways through the kernels.
+
+    Products of three TF32 stand beside direct convolution in float32 proper: there is none in TF32x3.
+    """
+    found = []
+    for target, config in dict.fromkeys((row.target, row.config) for row in rows):
+        times = {row.kernel: row.model_us for row in rows if (row.target, row.config) == (target, config)}
+        plain = config.removesuffix(" tf32x3")
+        for row in rows:  # the transforms do not depend on the precision
+            if (row.target, row.config) == (target, plain):
+                if "product" not in row.kernel:
+                    times.setdefault(row.kernel, row.model_us)
+        if "transform of x" not in times:
+            continue
+        apart = times["product"] + times["untransform, bias, relu"]
+        ours = times["transform of x"] + min(apart, times.get("product and untransform", apart))
+        taps = int(config.split(",")[1][0])
+        direct = direct_us(cards.CARDS[target], config.split()[1], taps, config != plain)
+        found.append([target, config, f"{ours:.0f}", f"{direct:.0f}", f"{direct / ours:.2f}"])
+    return found
+
+
+def direct_us(card: cards.Card, dtype: str, taps: int, exact: bool) -> float:
+    """Direct convolution of the layer by the model of `algorithm="auto"`."""
+    from shardtrain.kernels.conv import costs
+    from shardtrain.kernels.conv.task import parse
+
+    shape = "x".join(map(str, LAYER))
+    task = parse(f"{shape}->{LAYER[-1]},window={taps},dtype={dtype}")
+    rates = costs.sheet_rates(card.kind, dtype, "highest" if exact else None)
+    assert rates is not None
+    return 1e6 * costs.seconds(task, "direct", rates.by_pass["forward"]["direct"], 0)
 
 
 def broken(row: Row, card: cards.Card) -> str | None:
@@ -368,6 +411,7 @@ def quietly() -> Iterator[None]:
                 os.close(was)
 
 
+BESIDE = ("target", "config", "winograd", "direct", "direct / winograd")
 HEADER = ("target", "kernel", "config", "regs", "spill", "shared", "tensor", "MB", "least", "model µs")
 
 
@@ -403,8 +447,6 @@ def main() -> None:
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "XLA_FLAGS": f"--xla_dump_to={DUMP / 'xla'}"}
     cards.prepare()
 
-    import shutil
-
     import jax
     from rich.console import Console
     from rich.progress import track
@@ -427,6 +469,12 @@ def main() -> None:
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
+    beside = Table(title="forward pass by the model, µs")
+    for name in BESIDE:
+        beside.add_column(name, justify="left" if name in BESIDE[:2] else "right")
+    for line in against_direct(rows):
+        beside.add_row(*line)
+    console.print(beside)
     for found in programs:
         counts = ", ".join(f"{n} {kind}" for kind, n in found.collectives.items())
         console.print(
@@ -447,8 +495,10 @@ def main() -> None:
             meshes.append(
                 f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {counts} | {peak} |"
             )
+        ratios = ["| " + " | ".join(BESIDE) + " |", "|---|---|--:|--:|--:|"]
+        ratios += ["| " + " | ".join(line) + " |" for line in against_direct(rows)]
         says = f"Layer {LAYER} to {LAYER[-1]} channels; jax {jax.__version__}."
-        write_between("gpu_evidence", "\n".join([says, "", *head, *lines, "", *meshes]))
+        write_between("gpu_evidence", "\n".join([says, "", *head, *lines, "", *ratios, "", *meshes]))
     if complaints:
         sys.exit("error: budgets are broken\n" + "\n".join(complaints))
 

@@ -114,8 +114,10 @@ def test_compiled_for_a_card(tmp_path, target):
         assert row["spill_bytes"] == 0, row
         assert 0 < row["registers"] < 255, row
         assert row["smem_bytes"] <= (166912 if target == "sm_80" else 232448), row
-        assert row["least_bytes"] <= row["bytes"] < 1.25 * row["least_bytes"], row
-        if "product" in row["kernel"]:
+        assert row["least_bytes"] <= row["bytes"], row
+        if "product" not in row["kernel"]:
+            assert row["bytes"] < 1.25 * row["least_bytes"], row
+        else:
             assert row["tensor_core_instructions"] > 0, row
             assert row["flops"] > 0
             assert row["smem_bytes"] > 0
