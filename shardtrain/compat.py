@@ -131,6 +131,13 @@ def mosaic_kernel(
     return call
 
 
+def transposed(ref: Any) -> Any:
+    """A tile in shared memory, read the other way round."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
+
+
 def mosaic_races() -> bool:
     """Whether the interpreter of Mosaic GPU found a race since it was last reset; resets it."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks

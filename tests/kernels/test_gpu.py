@@ -229,7 +229,7 @@ def problems(draw: Any) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[in
     return shape, draw(some.sampled_from((1, 5, 64, 70, 129))), window, outputs, fused
 
 
-@settings(deadline=None, max_examples=25, database=None, derandomize=True)
+@settings(deadline=None, max_examples=15, database=None, derandomize=True)
 @given(problem=problems())
 def test_any_shape(problem):
     """Padding, images side by side, chunks and crops, with gradients."""

@@ -109,9 +109,9 @@ def _program(a, b, out, staged, *, tile, batch, products, transpose_a, transpose
         def multiply(_, left, right):  # type: ignore[no-untyped-def]
             left, right = left.at[0], right.at[0]
             if transpose_a:
-                left = plgpu.transpose_ref(left, (1, 0))
+                left = compat.transposed(left)
             if transpose_b:
-                right = plgpu.transpose_ref(right, (1, 0))
+                right = compat.transposed(right)
             plgpu.wgmma(acc, left, right)
             plgpu.wgmma_wait(1)  # the product before this one is done: its buffers are free
 

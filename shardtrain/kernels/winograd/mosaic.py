@@ -228,7 +228,7 @@ def _multiply_and_untransform(v, u, weights, out, staged, *, bk, transpose_u, ca
     def product(point):  # type: ignore[no-untyped-def]
         def accumulate(acc):  # type: ignore[no-untyped-def]
             def multiply(_, left, right):  # type: ignore[no-untyped-def]
-                right = plgpu.transpose_ref(right.at[0], (1, 0)) if transpose_u else right.at[0]
+                right = compat.transposed(right.at[0]) if transpose_u else right.at[0]
                 plgpu.wgmma(acc, left.at[0], right)
                 plgpu.wgmma_wait(0)
 
