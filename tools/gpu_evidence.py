@@ -455,7 +455,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=list(cards.CARDS), default=list(cards.CARDS))
     parser.add_argument("--quick", action="store_true", help="two convolutions of each card, one mesh")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows here")
-    parser.add_argument("--markdown", action="store_true", help="write the table into docs/measurements.md")
+    parser.add_argument("--markdown", action="store_true", help="write the tables into docs/gpu_evidence.md")
     args = parser.parse_args()
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
@@ -500,7 +500,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if args.markdown:
-        from census_conv import write_between
+        from census_conv import DOCUMENT, write_between
 
         head = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
         lines = ["| " + " | ".join(cells(row)) + " |" for row in rows]
@@ -514,7 +514,11 @@ def main() -> None:
         ratios = ["| " + " | ".join(BESIDE) + " |", "|---|---|--:|--:|--:|"]
         ratios += ["| " + " | ".join(line) + " |" for line in against_direct(rows)]
         says = f"Layer {LAYER} to {LAYER[-1]} channels; jax {jax.__version__}."
-        write_between("gpu_evidence", "\n".join([says, "", *head, *lines, "", *ratios, "", *meshes]))
+        write_between(
+            "gpu_evidence",
+            "\n".join([says, "", *head, *lines, "", *ratios, "", *meshes]),
+            DOCUMENT.with_name("gpu_evidence.md"),
+        )
     if complaints:
         sys.exit("error: budgets are broken\n" + "\n".join(complaints))
 
