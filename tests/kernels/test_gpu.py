@@ -62,7 +62,12 @@ def fresh_interpreter() -> Iterator[None]:
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [("bfloat16", "default"), ("float16", "default"), ("float32", "default"), ("float32", "tf32x3")],
+    [
+        ("bfloat16", "default"),
+        pytest.param("float16", "default", marks=pytest.mark.slow),
+        ("float32", "default"),
+        ("float32", "tf32x3"),
+    ],
 )
 @pytest.mark.parametrize("implementation", BOTH)
 def test_product(implementation, dtype, precision, transpose_a):

@@ -97,7 +97,9 @@ def evidence(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_80", pytest.param("sm_100a", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target", ["sm_90a", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100a"))]
+)
 def test_compiled_for_a_card(tmp_path, target):
     """Registers, spills, shared memory and tensor cores of the kernels, and a training step for 8 cards."""
     pytest.importorskip("jax")
