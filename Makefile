@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRA ?=
 comma := ,
-
+COMPILER := $(if $(filter Linux,$(shell uname -s)),gpu-compiler)
 
 .PHONY: install gpu-compiler train test test-all test-latest lint clean
 install: $(VENV)/installed$(EXTRA)
@@ -30,10 +30,10 @@ $(VENV)/gpu-compiler/installed: $(VENV)/installed$(EXTRA)
 train: install
 	$(BIN)/python recipes/train_cnn.py --mesh data=2,height=2,channel=2 --compare --out runs/digits
 
-test: install gpu-compiler
+test: install $(COMPILER)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: install gpu-compiler
+test-all: install $(COMPILER)
 	$(BIN)/python -m pytest -n 2
 
 # The suite on the newest jax, which needs Python 3.12 or newer.

@@ -1,5 +1,7 @@
 """What the compilers make of the kernels, without a GPU: every configuration is lowered, and some compiled."""
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -102,7 +104,6 @@ def evidence(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
 )
 def test_compiled_for_a_card(tmp_path, target):
     """Registers, spills, shared memory and tensor cores of the kernels, and a training step for 8 cards."""
-    pytest.importorskip("jax")
     if not (Path(sys.prefix) / "gpu-compiler").is_dir():
         pytest.skip("jax's CUDA plugin is not installed; run `make gpu-compiler`")
     run = evidence(tmp_path, "--targets", target, "--quick", "--json", str(tmp_path / "rows.json"))
@@ -132,3 +133,21 @@ def test_evidence_speaks_to_its_user(tmp_path):
     run = evidence(tmp_path, "--targets", "sm_75")
     assert run.returncode == 2
     assert "invalid choice: 'sm_75'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "8 bytes of spills"),
+        ({"smem_bytes": 240000}, "240000 bytes of shared memory, 232448 are there"),
+        ({"tensor_core_instructions": 0}, "no tensor core instruction"),
+        ({"kernel": "transform of x", "tensor_core_instructions": 0}, None),
+    ],
+)
+def test_budgets(monkeypatch, tmp_path, changes, said):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
+    tool, cards = importlib.import_module("gpu_evidence"), importlib.import_module("cards")
+    row = tool.Row("product", "", "sm_90a", 100, 0, 100000, 16, 1, 1, 1, 1.0)
+    assert tool.broken(dataclasses.replace(row, **changes), cards.CARDS["sm_90a"]) == said
