@@ -55,6 +55,11 @@ def alike(*arrays: Array) -> list[Array]:
     ]
 
 
+def default_precision() -> str | None:
+    """What `jax.default_matmul_precision` says."""
+    return getattr(jax.config, "jax_default_matmul_precision", None)
+
+
 def device_kind() -> str:
     """Kind of the devices that a program is traced for: those of the mesh around it, or jax's default one."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

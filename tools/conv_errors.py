@@ -3,7 +3,7 @@
     python tools/conv_errors.py --markdown
 
 Normal data, 256 channels, filters scaled to outputs of size 1; root mean square of the error over that of
-the output. Published errors of Winograd's algorithm stand beside ours where we know them.
+the output. The points of the literature (Lavin and Gray's, wincnn's) stand beside ours.
 """
 
 import argparse

@@ -11,7 +11,8 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
-"""In the order in which they are tried: Mosaic GPU (Hopper), Triton (NVIDIA from Ampere on), plain jax."""
+"""In the order in which they are tried: Mosaic GPU (Hopper, Blackwell), Triton (NVIDIA from Ampere on), plain
+jax."""
 
 _CAPABILITIES = {
     "A100": (8, 0), "A10": (8, 6), "A30": (8, 0), "A40": (8, 6), "L4": (8, 9), "L40": (8, 9), "L40S": (8, 9),
@@ -35,6 +36,11 @@ class Card:
     kind: str
     capability: tuple[int, int]
     interpreted: bool = False
+
+    @property
+    def blackwell(self) -> bool:
+        """Whether its tensor cores have a memory of their own."""
+        return self.capability[0] == 10
 
 
 _interpreted: contextvars.ContextVar[Card | None] = contextvars.ContextVar("interpreted", default=None)
@@ -86,8 +92,11 @@ def why_not(implementation: str, at: Card | None) -> str | None:
             f"implementation={implementation!r} is for NVIDIA GPUs, and this program is traced for "
             f"{jax.default_backend()!r}; leave it out, or set a mesh of the GPUs to compile for"
         )
-    if implementation == "mosaic" and at.capability[0] != 9:
-        return f"implementation='mosaic' is for compute capability 9 (Hopper), not {at.kind}'s {_dotted(at)}"
+    if implementation == "mosaic" and at.capability[0] not in (9, 10):
+        return (
+            f"implementation='mosaic' is for compute capability 9 and 10 (Hopper, Blackwell), not "
+            f"{at.kind}'s {_dotted(at)}"
+        )
     if implementation == "triton" and at.capability < (8, 0):
         return f"implementation='triton' takes compute capability 8 or more, not {at.kind}'s {_dotted(at)}"
     return None

@@ -85,14 +85,15 @@ def conv(
         algorithm: what each device computes its part by: `"direct"` (`lax.conv_general_dilated`), `"im2col"`
             (one matrix product, with `prod(window)` times the input laid out), `"fft"` (tiles, for large
             windows, stride 1) or `"winograd"` (windows up to 7, stride 1); both gradients by the same. The
-            same numbers up to rounding: Winograd's errors are about twice those of the others in float32,
-            and too large for bfloat16 beyond F(2, 3), which it takes there. `"auto"` takes for the output
+            same numbers up to rounding: Winograd's errors in float32 are those of the others for windows of
+            3, four times those for 5; in bfloat16 0.4 % for windows of 3, which are F(2, 3), and 4 % for 5;
+            on GPUs those of TF32, see `precision`. `"auto"` takes for the output
             and for each gradient the one that was measured to be the fastest, or is by a model of the
             device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
             gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
             up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
-        implementation: what Winograd's algorithm is written in: `"mosaic"` (Pallas' Mosaic GPU, on Hopper),
-            `"triton"` (NVIDIA cards from Ampere on), `"xla"` (plain jax, everywhere), or None for the first
+        implementation: what Winograd's algorithm is written in: `"mosaic"` (Pallas' Mosaic GPU, Hopper and
+            Blackwell), `"triton"` (NVIDIA from Ampere on), `"xla"` (plain jax, everywhere), or None for the first
             of them that does it on the device that the program is for. The kernels take float32, bfloat16
             and float16 in 1 and 2 dimensions without groups; float32 as TF32, or with `precision="high"` as
             three products of TF32. They have gradients, but not of second order.

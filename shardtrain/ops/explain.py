@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from rich.console import Console
 from rich.table import Table
 
 from shardtrain import compat
+from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
 from shardtrain.ops.conv import configured, convolve
 
@@ -129,6 +131,8 @@ def explain_conv(
         for a in (x, kernel)
     ]
 
+    if not jnp.issubdtype(given[0].dtype, jnp.floating):
+        raise UserError(f"explain_conv: {given[0].dtype} is always computed by 'direct'; there is no choice")
     config = configured(*given, **arguments)
     traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, config=config)
 

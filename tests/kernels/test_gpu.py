@@ -1,6 +1,7 @@
 """The kernels for GPUs: their numbers in both interpreters, what surrounds them on many shapes and on meshes,
 what chooses among them, and wrong variants. What the compiler says of them is in test_gpu_compiled.py."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from shardtrain.kernels import gpu
 from shardtrain.kernels.conv import api as conv
 from shardtrain.kernels.matmul import matmul
 from shardtrain.kernels.matmul import mosaic as matmul_mosaic
+from shardtrain.kernels.winograd import api as winograd_api
 from shardtrain.kernels.winograd import bilinear, cook_toom, mosaic, stages, winograd, xla
 from shardtrain.kernels.winograd import triton as winograd_triton
 from tests.kernels import plain
@@ -88,6 +90,25 @@ def test_product(implementation, dtype, precision, transpose_a):
     assert not compat.mosaic_races()
 
 
+@pytest.mark.parametrize("implementation", BOTH)
+def test_product_of_many_tiles(implementation):
+    a, b = numbers(2, 200, 100), numbers(2, 100, 300)
+    y = interpreted(lambda a, b: matmul(a, b, implementation=implementation), a, b)
+    assert error(y, a.astype(float) @ b.astype(float)) < 3e-7
+    assert not compat.mosaic_races()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.12's interpreter is the first with tcgen05")
+@pytest.mark.parametrize("transpose_a", [False, True])
+def test_product_on_blackwell(transpose_a):
+    a, b = numbers(2, 70, 200, dtype="bfloat16"), numbers(2, 200, 140, dtype="bfloat16")
+    with gpu.interpreted((10, 0)):
+        y = jax.jit(
+            lambda a, b: matmul(a, b, transpose_a=transpose_a, out_type=jnp.float32, implementation="mosaic")
+        )(a.mT if transpose_a else a, b)
+    assert error(y, a.astype(float) @ b.astype(float)) < 3e-7
+
+
 def test_product_and_its_gradients():
     a, b = numbers(30, 50), numbers(50, 20)
 
@@ -123,6 +144,7 @@ CASES = [  # (shape, filters, window, outputs, type, fused)
     ((2, 7, 6, 5), 7, (3, 3), (4, 4), "float32", False),
     ((1, 6, 7, 70), 20, (3, 3), (2, 2), "bfloat16", False),
     ((1, 5, 6, 3), 4, (3, 3), (2, 2), "bfloat16", True),
+    ((1, 4, 5, 40), 20, (3, 3), (2, 2), "float32", True),
     ((2, 30, 3), 4, (3,), (4,), "float16", False),
     ((1, 5, 6, 3), 4, (3, 2), (2, 2), "float32", False),
 ]
@@ -195,6 +217,84 @@ def test_vmap():
     y = interpreted(jax.vmap(lambda x: winograd(x, kernel, outputs=(2, 2), implementation="triton")), x)
     for a, b in zip(y, x, strict=True):
         assert error(a, exact(b, kernel)) < LIMITS["float32"]
+
+
+@pytest.mark.parametrize("mapped", ["both", "filters"])
+def test_vmap_of_filters_and_of_gradients(plain_kernels, mapped):
+    x, kernels = numbers(3, 1, 6, 6, 3), numbers(3, 3, 3, 3, 4)
+
+    def f(kernel, x):
+        return (winograd(x, kernel, outputs=(2, 2), implementation="triton", fused=False) ** 2).sum()
+
+    axes = (0, 0) if mapped == "both" else (0, None)
+    x = x if mapped == "both" else x[0]
+    found = interpreted(jax.vmap(jax.grad(f), axes), kernels, x)
+    right = jax.vmap(jax.grad(lambda k, x: (exact(x, k) ** 2).sum()), axes)(kernels.astype(float), x)
+    assert error(found, right) < 2e-6
+
+
+def test_second_derivatives_are_refused(plain_kernels):
+    x, kernel = numbers(1, 6, 6, 3), numbers(3, 3, 3, 4)
+
+    def f(x):
+        return (winograd(x, kernel, outputs=(2, 2), implementation="triton") ** 2).sum()
+
+    with pytest.raises(UserError, match="cannot be differentiated again; take implementation='xla'"):
+        interpreted(jax.grad(lambda x: (jax.grad(f)(x) ** 2).sum()), x)
+
+
+@pytest.mark.parametrize(
+    ("precision", "level"),
+    [
+        (None, "default"),
+        ("tensorfloat32", "tf32x3"),
+        (lax.Precision.HIGH, "tf32x3"),
+        (("default", "highest"), "highest"),
+        (lax.DotAlgorithmPreset.TF32_TF32_F32_X3, "tf32x3"),
+        (lax.DotAlgorithmPreset.F64_F64_F64, "highest"),
+    ],
+)
+def test_precisions(precision, level):
+    assert winograd_api._level(precision) == level
+    with jax.default_matmul_precision("highest"):
+        assert winograd_api._level(None) == "highest"
+
+
+def test_indices_of_32_bits():
+    """The input's gradient and the filters count, too."""
+    for x, kernel, outputs in (
+        ((2048, 56, 56, 512), (3, 3, 512, 512), (2, 2)),
+        ((8192, 9, 9, 256), (7, 7, 256, 256), (2, 2)),
+        ((1, 9, 9, 16384), (3, 3, 16384, 16384), (2, 2)),
+        ((0, 9, 9, 16), (3, 3, 16, 16), (2, 2)),
+    ):
+        with gpu.interpreted():
+            assert winograd_api.picked(x, kernel, "bfloat16", outputs=outputs) is None
+            with pytest.raises(UserError, match=r"2\^31 numbers|nothing to compute"):
+                winograd_api.picked(x, kernel, "bfloat16", outputs=outputs, implementation="mosaic")
+
+
+def test_what_is_no_number_to_compute_with():
+    whole = jnp.ones((1, 8, 8, 4), jnp.int32)
+    with pytest.raises(UserError, match="algorithm='fft' is for floating point, not int32; use 'direct'"):
+        inspect.unwrap(conv.conv)(
+            whole,
+            jnp.ones((3, 3, 4, 4), jnp.int32),
+            strides=(1, 1),
+            dilation=(1, 1),
+            padding=((0, 0),) * 2,
+            algorithm="fft",
+        )
+    with pytest.raises(UserError, match="gives float32, bfloat16, float16, not float64"), gpu.interpreted():
+        winograd(
+            numbers(1, 6, 6, 4), numbers(3, 3, 4, 4), outputs=(2, 2), out_type=float, implementation="mosaic"
+        )
+    for algorithm in ("im2col", "fft", "winograd"):
+        y = st.ops.conv(jnp.ones((0, 8, 8, 4)), jnp.ones((3, 3, 4, 5)), algorithm=algorithm)
+        assert y.shape == (0, 8, 8, 5)
+    assert matmul(jnp.ones((0, 3)), jnp.ones((3, 2))).shape == (0, 2)
+    with pytest.raises(UserError, match="do not agree"):
+        matmul(jnp.ones((2, 3)), jnp.ones(3))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
@@ -303,7 +403,7 @@ def test_which_is_tried_when():
     assert names == {
         hopper: ["mosaic", "triton", "xla"],
         ampere: ["triton", "xla"],
-        blackwell: ["triton", "xla"],
+        blackwell: ["mosaic", "triton", "xla"],
         volta: ["xla"],
         None: ["xla"],
     }

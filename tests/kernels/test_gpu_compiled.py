@@ -57,6 +57,15 @@ def test_every_configuration_lowers(implementation, dtype, outputs, taps):
         assert names[implementation] in fused
 
 
+def test_blackwell_lowers():
+    def f(x, kernel):
+        y, pull = jax.vjp(lambda x, k: st.ops.conv(x, k, algorithm="winograd"), x, kernel)
+        return pull(y)
+
+    for dtype, name in (("bfloat16", "mosaic_gpu"), ("float32", "triton")):
+        assert name in lowered("NVIDIA B200", f, (1, 8, 8, 70), (3, 3, 70, 30), dtype=dtype)
+
+
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_every_precision_lowers(precision):
     def f(x, kernel):
@@ -72,7 +81,8 @@ def test_under_vmap_and_in_the_layer():
         return jax.vmap(lambda x: st.ops.conv(x, kernel, algorithm="winograd"))(x)
 
     for kind, name in ((KINDS["mosaic"], "mosaic_gpu"), (KINDS["triton"], "triton")):
-        assert name in lowered(kind, f, (3, 1, 8, 8, 64), (3, 3, 64, 64), dtype="bfloat16")
+        for dtype in ("bfloat16", "float32"):  # several steps along the channels
+            assert name in lowered(kind, f, (3, 1, 8, 8, 128), (3, 3, 128, 128), dtype=dtype)
     assert "mosaic_gpu" not in lowered(
         "NVIDIA Tesla V100", f, (3, 1, 8, 8, 4), (3, 3, 4, 4), dtype=jnp.float32
     )

@@ -58,6 +58,10 @@ def conv(
     window = kernel.shape[:-2]
     if reason := refused(algorithm, window, strides, implementation):
         raise UserError(f"conv: {reason}")
+    if algorithm not in ("auto", "direct") and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"conv: algorithm={algorithm!r} is for floating point, not {x.dtype}; use 'direct'")
+    if precision is None:
+        precision = compat.default_precision()  # what "auto" believes is what is computed
     problem = Problem(
         window,
         tuple(strides),
@@ -71,6 +75,8 @@ def conv(
     )
     task = Task(problem, x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], x.dtype.name)
     passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
+    if 0 in (*x.shape, *kernel.shape):
+        passes = Passes("direct", "direct", "direct")  # nothing to compute
     heard(task, passes)
     if set(passes) == {"direct"} or (algorithm != "auto" and not problem.dense):
         return _compute(problem, passes.forward, x, kernel)  # jax's own gradients, of both modes

@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shardtrain import compat
 from shardtrain.kernels.conv import fft, im2col
 from shardtrain.kernels.conv.task import PASSES, Task
 from shardtrain.kernels.winograd import tile_outputs
@@ -80,7 +80,7 @@ def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
     """Whether factors have 10 bits or fewer: float16, bfloat16, and float32 on tensor cores (TF32)."""
     if jnp.finfo(dtype).nmant < 20:
         return True
-    named = precision or getattr(jax.config, "jax_default_matmul_precision", None)
+    named = precision or compat.default_precision()
     given = set(map(str, named if isinstance(named, tuple) else (named,)))
     exact = given <= {"highest", "float32", "HIGHEST", str(lax.Precision.HIGHEST)}
     return dtype == "float32" and kind.startswith("NVIDIA") and not exact

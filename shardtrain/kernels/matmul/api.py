@@ -1,6 +1,7 @@
 """The front door: pads to whole tiles, picks an implementation, and differentiates."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -48,8 +49,8 @@ def matmul(
         >>> matmul(jnp.ones((100, 30)), jnp.ones((30, 70))).shape
         (100, 70)
     """
-    depth = a.shape[-2 if transpose_a else -1]
-    if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or b.shape[-2] != depth or a.dtype != b.dtype:
+    matrices = min(a.ndim, b.ndim) >= 2 and a.shape[:-2] == b.shape[:-2] and a.dtype == b.dtype
+    if not matrices or b.shape[-2] != a.shape[-2 if transpose_a else -1]:
         raise UserError(
             f"matmul: operands {a.dtype}{a.shape} and {b.dtype}{b.shape} do not agree"
             f"{' with transpose_a' if transpose_a else ''}"
@@ -57,33 +58,43 @@ def matmul(
     if precision not in PRECISIONS:
         raise UserError(f"matmul: precision={precision!r}; there are {', '.join(map(repr, PRECISIONS))}")
     batch = a.shape[:-2]
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in compat.alike(a, b)]
-    found = pick(implementation, a.dtype, precision)
+    flat = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in compat.alike(a, b)]
+    found = pick(implementation, a.dtype, precision, out_type)
+    if 0 in (*a.shape, *b.shape):
+        found = "xla"  # nothing to multiply
     y = _differentiable(transpose_a, precision, jnp.dtype(out_type or a.dtype), found, *flat)
     return y.reshape(*batch, *y.shape[-2:])
 
 
-def pick(implementation: str | None, dtype: DTypeLike, precision: str, what: str = "matmul") -> str:
+def pick(
+    implementation: str | None, dtype: DTypeLike, precision: str, out_type: DTypeLike | None = None
+) -> str:
     """The first implementation that takes this type and precision here, or the named one.
 
     Raises:
         UserError: the named one does not.
     """
-    names = gpu.chosen(implementation, what)
-    reasons = {name: refused(name, dtype, precision) for name in names}
+    names = gpu.chosen(implementation, "matmul")
+    reasons = {name: refused(name, dtype, precision, out_type) for name in names}
     found = next((name for name, reason in reasons.items() if reason is None), None)
     if found is None:
-        raise UserError(f"{what}: {reasons[names[0]]}")
+        raise UserError(f"matmul: {reasons[names[0]]}")
     return found
 
 
-def refused(implementation: str, dtype: DTypeLike, precision: str) -> str | None:
+def refused(
+    implementation: str, dtype: DTypeLike, precision: str, out_type: DTypeLike | None = None
+) -> str | None:
     """Why an implementation does not multiply this, None if it does."""
     if implementation == "xla":
         return None
-    if jnp.dtype(dtype) not in [jnp.dtype(t) for t in TYPES]:
-        known = ", ".join(jnp.dtype(t).name for t in TYPES)
-        return f"implementation={implementation!r} takes {known}, not {jnp.dtype(dtype).name}"
+    for name, given in (("takes", dtype), ("gives", out_type or dtype)):
+        if jnp.dtype(given) not in [jnp.dtype(t) for t in TYPES]:
+            known = ", ".join(jnp.dtype(t).name for t in TYPES)
+            return f"implementation={implementation!r} {name} {known}, not {jnp.dtype(given).name}"
+    at = gpu.card()
+    if implementation == "mosaic" and jnp.dtype(dtype) == jnp.float32 and at is not None and at.blackwell:
+        return "implementation='mosaic' has no products of float32 on Blackwell; use 'triton'"
     if implementation == "mosaic" and precision == "highest" and jnp.dtype(dtype) == jnp.float32:
         return "implementation='mosaic' has no products of float32; take precision='tf32x3', or 'triton'"
     return None
@@ -124,6 +135,26 @@ _differentiable.defvjp(_forward, _backward)
 def _compute(
     transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
 ) -> Array:
+    """As one product of a larger batch under `vmap`: kernels have no dimension to spare."""
+    run = functools.partial(_one, transpose_a, precision, out_type, implementation)
+    if implementation == "xla":
+        return run(a, b)
+    folded = jax.custom_batching.custom_vmap(run)
+
+    @folded.def_vmap
+    def rule(size: int, mapped: Any, a: Array, b: Array) -> tuple[Array, bool]:
+        each = [
+            x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip((a, b), mapped, strict=True)
+        ]
+        y = folded(*(x.reshape(-1, *x.shape[2:]) for x in each))
+        return y.reshape(size, -1, *y.shape[1:]), True
+
+    return folded(a, b)
+
+
+def _one(
+    transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
+) -> Array:
     if implementation == "xla":
         return _by_xla(transpose_a, precision, out_type, a, b)
     rows, columns = a.shape[2 if transpose_a else 1], b.shape[2]
@@ -132,13 +163,14 @@ def _compute(
     # The boundary check of the CUDA example: the borders are filled to whole tiles instead, with zeros.
     a = _padded(a, (bk, bm) if transpose_a else (bm, bk))
     b = _padded(b, (bk, bn))
-    interpreted = bool((at := gpu.card()) and at.interpreted)
+    at = gpu.card()
+    assert at is not None
     if implementation == "triton":
         presets: dict[str, Any] = {
             "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
             "highest": lax.Precision.HIGHEST,
         }
-        exact = a.dtype == jnp.float32 and not interpreted  # the interpreter's products are float32's own
+        exact = a.dtype == jnp.float32 and not at.interpreted  # the interpreter's products are float32's own
         chosen = presets.get(precision) if exact else None
         y = triton.matmul(
             a[None],
@@ -146,7 +178,7 @@ def _compute(
             transpose_a=transpose_a,
             precision=chosen,
             out_type=out_type,
-            interpreted=interpreted,
+            interpreted=at.interpreted,
         )
     else:
         if transpose_a and a.dtype == jnp.float32:
@@ -158,7 +190,8 @@ def _compute(
             products=((0, 1), (1, 0), (0, 0)) if split else ((0, 0),),
             transpose_a=transpose_a,
             out_type=out_type,
-            interpreted=interpreted,
+            blackwell=at.blackwell,
+            interpreted=at.interpreted,
         )
     return y[:, :rows, :columns]
 

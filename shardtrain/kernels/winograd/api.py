@@ -82,7 +82,7 @@ def winograd(
         y = xla.winograd(x, kernel, outputs=outputs, groups=groups, precision=precision, out_type=out_type)
         if bias is not None:
             y = y + bias.astype(y.dtype)
-        return jnp.maximum(y, 0) if relu else y
+        return jax.nn.relu(y) if relu else y
     line = x.ndim == 3
     if line:  # a line is an image of one row
         x, kernel = x[:, None], kernel[None]
@@ -114,7 +114,7 @@ def picked(
         if name == "xla":
             return None
         level = _level(precision)
-        reason = _no_kernels(name, len(kernel) - 2, groups) or products.refused(name, dtype, level)
+        reason = _no_kernels(name, len(kernel) - 2, groups) or products.refused(name, dtype, level, out_type)
         if reason is None:
             found = xla.algorithms(kernel[:-2], outputs)
             pair = (algorithm(1, 1), found[0]) if len(found) == 1 else (found[0], found[1])
@@ -128,7 +128,7 @@ def picked(
 
 
 def _no_kernels(name: str, rank: int, groups: int) -> str | None:
-    if rank > 2:
+    if not 1 <= rank <= 2:
         return f"implementation={name!r} has 1 and 2 dimensions, not {rank}; use 'xla'"
     if groups > 1:
         return f"implementation={name!r} has no groups, not {groups}; use 'xla'"
@@ -137,13 +137,16 @@ def _no_kernels(name: str, rank: int, groups: int) -> str | None:
 
 def _level(precision: lax.PrecisionLike) -> str:
     """`precision` as the products of tiles know it, by the stricter of a pair."""
+    if precision is None:
+        precision = compat.default_precision()
     names: dict[Any, str] = {
-        None: "default", "default": "default", "bfloat16": "default", "fastest": "default",
-        "high": "tf32x3", "bfloat16_3x": "tf32x3", "tensorfloat32": "default",
+        "none": "default", "default": "default", "bfloat16": "default", "fastest": "default",
+        "high": "tf32x3", "bfloat16_3x": "tf32x3", "tensorfloat32": "tf32x3",
+        "tf32_tf32_f32": "default", "tf32_tf32_f32_x3": "tf32x3",
         "highest": "highest", "float32": "highest",
     }  # fmt: skip
     given = precision if isinstance(precision, tuple) else (precision,)
-    levels = [names.get(p.name.lower() if isinstance(p, lax.Precision) else p, "highest") for p in given]
+    levels = [names.get(str(getattr(p, "name", p)).lower(), "highest") for p in given]
     return max(levels, key=products.PRECISIONS.index)
 
 
@@ -155,7 +158,7 @@ def _by_kernels(static: Static, x: Array, kernel: Array, bias: Array | None) -> 
 def _forward(
     static: Static, x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None, Array | None]]:
-    y = stages.convolve(static, x, kernel, bias)
+    y = _by_kernels(static, x, kernel, bias)  # which outer derivatives know
     return y, (x, kernel, bias, y if static.relu else None)
 
 
@@ -166,9 +169,24 @@ def _backward(
     if y is not None:
         dy = jnp.where(y > 0, dy, jnp.zeros_like(dy))
     dbias = None if bias is None else dy.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
-    dy = dy.astype(x.dtype)
-    dkernel = stages.filter_gradient(static, x, dy).astype(kernel.dtype)
-    return stages.input_gradient(static, kernel, dy).astype(x.dtype), dkernel, dbias
+    dx, dkernel = _pulled(static, x, kernel, dy.astype(x.dtype))
+    return dx, dkernel, dbias
 
 
 _by_kernels.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pulled(static: Static, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+    dkernel = stages.filter_gradient(static, x, dy)
+    return stages.input_gradient(static, kernel, dy).astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+def _no_second(static: Static, *_: Array) -> Any:
+    raise UserError(
+        f"winograd: the gradients of implementation={static.implementation!r} cannot be differentiated "
+        f"again; take implementation='xla'"
+    )
+
+
+_pulled.defvjp(_no_second, _no_second)

@@ -1,4 +1,4 @@
-"""Winograd's transforms and its product fused with the output transform, in Mosaic GPU for Hopper.
+"""Winograd's transforms and its product fused with the output transform, in Mosaic GPU.
 
 A program holds a strip of tiles in shared memory, brought and taken away by the tensor memory accelerator,
 and transforms one tile after the other: a vector of 128 channels for each of its points.
@@ -25,7 +25,7 @@ LANES = 128
 """Channels of a vector: the threads of a warpgroup."""
 
 BUDGET = 112 * 1024
-"""Bytes of shared memory of a program, so that two fit on a multiprocessor."""
+"""Bytes of shared memory of a program, so that two fit on a multiprocessor where tiles are not large."""
 
 FUSED = {2: (64, 64), 4: (64, 64), 16: (64, 16)}
 """Rows and columns of the fused product's tiles by outputs of a tile: as many as registers hold."""
@@ -70,8 +70,8 @@ def transform(
         name="winograd_transform",
         out_shape=(points, strips, tiles[1], x.shape[3]),
         out_type=x.dtype,
-        grid=(strips, tiles[1] // count, x.shape[3] // LANES),
-        grid_names=("strip", "tiles", "channels"),
+        grid=(x.shape[3] // LANES, tiles[1] // count, strips),  # the last has no limit of 65535
+        grid_names=("channels", "tiles", "strip"),
         scratch_types=[
             plgpu.SMEM((extents[0], wide, LANES), x.dtype),
             plgpu.SMEM((points, count, LANES), x.dtype),
@@ -137,8 +137,8 @@ def untransform(
         name="winograd_untransform",
         out_shape=(batch, tiles[0] * outputs[0], tiles[1] * outputs[1], m.shape[3]),
         out_type=jnp.dtype(out_type),
-        grid=(batch * tiles[0], tiles[1] // count, m.shape[3] // LANES),
-        grid_names=("strip", "tiles", "channels"),
+        grid=(m.shape[3] // LANES, tiles[1] // count, batch * tiles[0]),
+        grid_names=("channels", "tiles", "strip"),
         scratch_types=[
             plgpu.SMEM((m.shape[0], count, LANES), m.dtype),
             plgpu.SMEM((outputs[0], count * outputs[1], LANES), out_type),

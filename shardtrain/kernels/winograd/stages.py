@@ -4,11 +4,14 @@ Transform the input's tiles, multiply them by the transformed filters for every 
 back. Filters, small as they are, are left to XLA, which also fills the borders and crops them.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -111,6 +114,29 @@ def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike)
     )
 
 
+def _folded(run: Callable[[Array, Array, Array | None], Array]) -> Callable[..., Array]:
+    """`run(x, kernel, bias)` that under `vmap` of `x` alone takes one larger batch, and otherwise one example
+    after the other: kernels have no dimension to spare."""
+    folded = jax.custom_batching.custom_vmap(run)
+
+    @folded.def_vmap
+    def rule(size: int, mapped: Any, x: Array, kernel: Array, bias: Array | None) -> tuple[Array, bool]:
+        if not any(jax.tree.leaves(mapped[1:])):
+            y = folded(x.reshape(-1, *x.shape[2:]), kernel, bias)
+            return y.reshape(size, -1, *y.shape[1:]), True
+        return _in_turn(folded, size, mapped, x, kernel, bias), True
+
+    return folded
+
+
+def _in_turn(run: Callable[..., Array], size: int, mapped: Any, *operands: Array | None) -> Array:
+    each = [
+        o if o is None or m else jnp.broadcast_to(o, (size, *o.shape))
+        for o, m in zip(operands, mapped, strict=True)
+    ]
+    return jax.lax.map(lambda one: run(*one), tuple(each))
+
+
 def convolve(
     static: Static,
     x: Float[Array, "batch rows columns channels_in"],
@@ -118,6 +144,15 @@ def convolve(
     bias: Float[Array, " channels_out"] | None,
 ) -> Float[Array, "batch rows_out columns_out channels_out"]:
     """Convolution with stride 1 and no padding, plus the bias, rectified if asked."""
+    return _folded(functools.partial(_convolve, static))(x, kernel, bias)
+
+
+def _convolve(
+    static: Static,
+    x: Float[Array, "batch rows columns channels_in"],
+    kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
+    bias: Float[Array, " channels_out"] | None,
+) -> Float[Array, "batch rows_out columns_out channels_out"]:
     p = plan(static, x.shape, kernel.shape[-1], x.dtype)
     u = _filters(static, kernel, p)
     v = _tiles(static, x, p)
@@ -154,6 +189,16 @@ def filter_gradient(
     The transposed product is over all tiles; it is cut in chunks, which are summed at the end, so that there
     are programs for all of the card.
     """
+    run = jax.custom_batching.custom_vmap(functools.partial(_filter_gradient, static))
+
+    @run.def_vmap
+    def rule(size: int, mapped: Any, x: Array, dy: Array) -> tuple[Array, bool]:
+        return _in_turn(run, size, mapped, x, dy), True
+
+    return run(x, dy)
+
+
+def _filter_gradient(static: Static, x: Array, dy: Array) -> Array:
     p = plan(static, x.shape, dy.shape[-1], x.dtype)
     v = _tiles(static, x, p)
     back = tuple(tuple(zip(*f.output, strict=True)) for f in static.found)
@@ -223,7 +268,10 @@ def refused(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLi
     p = plan(static, shape, columns, dtype)
     if min(*shape, *p.extents, columns) < 1:
         return f"{name} has nothing to compute for an input of {shape}; use 'xla'"
-    if (numbers := math.prod(tile) * p.rows * max(p.depth, p.columns)) >= 2**31:  # indices are of 32 bits
+    back = [n + 2 * (f.taps - 1) for n, f in zip(p.extents, static.found, strict=True)]
+    dual = plan(static, (shape[0], *back, columns), shape[-1], dtype)  # the input's gradient
+    rows = max(p.rows, dual.rows, p.depth)
+    if (numbers := math.prod(tile) * rows * max(p.depth, p.columns)) >= 2**31:  # indices are of 32 bits
         return f"{name} takes transformed images of 2^31 numbers, not {numbers}; cut the batch, or use 'xla'"
     if static.fused:
         return _fusible(static, dtype)
@@ -235,6 +283,8 @@ def _fusible(static: Static, dtype: DTypeLike) -> str | None:
     name, tile = f"implementation={static.implementation!r}", [f.tile for f in static.found]
     if math.prod(f.outputs for f in static.found) not in static.room.FUSED:
         return f"{name} has no fused product for {tile[0]}x{tile[1]} tiles; leave fused out"
+    if static.implementation == "mosaic" and (at := gpu.card()) is not None and at.blackwell:
+        return f"{name} has its fused product for Hopper only; leave fused out"
     if static.precision != "default" and jnp.dtype(dtype) == jnp.float32:
         return f"{name} fuses products of the default precision only; leave fused out"
     return None
@@ -309,7 +359,7 @@ def _finished(static: Static, y: Array, batch: int, bias: Array | None, columns:
     y = _cropped(y, batch, p.extents, columns)
     if bias is not None:
         y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
-    return jnp.maximum(y, 0) if static.relu else y
+    return jax.nn.relu(y) if static.relu else y
 
 
 def _cropped(y: Array, batch: int, extents: tuple[int, int], columns: int) -> Array:

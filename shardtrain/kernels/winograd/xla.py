@@ -54,12 +54,6 @@ def winograd(
     )
 
 
-def tile_outputs(window: Sequence[int], dtype: DTypeLike) -> tuple[int, ...]:
-    """`m` of Winograd's F(m, r) in every dimension: tiles of 6, of 4 where numbers have few digits."""
-    few = jnp.finfo(dtype).nmant < 20
-    return tuple(max(1, (5 if few else 7) - r if r <= 4 else 9 - r) for r in window)
-
-
 def algorithms(window: Sequence[int], outputs: Sequence[int]) -> tuple[Algorithm, ...]:
     """F(m, r) of every dimension; one of a single tap needs no tile."""
     return tuple(algorithm(1 if r == 1 else m, r) for m, r in zip(outputs, window, strict=True))
