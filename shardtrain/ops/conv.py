@@ -92,9 +92,9 @@ def conv(
             device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
             gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
             up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
-        implementation: what Winograd's algorithm is written in: `"mosaic"` (Pallas' Mosaic GPU, Hopper and
-            Blackwell), `"triton"` (NVIDIA from Ampere on), `"xla"` (plain jax, everywhere), or None for the first
-            of them that does it on the device that the program is for. The kernels take float32, bfloat16
+        implementation: of Winograd's algorithm: `"mosaic"` (Mosaic GPU: Hopper, Blackwell), `"triton"`
+            (NVIDIA from Ampere on), `"xla"` (plain jax, everywhere), or None for the first of them that does
+            it on the device that the program is for. The kernels take float32, bfloat16
             and float16 in 1 and 2 dimensions without groups; float32 as TF32, or with `precision="high"` as
             three products of TF32. They have gradients, but not of second order.
         layout: which mesh axes cut what; by name by default.
