@@ -173,10 +173,8 @@ def triton_kernel(
         same = alike(*operands)
         varying = jax.typeof(same[0]).manual_axis_type
         out = jax.ShapeDtypeStruct(tuple(out_shape), out_type, manual_axis_type=varying)
-        with (
-            jax.enable_x64(False),
-            warnings.catch_warnings(),
-        ):  # jax 0.11 says that this back end will go: it is our second choice
+        with jax.enable_x64(False), warnings.catch_warnings():
+            # jax 0.11 says that this back end will go: it is our second choice.
             warnings.filterwarnings("ignore", ".*Triton backend is deprecated.*", DeprecationWarning)
             kernel = pl.pallas_call(
                 body, out_shape=out, compiler_params=params, interpret=interpreted, name=name, **kwargs

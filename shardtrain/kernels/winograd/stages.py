@@ -114,14 +114,15 @@ def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike)
     )
 
 
-def _folded(run: Callable[[Array, Array, Array | None], Array]) -> Callable[..., Array]:
-    """`run(x, kernel, bias)` that under `vmap` of `x` alone takes one larger batch, and otherwise one example
-    after the other: kernels have no dimension to spare."""
-    folded = jax.custom_batching.custom_vmap(run)
+def _folded(static: Static) -> Callable[..., Array]:
+    """`_convolve` that under `vmap` of the input alone takes one larger batch where it can, and otherwise one
+    example after the other: kernels have no dimension to spare."""
+    folded = jax.custom_batching.custom_vmap(functools.partial(_convolve, static))
 
     @folded.def_vmap
     def rule(size: int, mapped: Any, x: Array, kernel: Array, bias: Array | None) -> tuple[Array, bool]:
-        if not any(jax.tree.leaves(mapped[1:])):
+        batch = size * x.shape[1], *x.shape[2:]
+        if not any(jax.tree.leaves(mapped[1:])) and not refused(static, batch, kernel.shape[-1], x.dtype):
             y = folded(x.reshape(-1, *x.shape[2:]), kernel, bias)
             return y.reshape(size, -1, *y.shape[1:]), True
         return _in_turn(folded, size, mapped, x, kernel, bias), True
@@ -144,7 +145,7 @@ def convolve(
     bias: Float[Array, " channels_out"] | None,
 ) -> Float[Array, "batch rows_out columns_out channels_out"]:
     """Convolution with stride 1 and no padding, plus the bias, rectified if asked."""
-    return _folded(functools.partial(_convolve, static))(x, kernel, bias)
+    return _folded(static)(x, kernel, bias)
 
 
 def _convolve(
