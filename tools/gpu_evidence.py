@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -456,6 +458,24 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def measured(target: str, quick: bool) -> tuple[list[Row], list[Program]]:
+    """All of one card, in a process of its own."""
+    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP / 'xla'}"
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "XLA_FLAGS": flags}
+    cards.prepare()
+
+    from rich.console import Console
+    from rich.progress import track
+
+    card = cards.CARDS[target]
+    progress = track(list(cases(card, quick)), target, console=Console(stderr=True), transient=True)
+    rows = [compiled(card, case) for case in progress]
+    programs = [program(card, hosts) for hosts in ((1,) if quick else (1, 2))]
+    shutil.rmtree(DUMP, ignore_errors=True)
+    return rows, programs
+
+
 def main() -> None:
     """Compiles, prints, checks, writes."""
     parser = argparse.ArgumentParser(
@@ -468,26 +488,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it is a folder, or there is no folder {args.json.parent}")
-    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP / 'xla'}"
-    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "XLA_FLAGS": flags}
-    cards.prepare()
-
-    import jax
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 
     console = Console(width=100 if not sys.stdout.isatty() else None)
-    work = [(cards.CARDS[t], case) for t in args.targets for case in cases(cards.CARDS[t], args.quick)]
-    rows, complaints = [], []
-    for card, case in track(work, "compiling", console=Console(stderr=True), transient=True):
-        rows.append(compiled(card, case))
-        if reason := broken(rows[-1], card):
-            complaints.append(f"{card.arch}, {case.kernel}, {case.config}: {reason}")
-    hosts = (1,) if args.quick else (1, 2)
-    programs = [program(cards.CARDS[t], h) for t in args.targets for h in hosts]
+    rows: list[Row] = []
+    programs: list[Program] = []
+    for (
+        target
+    ) in args.targets:  # Mosaic keeps what it has compiled, for whatever card, as long as a process lives
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            kernels, steps = pool.submit(measured, target, args.quick).result()
+        rows += kernels
+        programs += steps
     shutil.rmtree(DUMP, ignore_errors=True)
+    complaints = [
+        f"{row.target}, {row.kernel}, {row.config}: {reason}"
+        for row in rows
+        if (reason := broken(row, cards.CARDS[row.target]))
+    ]
 
     table = Table(title="GPU kernels, as compiled", padding=(0, 0, 0, 0))
     for name in HEADER:
@@ -510,6 +529,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if args.markdown:
+        import jax
         from census_conv import DOCUMENT, write_between
 
         head = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
