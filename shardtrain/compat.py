@@ -114,13 +114,8 @@ def mosaic_kernel(
 
             interpret = params.InterpretGPUParams(detect_races=True)
     semantics = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-
-    def program(*refs: Any) -> None:
-        with jax.enable_x64(False):  # also where jax traces it again, for a batch
-            body(*refs)
-
     kernel = plgpu.kernel(
-        program,
+        body,
         out_type=jax.ShapeDtypeStruct(tuple(out_shape), out_type),
         compiler_params=semantics,
         interpret=interpret,

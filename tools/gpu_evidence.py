@@ -17,7 +17,6 @@ the compiled program and its peak of memory.
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -25,46 +24,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cards
-
-DUMP = Path(tempfile.mkdtemp(prefix="gpu_evidence_"))
-LAYER = 32, 56, 56, 256
-"""Batch, rows, columns and channels, in and out, of the layer whose kernels are compiled."""
+from gpu_cases import LAYER, Case, cases
 
 CACHE = 1.6
 """Rate of the second level cache over the memory's: assumed, data sheets do not say."""
 
 TENSOR = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel to compile.
-
-    Attributes:
-        kernel, config: its name and what distinguishes it.
-        call, operands: a function and the shapes and types of its arguments.
-        bytes, least: that it moves, and that it would without padding.
-        flops: of products.
-        dtype: of its operands.
-        loads: bytes, those counted again that are read again.
-    """
-
-    kernel: str
-    config: str
-    call: Callable[..., Any]
-    operands: tuple[Any, ...]
-    bytes: int
-    least: int
-    flops: int
-    dtype: str
-    loads: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,175 +57,21 @@ class Row:
     model_us: float
 
 
-def winograd_cases(
-    implementation: str, dtype: Any, outputs: int, taps: int, precision: str
-) -> Iterator[Case]:
-    """Every kernel of one convolution and its gradients."""
-    import jax
-    import jax.numpy as jnp
-
-    from shardtrain.kernels.matmul import matmul
-    from shardtrain.kernels.winograd import stages
-    from shardtrain.kernels.winograd.cook_toom import algorithm
-
-    name = jnp.dtype(dtype).name
-    found = algorithm(outputs, taps)
-    static = stages.Static((found, found), implementation, precision, jnp.dtype(dtype), relu=True)
-    batch, rows, columns, channels = LAYER
-    shape = batch, rows + taps - 1, columns + taps - 1, channels
-    p = stages.plan(static, shape, channels, dtype)
-    points, size = found.tile**2, jnp.dtype(dtype).itemsize
-    width = p.side * p.depth
-    images = p.batch // p.side
-    config = f"{implementation} {name} F({outputs},{taps})"
-
-    def of(*shape: int, dtype: Any = dtype) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def extent(tiles: int, step: int, reach: int) -> int:
-        return (tiles - 1) * step + reach
-
-    image = images, *(extent(t, outputs, found.tile) for t in p.tiles), width
-    tiles = points, p.strips, p.tiles[1], width
-    real = points * batch * math.prod(-(-n // outputs) for n in (rows, columns)) * channels
-    strip = {"strips": p.strips, "count": p.count, "tiles": p.tiles, "interpreted": False}
-    back = tuple(zip(*found.output, strict=True))
-    dense = images, *(t * outputs for t in p.tiles), width
-    if precision == "default":
-        yield Case(
-            "transform of x",
-            config,
-            lambda x: static.room.transform(x, rows=(found.input,) * 2, steps=(outputs,) * 2, **strip),
-            (of(*image),),
-            size * (math.prod(image) + math.prod(tiles)),
-            size * (math.prod(shape) + real),
-            0,
-            name,
-        )
-        yield Case(
-            "transform of dy",
-            config,
-            lambda dy: static.room.transform(dy, rows=(back,) * 2, steps=(outputs,) * 2, **strip),
-            (of(*dense),),
-            size * (math.prod(dense) + math.prod(tiles)),
-            size * (math.prod(LAYER) + real),
-            0,
-            name,
-        )
-        yield Case(
-            "untransform, bias, relu",
-            config,
-            lambda m, bias: static.room.untransform(
-                m,
-                bias,
-                rows=(found.output,) * 2,
-                tiles=p.tiles,
-                batch=images,
-                count=p.count,
-                relu=True,
-                out_type=dtype,
-                interpreted=False,
-            ),
-            (of(*tiles, dtype=jnp.float32), of(width, dtype=jnp.float32)),
-            4 * math.prod(tiles) + size * math.prod(dense),
-            4 * real + size * math.prod(LAYER),
-            0,
-            name,
-        )
-    times = 3 if precision == "tf32x3" else 1
-    v, u = (points, p.rows, p.depth), (points, p.depth, p.columns)
-    flops = 2 * points * p.rows * p.depth * p.columns * times
-    product = {"precision": precision, "implementation": implementation, "out_type": jnp.float32}
-    label = config if precision == "default" else f"{config} {precision}"
-
-    def read(bm: int, bn: int) -> int:
-        """Bytes of both operands, each as often as a tile of the result needs it."""
-        return size * (math.prod(v) * -(-p.columns // bn) + math.prod(u) * -(-p.rows // bm))
-
-    once = size * (math.prod(v) + math.prod(u))
-    moved = once + 4 * points * p.rows * p.columns
-    least = size * (real + math.prod(u)) + 4 * real
-    yield Case(
-        "product",
-        label,
-        lambda v, u: matmul(v, u, **product),
-        (of(*v), of(*u)),
-        moved,
-        least,
-        flops,
-        name,
-        times * read(128, 128),
-    )
-    yield Case(
-        "product for wgrad",
-        label,
-        lambda v, d: matmul(v, d, transpose_a=True, **product),
-        (of(*v), of(*v)),
-        2 * size * math.prod(v) + 4 * math.prod(u),
-        2 * size * real + 4 * math.prod(u),
-        flops,
-        name,
-        times * 2 * size * math.prod(v) * -(-p.columns // 128),
-    )
-    if outputs**2 in static.room.FUSED and precision == "default":
-        result = outputs**2, p.rows, p.columns
-        yield Case(
-            "product and untransform",
-            config,
-            lambda v, u: static.room.multiply_and_untransform(
-                v, u, rows=(found.output,) * 2, out_type=dtype, interpreted=False
-            ),
-            (of(*v), of(*u)),
-            once + 3 * size * math.prod(result),  # its result is put in order by a copy
-            size * (real + math.prod(u) + math.prod(LAYER)),
-            flops,
-            name,
-            read(*static.room.FUSED[outputs**2]),
-        )
-
-
-def cases(card: cards.Card, quick: bool) -> Iterator[Case]:
-    """All kernels for a card, or one of each kind."""
-    import jax.numpy as jnp
-
-    def writes(implementation: str, dtype: Any) -> bool:
-        if implementation == "triton":
-            return not quick or card.capability == 8 or (card.capability == 10 and dtype == jnp.float32)
-        return card.capability == 9 or (card.capability == 10 and dtype != jnp.float32)
-
-    few = [(jnp.bfloat16, 2, 3), (jnp.float32, 4, 3)]
-    many = [
-        (dtype, *tile)
-        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
-        for tile in ((2, 3), (4, 3), (6, 3), (4, 5))
-    ]
-    for implementation in ("mosaic", "triton"):
-        for dtype, outputs, taps in few if quick else many:
-            if not writes(implementation, dtype):
-                continue
-            for precision in ("default", "tf32x3") if (dtype, outputs) == (jnp.float32, 4) else ("default",):
-                for case in winograd_cases(implementation, dtype, outputs, taps, precision):
-                    fused = case.kernel == "product and untransform"
-                    if not (fused and implementation == "mosaic" and card.capability == 10):
-                        yield case
-
-
-def compiled(card: cards.Card, case: Case) -> Row:
+def compiled(card: cards.Card, case: Case, dump: Path) -> Row:
     """Compiles one kernel and reads what the compiler wrote."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
     from shardtrain import compat
 
-    shutil.rmtree(DUMP, ignore_errors=True)
-    DUMP.mkdir()
+    shutil.rmtree(dump, ignore_errors=True)
+    dump.mkdir()
     mesh = compat.auto_mesh(cards.devices(card)[:1], ["data"])
     here = NamedSharding(mesh, PartitionSpec())
     operands = [jax.ShapeDtypeStruct(o.shape, o.dtype, sharding=here) for o in case.operands]
-    with jax.set_mesh(mesh), quietly():
+    with jax.set_mesh(mesh), quietly(dump):
         jax.jit(case.call).lower(*operands).compile()
-    new = set(DUMP.rglob("*"))
-    assembled = [a for path in new if path.suffix == ".ptx" for a in assemble(path, card.arch)]
+    assembled = [a for path in dump.rglob("*.ptx") for a in assemble(path, card.arch)]
     if not assembled:
         sys.exit(f"error: {case.kernel}, {case.config}, for {card.arch}: no kernel was compiled")
     registers, spilled, tensor = max(assembled, key=lambda a: a[0])
@@ -262,7 +81,7 @@ def compiled(card: cards.Card, case: Case) -> Row:
         card.arch,
         registers,
         spilled,
-        shared_memory(new),
+        shared_memory(dump),
         tensor,
         case.bytes,
         case.least,
@@ -294,18 +113,16 @@ def assemble(ptx: Path, arch: str) -> Iterator[tuple[int, int, int]]:
     yield max(registers), sum(spilled), len(TENSOR.findall(sass))
 
 
-def shared_memory(dumped: set[Path]) -> int:
+def shared_memory(dump: Path) -> int:
     """Bytes that a program asks for when it is launched, from what either back end writes down."""
-    found = [0]
-    for path in dumped:
-        if path.name.endswith("mlir-passes.log"):
-            pattern = r"dynamic_shared_memory_size %c(\d+)_i32"
-        elif path.name.endswith("thunk_sequence.txt"):
-            pattern = r"(?:winograd|matmul)\S* grid.*shared_memory: (\d+) bytes"
-        else:
-            continue
-        found += [int(n) for n in re.findall(pattern, path.read_text(errors="replace"))]
-    return max(found)
+    patterns = {
+        "*mlir-passes.log": r"dynamic_shared_memory_size %c(\d+)_i32",
+        "*thunk_sequence.txt": r"(?:winograd|matmul)\S* grid.*shared_memory: (\d+) bytes",
+    }
+    texts = [
+        (p, path.read_text(errors="replace")) for glob, p in patterns.items() for path in dump.rglob(glob)
+    ]
+    return max((int(n) for pattern, text in texts for n in re.findall(pattern, text)), default=0)
 
 
 def roofline(card: cards.Card, case: Case) -> float:
@@ -374,8 +191,13 @@ class Program:
     collectives: dict[str, int]
     peak_bytes: int
 
+    @property
+    def sent(self) -> str:
+        """The collectives in words."""
+        return ", ".join(f"{n} {kind}" for kind, n in self.collectives.items())
 
-def program(card: cards.Card, hosts: int) -> Program:
+
+def program(card: cards.Card, hosts: int, dump: Path) -> Program:
     """A training step with the kernels inside, cut on batch, height and channels."""
     import jax
     import jax.numpy as jnp
@@ -404,11 +226,12 @@ def program(card: cards.Card, hosts: int) -> Program:
     filters = PartitionSpec(None, None, None, "channel")
     kernels = [of((3, 3, 128, 256), filters), of((3, 3, 256, 128), filters)]
     x = of((16 * hosts, 56, 56, 128), PartitionSpec("data", "height", None, "channel"))
-    with jax.set_mesh(mesh), quietly():
+    with jax.set_mesh(mesh), quietly(dump):
         run = jax.jit(step, donate_argnums=0).lower(kernels, x).compile()
     text = run.as_text() or ""
-    kinds = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+    counts: Counter[str] = Counter()
+    for row in st.census.census(text, mesh):
+        counts[row.kind] += row.count
     targets = set(re.findall(r'custom_call_target="([^"]+)"', text))
     kernels_by = "Mosaic" if any("mosaic" in t for t in targets) else "Triton"
     if not any("mosaic" in t or "triton" in t for t in targets):
@@ -416,14 +239,14 @@ def program(card: cards.Card, hosts: int) -> Program:
     memory: Any = run.memory_analysis()
     peak = memory.peak_memory_in_bytes
     name = ",".join(f"{axis}={n}" for axis, n in sizes.items())
-    return Program(card.arch, name, hosts, kernels_by, {k: n for k, n in counts.items() if n}, peak)
+    return Program(card.arch, name, hosts, kernels_by, dict(counts), peak)
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def quietly(dump: Path) -> Iterator[None]:
     """Keeps what the compilers print from the terminal."""
     kept = os.dup(1), os.dup(2)
-    with open(DUMP / "printed.log", "ab") as file:
+    with open(dump / "printed.log", "ab") as file:
         sys.stdout.flush()
         sys.stderr.flush()
         for fd in (1, 2):
@@ -459,21 +282,21 @@ def cells(row: Row) -> list[str]:
 
 
 def measured(target: str, quick: bool) -> tuple[list[Row], list[Program]]:
-    """All of one card, in a process of its own."""
-    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP / 'xla'}"
-    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "XLA_FLAGS": flags}
-    cards.prepare()
+    """All of one card, in a process of its own: Mosaic keeps what it compiled, for whatever card."""
+    with tempfile.TemporaryDirectory(prefix="gpu_evidence_") as folder:
+        dump = Path(folder) / "dump"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump / 'xla'}"
+        os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dump), "XLA_FLAGS": flags}
+        cards.prepare()
 
-    from rich.console import Console
-    from rich.progress import track
+        from rich.console import Console
+        from rich.progress import track
 
-    card = cards.CARDS[target]
-    progress = track(list(cases(card, quick)), target, console=Console(stderr=True), transient=True)
-    rows = [compiled(card, case) for case in progress]
-    programs = [program(card, hosts) for hosts in ((1,) if quick else (1, 2))]
-    shutil.rmtree(DUMP, ignore_errors=True)
-    return rows, programs
+        card = cards.CARDS[target]
+        progress = track(list(cases(card, quick)), target, console=Console(stderr=True), transient=True)
+        rows = [compiled(card, case, dump) for case in progress]
+        return rows, [program(card, hosts, dump) for hosts in ((1,) if quick else (1, 2))]
 
 
 def main() -> None:
@@ -494,14 +317,11 @@ def main() -> None:
     console = Console(width=100 if not sys.stdout.isatty() else None)
     rows: list[Row] = []
     programs: list[Program] = []
-    for (
-        target
-    ) in args.targets:  # Mosaic keeps what it has compiled, for whatever card, as long as a process lives
+    for target in args.targets:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             kernels, steps = pool.submit(measured, target, args.quick).result()
         rows += kernels
         programs += steps
-    shutil.rmtree(DUMP, ignore_errors=True)
     complaints = [
         f"{row.target}, {row.kernel}, {row.config}: {reason}"
         for row in rows
@@ -521,9 +341,8 @@ def main() -> None:
         beside.add_row(*line)
     console.print(beside)
     for found in programs:
-        counts = ", ".join(f"{n} {kind}" for kind, n in found.collectives.items())
         console.print(
-            f"{found.target}: {found.mesh} on {found.hosts} host(s), {found.kernels}: {counts}; peak "
+            f"{found.target}: {found.mesh} on {found.hosts} host(s), {found.kernels}: {found.sent}; peak "
             f"{found.peak_bytes / 2**20:.0f} MiB a card"
         )
     if args.json:
@@ -536,10 +355,9 @@ def main() -> None:
         lines = ["| " + " | ".join(cells(row)) + " |" for row in rows]
         meshes = ["| target | mesh | hosts | kernels | collectives | peak MiB |", "|---|---|--:|---|---|--:|"]
         for found in programs:
-            counts = ", ".join(f"{n} {kind}" for kind, n in found.collectives.items())
             peak = f"{found.peak_bytes / 2**20:.0f}"
             meshes.append(
-                f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {counts} | {peak} |"
+                f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {found.sent} | {peak} |"
             )
         ratios = ["| " + " | ".join(BESIDE) + " |", "|---|---|--:|--:|--:|"]
         ratios += ["| " + " | ".join(line) + " |" for line in against_direct(rows)]

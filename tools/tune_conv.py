@@ -211,17 +211,16 @@ def write(flags: Flags) -> None:
     """Measures and writes."""
     if flags.layer and flags.out is None:
         raise UserError("--layer: name the file of your table with --out")
-    if flags.again and not (flags.out or Path(tables.__file__)).exists():
-        raise UserError(f"--again: there is no {flags.out} yet")
+    kind = jax.devices()[0].device_kind
+    path = flags.out or tables.shipped_path(kind)
+    if flags.again and not path.exists():
+        raise UserError(f"--again: there is no {path} yet")
     if flags.rounds < 1:
         raise UserError(f"--rounds {flags.rounds}: use 1 or more")
     texts = flags.layer or tuple(layer.text for layer in (*LAYERS, *SWEEP)) + MORE
     tasks = list(dict.fromkeys(map(parse, texts)))
     for dtype in {t.dtype for t in tasks} - {"float32", "bfloat16", "float16"}:
         raise UserError(f"a layer of dtype={dtype}; there are float32, bfloat16 and float16")
-    kind = jax.devices()[0].device_kind
-    name = re.sub(r"[^a-z0-9]+", "-", kind.lower())
-    path = flags.out or Path(tables.__file__).parent / "tables" / f"{name}.json"
     progress = track(tasks, f"timing on {kind}", console=Console(stderr=True), transient=True)
     found = {task: measured(task, flags.rounds) for task in progress}
     if flags.again:

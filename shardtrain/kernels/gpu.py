@@ -2,10 +2,13 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from shardtrain import compat
 from shardtrain.errors import UserError
@@ -81,10 +84,17 @@ def card() -> Card | None:
     return Card(kind, found) if found else None
 
 
+def unknown(implementation: str) -> str | None:
+    """A sentence on an implementation that there is not; None if there is."""
+    if implementation in IMPLEMENTATIONS:
+        return None
+    return f"implementation={implementation!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}"
+
+
 def why_not(implementation: str, at: Card | None) -> str | None:
     """Why kernels cannot be written by `implementation` on this card; None if they can."""
-    if implementation not in IMPLEMENTATIONS:
-        return f"implementation={implementation!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}"
+    if reason := unknown(implementation):
+        return reason
     if implementation == "xla":
         return None
     if at is None:
@@ -104,6 +114,14 @@ def why_not(implementation: str, at: Card | None) -> str | None:
 
 def _dotted(at: Card) -> str:
     return ".".join(map(str, at.capability))
+
+
+def all_mapped(size: int, mapped: Sequence[Any], operands: Sequence[Array | None]) -> list[Any]:
+    """Operands of a rule of `custom_vmap`, those that are not mapped repeated `size` times."""
+    return [
+        x if x is None or m else jnp.broadcast_to(x, (size, *x.shape))
+        for x, m in zip(operands, mapped, strict=True)
+    ]
 
 
 def chosen(implementation: str | None, what: str) -> tuple[str, ...]:

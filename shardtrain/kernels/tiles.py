@@ -1,4 +1,4 @@
-"""What the algorithms have in common: the rows of windows, and tiles cut out and put together again."""
+"""What the algorithms have in common: rows of windows, filters turned round, tiles cut out and joined."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,28 @@ def window_sizes(window: Sequence[int], dilation: Sequence[int]) -> tuple[int, .
     return tuple((k - 1) * d + 1 for k, d in zip(window, dilation, strict=True))
 
 
-def extended(x: Array, axis: int, rows: int) -> Array:
-    """`x` with zeros at the end of dimension `axis`, or cropped there, to `rows`."""
-    config = [(0, 0, 0)] * x.ndim
-    config[axis] = (0, rows - x.shape[axis], 0)
+def transposed(kernel: Array, groups: int) -> Array:
+    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
+    *window, inputs, outputs = kernel.shape
+    kernel = jnp.flip(kernel, range(len(window)))
+    kernel = kernel.reshape(*window, inputs, groups, outputs // groups)
+    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, outputs // groups, groups * inputs)
+
+
+def whole(n: int, unit: int) -> int:
+    """The smallest multiple of `unit` that `n` fits into."""
+    return -(-n // unit) * unit
+
+
+def filled(x: Array, shape: Sequence[int]) -> Array:
+    """`x` with zeros at the end of its dimensions, or cropped there, to `shape`."""
+    config = [(0, wanted - have, 0) for have, wanted in zip(x.shape, shape, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def extended(x: Array, axis: int, rows: int) -> Array:
+    """`filled` along one dimension."""
+    return filled(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
 
 
 def joined(y: Array, extents: Sequence[int]) -> Array:

@@ -54,4 +54,4 @@ def multiply_and_untransform(v, u, *, rows, out_type, interpreted):
 
 def matmul(a, b, *, transpose_a=False, precision=None, out_type, interpreted):
     del precision, interpreted
-    return jnp.einsum("bkm,bkn->bmn" if transpose_a else "bmk,bkn->bmn", a[0], b[0]).astype(out_type)
+    return jnp.einsum("bkm,bkn->bmn" if transpose_a else "bmk,bkn->bmn", a, b).astype(out_type)

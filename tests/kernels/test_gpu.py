@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from jax import lax
@@ -19,6 +20,7 @@ from shardtrain.kernels import gpu
 from shardtrain.kernels.conv import api as conv
 from shardtrain.kernels.matmul import matmul
 from shardtrain.kernels.matmul import mosaic as matmul_mosaic
+from shardtrain.kernels.matmul.api import tf32_parts
 from shardtrain.kernels.winograd import api as winograd_api
 from shardtrain.kernels.winograd import bilinear, cook_toom, mosaic, stages, winograd, xla
 from shardtrain.kernels.winograd import triton as winograd_triton
@@ -127,17 +129,11 @@ def test_product_and_its_gradients():
 
 def test_tf32_parts_are_the_number():
     x = numbers(1000)
-    leading, rest = matmul_parts(x)
+    leading, rest = tf32_parts(x)
     assert error(leading, x) > 1e-5
     np.testing.assert_array_equal(leading + rest, x)
     bits = np.asarray(leading).view(np.int32)
     assert not (bits & 0x1FFF).any()
-
-
-def matmul_parts(x):
-    from shardtrain.kernels.matmul.api import tf32_parts
-
-    return tf32_parts(x)
 
 
 CASES = [  # (shape, filters, window, outputs, type, fused)
@@ -469,17 +465,11 @@ def test_conv_refuses_an_implementation_of_another_algorithm():
     with pytest.raises(UserError, match=r"implementation='mosaic' is of algorithm='winograd', not of 'fft'"):
         st.ops.conv(x, kernel, algorithm="fft", implementation="mosaic")
     with pytest.raises(UserError, match=r"nn.Conv: implementation='cuda'; there are"):
-        st.nn.Conv(3, 4, (3, 3), algorithm="winograd", implementation="cuda", rngs=st_rngs())
+        st.nn.Conv(3, 4, (3, 3), algorithm="winograd", implementation="cuda", rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"matmul: operands float32\(2, 3\) and float32\(4, 5\) do not agree"):
         matmul(numbers(2, 3), numbers(4, 5))
     with pytest.raises(UserError, match=r"precision='x'; there are 'default', 'tf32x3', 'highest'"):
         matmul(numbers(2, 3), numbers(3, 5), precision="x")
-
-
-def st_rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 def test_halves_are_shared():
@@ -522,18 +512,6 @@ def tile_off_by_one(patch):
         return jnp.roll(right(x, p, extents, channels), 1, 2)
 
     patch.setattr(stages, "_side_by_side", wrong)
-
-
-def strips_of_the_wrong_image(patch):
-    right = stages.plan
-
-    def wrong(*args):
-        import dataclasses
-
-        p = right(*args)
-        return dataclasses.replace(p, tiles=(p.tiles[0], p.tiles[1] + p.count))
-
-    patch.setattr(stages, "plan", wrong)
 
 
 def a_product_left_out(patch):

@@ -155,9 +155,8 @@ def test_evidence_speaks_to_its_user(tmp_path):
         ({"kernel": "transform of x", "tensor_core_instructions": 0}, None),
     ],
 )
-def test_budgets(monkeypatch, tmp_path, changes, said):
+def test_budgets(monkeypatch, changes, said):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: str(tmp_path))
     tool, cards = importlib.import_module("gpu_evidence"), importlib.import_module("cards")
     row = tool.Row("product", "", "sm_90a", 100, 0, 100000, 16, 1, 1, 1, 1.0)
     assert tool.broken(dataclasses.replace(row, **changes), cards.CARDS["sm_90a"]) == said

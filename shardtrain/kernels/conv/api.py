@@ -12,12 +12,12 @@ from jaxtyping import Float
 
 from shardtrain import compat
 from shardtrain.errors import UserError
-from shardtrain.kernels.conv.direct import direct, transposed
+from shardtrain.kernels.conv.direct import direct
 from shardtrain.kernels.conv.fft import fft
 from shardtrain.kernels.conv.im2col import im2col
 from shardtrain.kernels.conv.select import heard, passes_of
 from shardtrain.kernels.conv.task import Passes, Problem, Task, refused
-from shardtrain.kernels.tiles import extended
+from shardtrain.kernels.tiles import extended, transposed
 from shardtrain.kernels.winograd import picked, tile_outputs, winograd
 
 
@@ -74,9 +74,9 @@ def conv(
         implementation,
     )
     task = Task(problem, x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], x.dtype.name)
-    passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
     if 0 in (*x.shape, *kernel.shape):
-        passes = Passes("direct", "direct", "direct")  # nothing to compute
+        algorithm = "direct"  # nothing to compute
+    passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
     heard(task, passes)
     if set(passes) == {"direct"} or (algorithm != "auto" and not problem.dense):
         return _compute(problem, passes.forward, x, kernel)  # jax's own gradients, of both modes

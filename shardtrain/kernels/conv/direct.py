@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -43,11 +42,3 @@ def direct(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-
-
-def transposed(kernel: Array, groups: int) -> Array:
-    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
-    *window, inputs, outputs = kernel.shape
-    kernel = jnp.flip(kernel, range(len(window)))
-    kernel = kernel.reshape(*window, inputs, groups, outputs // groups)
-    return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, outputs // groups, groups * inputs)

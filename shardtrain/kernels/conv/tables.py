@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,15 @@ def of(kind: str) -> Table | None:
     return _loaded.get(kind) or _shipped(kind)
 
 
-def _shipped(kind: str) -> Table | None:
+def shipped_path(kind: str) -> Path:
+    """Where the table of a kind of device is that comes with shardtrain, or would be."""
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower())
-    file = resources.files("shardtrain.kernels.conv") / "tables" / f"{name}.json"
-    return read(file.read_text(), file.name) if file.is_file() else None
+    return Path(__file__).parent / "tables" / f"{name}.json"
+
+
+def _shipped(kind: str) -> Table | None:
+    path = shipped_path(kind)
+    return read(path.read_text(), path.name) if path.is_file() else None
 
 
 def read(text: str, name: str) -> Table:

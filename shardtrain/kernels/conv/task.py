@@ -144,9 +144,8 @@ def refused(
     if algorithm not in ("auto", *ALGORITHMS):
         return f"algorithm={algorithm!r}; there are 'auto', {', '.join(map(repr, ALGORITHMS))}"
     if implementation is not None:
-        if implementation not in gpu.IMPLEMENTATIONS:
-            known = ", ".join(map(repr, gpu.IMPLEMENTATIONS))
-            return f"implementation={implementation!r}; there are {known}"
+        if reason := gpu.unknown(implementation):
+            return reason
         if algorithm != "winograd":
             return f"implementation={implementation!r} is of algorithm='winograd', not of {algorithm!r}"
     if algorithm in ("fft", "winograd") and max(strides, default=1) > 1:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,9 +15,20 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import gpu
 from shardtrain.kernels.matmul import mosaic, triton
+from shardtrain.kernels.tiles import filled, whole
 
 PRECISIONS = ("default", "tf32x3", "highest")
 TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclass(frozen=True)
+class Static:
+    """What is static of a product; see `matmul`."""
+
+    transpose_a: bool
+    precision: str
+    out_type: Any
+    implementation: str
 
 
 def matmul(
@@ -62,7 +74,8 @@ def matmul(
     found = pick(implementation, a.dtype, precision, out_type)
     if 0 in (*a.shape, *b.shape):
         found = "xla"  # nothing to multiply
-    y = _differentiable(transpose_a, precision, jnp.dtype(out_type or a.dtype), found, *flat)
+    static = Static(transpose_a, precision, jnp.dtype(out_type or a.dtype), found)
+    y = _differentiable(static, *flat)
     return y.reshape(*batch, *y.shape[-2:])
 
 
@@ -100,108 +113,86 @@ def refused(
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _differentiable(
-    transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
-) -> Array:
-    return _compute(transpose_a, precision, out_type, implementation, a, b)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(static: Static, a: Array, b: Array) -> Array:
+    return _compute(static, a, b)
 
 
-def _forward(
-    transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _compute(transpose_a, precision, out_type, implementation, a, b), (a, b)
+def _forward(static: Static, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _compute(static, a, b), (a, b)
 
 
-def _backward(
-    transpose_a: bool,
-    precision: str,
-    out_type: jnp.dtype,
-    implementation: str,
-    saved: tuple[Array, Array],
-    dy: Array,
-) -> tuple[Array, Array]:
+def _backward(static: Static, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     a, b = saved
     dy = dy.astype(a.dtype)
-    run = functools.partial(_differentiable, False, precision, a.dtype, implementation)
-    da = run(b, dy.mT) if transpose_a else run(dy, b.mT)
-    db = _differentiable(not transpose_a, precision, b.dtype, implementation, a, dy)
-    return da, db
+    plain = replace(static, transpose_a=False, out_type=a.dtype)
+    da = _differentiable(plain, b, dy.mT) if static.transpose_a else _differentiable(plain, dy, b.mT)
+    return da, _differentiable(replace(plain, transpose_a=not static.transpose_a), a, dy)
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _compute(
-    transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
-) -> Array:
-    """As one product of a larger batch under `vmap`: kernels have no dimension to spare."""
-    run = functools.partial(_one, transpose_a, precision, out_type, implementation)
-    if implementation == "xla":
-        return run(a, b)
-    folded = jax.custom_batching.custom_vmap(run)
+def _compute(static: Static, a: Array, b: Array) -> Array:
+    if static.implementation == "xla":
+        return _by_xla(static, a, b)
+    run = jax.custom_batching.custom_vmap(functools.partial(_by_kernels, static))
 
-    @folded.def_vmap
+    @run.def_vmap
     def rule(size: int, mapped: Any, a: Array, b: Array) -> tuple[Array, bool]:
-        each = [
-            x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip((a, b), mapped, strict=True)
-        ]
-        y = folded(*(x.reshape(-1, *x.shape[2:]) for x in each))
+        """One product of a larger batch: kernels have no dimension to spare."""
+        y = run(*(x.reshape(-1, *x.shape[2:]) for x in gpu.all_mapped(size, mapped, (a, b))))
         return y.reshape(size, -1, *y.shape[1:]), True
 
-    return folded(a, b)
+    return run(a, b)
 
 
-def _one(
-    transpose_a: bool, precision: str, out_type: jnp.dtype, implementation: str, a: Array, b: Array
-) -> Array:
-    if implementation == "xla":
-        return _by_xla(transpose_a, precision, out_type, a, b)
+def _by_kernels(static: Static, a: Array, b: Array) -> Array:
+    transpose_a, at = static.transpose_a, gpu.card()
+    assert at is not None
     rows, columns = a.shape[2 if transpose_a else 1], b.shape[2]
-    room = mosaic if implementation == "mosaic" else triton
-    bm, bn, bk = room.tile_sizes(rows, _whole(columns, 64), a.dtype)
+    room = mosaic if static.implementation == "mosaic" else triton
+    bm, bn, bk = room.tile_sizes(rows, whole(columns, 64), a.dtype)
     # The boundary check of the CUDA example: the borders are filled to whole tiles instead, with zeros.
     a = _padded(a, (bk, bm) if transpose_a else (bm, bk))
     b = _padded(b, (bk, bn))
-    at = gpu.card()
-    assert at is not None
-    if implementation == "triton":
+    if static.implementation == "triton":
         presets: dict[str, Any] = {
             "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
             "highest": lax.Precision.HIGHEST,
         }
         exact = a.dtype == jnp.float32 and not at.interpreted  # the interpreter's products are float32's own
-        chosen = presets.get(precision) if exact else None
         y = triton.matmul(
-            a[None],
-            b[None],
+            a,
+            b,
             transpose_a=transpose_a,
-            precision=chosen,
-            out_type=out_type,
+            precision=presets.get(static.precision) if exact else None,
+            out_type=static.out_type,
             interpreted=at.interpreted,
         )
     else:
         if transpose_a and a.dtype == jnp.float32:
             a, transpose_a = a.mT, False
-        split = precision == "tf32x3" and a.dtype == jnp.float32
+        split = static.precision == "tf32x3" and a.dtype == jnp.float32
         y = mosaic.matmul(
             tf32_parts(a) if split else a[None],
             tf32_parts(b) if split else b[None],
             products=((0, 1), (1, 0), (0, 0)) if split else ((0, 0),),
             transpose_a=transpose_a,
-            out_type=out_type,
+            out_type=static.out_type,
             blackwell=at.blackwell,
             interpreted=at.interpreted,
         )
     return y[:, :rows, :columns]
 
 
-def _by_xla(transpose_a: bool, precision: str, out_type: jnp.dtype, a: Array, b: Array) -> Array:
+def _by_xla(static: Static, a: Array, b: Array) -> Array:
     levels = {"default": None, "tf32x3": lax.Precision.HIGH, "highest": lax.Precision.HIGHEST}
-    numbers = (((1 if transpose_a else 2,), (1,)), ((0,), (0,)))
+    numbers = (((1 if static.transpose_a else 2,), (1,)), ((0,), (0,)))
     accumulate = jnp.promote_types(a.dtype, jnp.float32)
-    y = lax.dot_general(a, b, numbers, precision=levels[precision], preferred_element_type=accumulate)
-    return y.astype(out_type)
+    precision = levels[static.precision]
+    y = lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=accumulate)
+    return y.astype(static.out_type)
 
 
 def tf32_parts(x: Float[Array, "*shape"]) -> Float[Array, "2 *shape"]:
@@ -210,10 +201,5 @@ def tf32_parts(x: Float[Array, "*shape"]) -> Float[Array, "2 *shape"]:
     return jnp.stack([leading, x - leading])
 
 
-def _whole(n: int, tile: int) -> int:
-    return -(-n // tile) * tile
-
-
 def _padded(x: Array, tile: tuple[int, int]) -> Array:
-    config = [(0, 0, 0)] + [(0, _whole(n, t) - n, 0) for n, t in zip(x.shape[1:], tile, strict=True)]
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
+    return filled(x, (x.shape[0], *map(whole, x.shape[1:], tile)))

@@ -25,25 +25,24 @@ def tile_sizes(rows: int, columns: int, dtype: DTypeLike) -> tuple[int, int, int
 
 
 def matmul(
-    a: Float[Array, "parts batch _ _"],
-    b: Float[Array, "parts batch depth columns"],
+    a: Float[Array, "batch _ _"],
+    b: Float[Array, "batch depth columns"],
     *,
     transpose_a: bool = False,
     precision: lax.DotAlgorithmPreset | lax.Precision | None = None,
     out_type: DTypeLike,
     interpreted: bool,
 ) -> Float[Array, "batch _ columns"]:
-    """`a[0] @ b[0]`, for operands padded to `tile_sizes`.
+    """`a @ b`, for operands padded to `tile_sizes`.
 
     Args:
-        a: left operand `(1, batch, rows, depth)`, or `(1, batch, depth, rows)` with `transpose_a`.
+        a: left operand `(batch, rows, depth)`, or `(batch, depth, rows)` with `transpose_a`.
         b: right operand.
         transpose_a: whether `a` is given transposed.
         precision: of the products of float32: TF32 by default, three of them, or float32's own.
         out_type: of the result; sums are in float32.
         interpreted: on the CPU.
     """
-    a, b = a[0], b[0]
     batch, depth, columns = b.shape
     rows = a.shape[2 if transpose_a else 1]
     bm, bn, bk = tile_sizes(rows, columns, a.dtype)

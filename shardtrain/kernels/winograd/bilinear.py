@@ -5,7 +5,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from shardtrain.kernels.winograd.cook_toom import Rows
+import numpy as np
+
+from shardtrain.kernels.winograd.cook_toom import Rows, matrix
 
 
 def apply(rows: Rows, parts: Sequence[Any]) -> list[Any]:
@@ -35,6 +37,12 @@ def apply_2d(rows: tuple[Rows, Rows], tile: Sequence[Sequence[Any]]) -> list[lis
     """`rows[0] @ tile @ rows[1].T` of a tile given as rows of arrays."""
     columns = [apply(rows[0], [line[j] for line in tile]) for j in range(len(tile[0]))]
     return [apply(rows[1], [column[i] for column in columns]) for i in range(len(rows[0]))]
+
+
+def weights(rows: tuple[Rows, Rows]) -> np.ndarray:
+    """`(points, outputs)`: how much of every point of a tile `apply_2d` puts into every output."""
+    both = np.einsum("si,tj->ijst", *map(matrix, rows))
+    return both.reshape(-1, len(rows[0]) * len(rows[1])).astype(np.float32)
 
 
 def _mirrored(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,7 +17,7 @@ from jaxtyping import Float
 
 from shardtrain import compat
 from shardtrain.kernels.matmul.mosaic import swizzled
-from shardtrain.kernels.winograd.bilinear import apply_2d
+from shardtrain.kernels.winograd.bilinear import apply_2d, weights
 from shardtrain.kernels.winograd.cook_toom import Rows
 
 LANES = 128
@@ -206,7 +205,6 @@ def multiply_and_untransform(
     bm, bn = FUSED[outputs]
     bk = 128 // v.dtype.itemsize
     along = v.dtype == jnp.float32 and (compat.INTERPRETS_TRANSPOSED or not interpreted)
-    weights = np.einsum("si,tj->ijst", *(np.array(r, float) for r in rows)).reshape(-1, outputs)
     kernel = compat.mosaic_kernel(
         functools.partial(_multiply_and_untransform, bk=bk, transpose_u=along, cast=not interpreted),
         name="winograd_fused",
@@ -217,12 +215,12 @@ def multiply_and_untransform(
         scratch_types=[plgpu.SMEM((bm, bn), out_type, transforms=swizzled(bn, out_type))],
         interpreted=interpreted,
     )
-    return kernel(v, u.mT if along else u, jnp.asarray(weights, jnp.float32))
+    return kernel(v, u.mT if along else u, jnp.asarray(weights(rows)))
 
 
-def _multiply_and_untransform(v, u, weights, out, staged, *, bk, transpose_u, cast):  # type: ignore[no-untyped-def]
+def _multiply_and_untransform(v, u, shares, out, staged, *, bk, transpose_u, cast):  # type: ignore[no-untyped-def]
     i, j = (lax.axis_index(name) for name in ("row", "column"))
-    (points, outputs), (bm, bn), steps = weights.shape, staged.shape, v.shape[2] // bk
+    (points, outputs), (bm, bn), steps = shares.shape, staged.shape, v.shape[2] // bk
     order = swizzled(bk if transpose_u else min(bk, bn), v.dtype)
 
     def product(point):  # type: ignore[no-untyped-def]
@@ -250,7 +248,7 @@ def _multiply_and_untransform(v, u, weights, out, staged, *, bk, transpose_u, ca
 
     def add(point, sums):  # type: ignore[no-untyped-def]
         found = product(point)
-        return tuple(total + found * weights[point, q] for q, total in enumerate(sums))
+        return tuple(total + found * shares[point, q] for q, total in enumerate(sums))
 
     zeros = jnp.zeros((bm, bn), jnp.float32)
     if cast:  # jax 0.10's interpreter has no layouts

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from shardtrain.kernels import gpu
 from shardtrain.kernels.matmul import matmul
+from shardtrain.kernels.tiles import filled, transposed, whole
 from shardtrain.kernels.winograd import mosaic, triton, xla
 from shardtrain.kernels.winograd.cook_toom import Algorithm
 
@@ -84,8 +85,8 @@ class Plan:
 def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> Plan:
     """Sizes for an input of `(batch, rows, columns, channels)` and `columns` filters."""
     batch, *spatial, channels = shape
-    unit = 128 // jnp.dtype(dtype).itemsize  # the depth of the product's tiles
-    depth, wide = _whole(channels, unit), _whole(columns, 64)
+    depth = whole(channels, 128 // jnp.dtype(dtype).itemsize)  # that of the product's tiles
+    wide = whole(columns, 64)
     lanes = static.room.LANES
     side = max(lanes // math.gcd(lanes, depth), lanes // math.gcd(lanes, wide))
     extents = tuple(n - f.taps + 1 for n, f in zip(spatial, static.found, strict=True))
@@ -98,16 +99,15 @@ def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike)
         _power(-(-extents[1] // step)),
     )
     down, across = (-(-n // f.outputs) for n, f in zip(extents, static.found, strict=True))
-    across = _whole(across, count)
-    images = _whole(batch, side) // side
-    strips = images * down
-    whole = 128 // math.gcd(128, across * side)
+    across = whole(across, count)
+    images = whole(batch, side) // side
+    strips = whole(images * down, 128 // math.gcd(128, across * side))
     return Plan(
         images * side,
         side,
         (extents[0], extents[1]),
         (down, across),
-        _whole(strips, whole),
+        strips,
         count,
         depth,
         wide,
@@ -131,11 +131,7 @@ def _folded(static: Static) -> Callable[..., Array]:
 
 
 def _in_turn(run: Callable[..., Array], size: int, mapped: Any, *operands: Array | None) -> Array:
-    each = [
-        o if o is None or m else jnp.broadcast_to(o, (size, *o.shape))
-        for o, m in zip(operands, mapped, strict=True)
-    ]
-    return jax.lax.map(lambda one: run(*one), tuple(each))
+    return lax.map(lambda one: run(*one), gpu.all_mapped(size, mapped, operands))
 
 
 def convolve(
@@ -162,10 +158,10 @@ def _convolve(
             v, u, rows=_rows(static, "output"), out_type=static.out_type, interpreted=_interpreted()
         )
         return _finished(static, _from_points(static, y, p), x.shape[0], bias, kernel.shape[-1], p)
-    m = _multiplied(static, v, u)
+    m = matmul(v, u, precision=static.precision, out_type=jnp.float32, implementation=static.implementation)
     m = m.reshape(m.shape[0], p.strips, p.tiles[1], p.side * p.columns)
     if bias is not None:
-        bias = jnp.tile(jnp.pad(bias.astype(jnp.float32), (0, p.columns - bias.shape[0])), p.side)
+        bias = jnp.tile(filled(bias.astype(jnp.float32), (p.columns,)), p.side)
     y = static.room.untransform(
         m,
         bias,
@@ -239,8 +235,7 @@ def input_gradient(
     """Gradient of the input: the convolution of `dy` with the filters turned round."""
     margins = [(0, 0, 0), *((f.taps - 1, f.taps - 1, 0) for f in static.found), (0, 0, 0)]
     dy = lax.pad(dy, jnp.zeros((), dy.dtype), margins)
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return convolve(replace(static, relu=False, out_type=dy.dtype), dy, turned, None)
+    return convolve(replace(static, relu=False, out_type=dy.dtype), dy, transposed(kernel, 1), None)
 
 
 def bytes_moved(static: Static, p: Plan, dtype: DTypeLike, *, fused: bool) -> int:
@@ -302,7 +297,7 @@ def _fused(static: Static, p: Plan, dtype: DTypeLike) -> bool:
 def _filters(static: Static, kernel: Array, p: Plan) -> Array:
     u = xla.transform_filters(kernel, static.found)
     u = u.reshape(-1, *u.shape[2:])
-    return jnp.pad(u, ((0, 0), (0, p.depth - u.shape[1]), (0, p.columns - u.shape[2])))
+    return filled(u, (u.shape[0], p.depth, p.columns))
 
 
 def _tiles(static: Static, x: Array, p: Plan) -> Array:
@@ -321,16 +316,10 @@ def _tiles(static: Static, x: Array, p: Plan) -> Array:
     return v.reshape(v.shape[0], p.rows, p.depth)
 
 
-def _multiplied(static: Static, v: Array, u: Array) -> Array:
-    return matmul(
-        v, u, precision=static.precision, out_type=jnp.float32, implementation=static.implementation
-    )
-
-
 def _side_by_side(x: Array, p: Plan, extents: tuple[int, int], channels: int) -> Array:
     """Filled with zeros to whole tiles, and neighbouring images side by side in the channels."""
     wanted = p.batch, *extents, channels
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, b - a, 0) for a, b in zip(x.shape, wanted, strict=True)])
+    x = filled(x, wanted)
     if p.side == 1:
         return x
     x = jnp.moveaxis(x.reshape(-1, p.side, *wanted[1:]), 1, 3)
@@ -382,10 +371,6 @@ def _chunks(p: Plan, points: int) -> int:
 
 def _interpreted() -> bool:
     return bool((at := gpu.card()) and at.interpreted)
-
-
-def _whole(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 def _power(n: int) -> int:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -12,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain import compat
-from shardtrain.kernels.winograd.bilinear import apply_2d
+from shardtrain.kernels.winograd.bilinear import apply_2d, weights
 from shardtrain.kernels.winograd.cook_toom import Rows
 
 LANES = 32
@@ -140,7 +139,6 @@ def multiply_and_untransform(
     """As in `shardtrain.kernels.winograd.mosaic`."""
     outputs = len(rows[0]) * len(rows[1])
     bm, bn = FUSED[outputs]
-    weights = np.einsum("si,tj->ijst", *(np.array(r, float) for r in rows)).reshape(-1, outputs)
     return compat.triton_kernel(
         functools.partial(
             _multiply_and_untransform, bm=bm, bn=bn, bk=128 // v.dtype.itemsize, points=v.shape[0]
@@ -152,10 +150,10 @@ def multiply_and_untransform(
         warps=8 if outputs == 16 else 4,
         stages=3,
         interpreted=interpreted,
-    )(v, u, jnp.asarray(weights, jnp.float32))
+    )(v, u, jnp.asarray(weights(rows)))
 
 
-def _multiply_and_untransform(v, u, weights, out, *, bm, bn, bk, points):  # type: ignore[no-untyped-def]
+def _multiply_and_untransform(v, u, shares, out, *, bm, bn, bk, points):  # type: ignore[no-untyped-def]
     tile = pl.ds(pl.program_id(0) * bm, bm), pl.ds(pl.program_id(1) * bn, bn)
 
     def add(point, sums):  # type: ignore[no-untyped-def]
@@ -164,7 +162,7 @@ def _multiply_and_untransform(v, u, weights, out, *, bm, bn, bk, points):  # typ
             return acc + plt.dot(v[point, tile[0], along], u[point, along, tile[1]])
 
         found = lax.fori_loop(0, v.shape[2] // bk, multiply, jnp.zeros((bm, bn), jnp.float32))
-        return tuple(total + found * weights[point, q] for q, total in enumerate(sums))
+        return tuple(total + found * shares[point, q] for q, total in enumerate(sums))
 
     zeros = tuple(jnp.zeros((bm, bn), jnp.float32) for _ in range(out.shape[0]))
     for q, total in enumerate(lax.fori_loop(0, points, add, zeros)):
