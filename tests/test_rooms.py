@@ -6,7 +6,7 @@ from pathlib import Path
 import shardtrain
 
 ROOT = Path(shardtrain.__file__).parent
-FLOORS = ["errors", "compat", "mesh", "layout", "kernels", "ops", "nn", "train", "plan", "cli"]
+FLOORS = ["errors", "compat", "mesh", "layout", "kernels", "ops", "nn", "pipeline", "train", "plan", "cli"]
 
 
 def imports(path: Path) -> set[str]:
