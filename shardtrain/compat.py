@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -177,3 +177,49 @@ def triton_kernel(
             return kernel(*same)
 
     return call
+
+
+def closed_jaxprs(equation: Any) -> Iterator[Any]:
+    """As `inner_jaxprs`, closed."""
+    from jax.extend.core import ClosedJaxpr
+
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                yield part if hasattr(part, "jaxpr") else ClosedJaxpr(part, ())
+
+
+def island_parts(equation: Any) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+    """Of a `shard_map` in a jaxpr: its body, and the PartitionSpecs of its inputs and outputs."""
+    p = equation.params
+    return inner_jaxpr(p["jaxpr"]), p["in_specs"], p["out_specs"]
+
+
+def rebind(equation: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs an equation of a jaxpr on other operands, with some of its parameters changed."""
+    from jax._src import source_info_util  # names of scopes and the user's line stay with it
+
+    stack = source_info_util.current_name_stack() + equation.source_info.name_stack
+    # Shardings name the mesh that the equation was traced under, which is not the one it runs under now.
+    shardings = {key: None for key in ("sharding", "out_sharding") if key in equation.params}
+    found = equation.primitive.get_bind_params({**equation.params, **shardings, **changed})
+    subfuns, params = found if isinstance(found, tuple) else ((), found)
+    with source_info_util.user_context(equation.source_info.traceback, name_stack=stack):
+        out = equation.primitive.bind(*subfuns, *values, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def with_manual(mesh: Mesh | AbstractMesh, manual: Collection[str]) -> AbstractMesh:
+    """The mesh as it is inside a `shard_map` that is manual over the axes `manual` and no others."""
+    types = tuple(AxisType.Manual if name in manual else AxisType.Auto for name in mesh.axis_names)
+    return mesh.abstract_mesh.update(axis_types=types)
+
+
+def subprogram(closed: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Any:
+    """Some of a closed jaxpr's equations as a closed jaxpr of their own."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
+    whole = closed.jaxpr
+    effects = frozenset().union(*(e.effects for e in eqns))
+    inner = Jaxpr(whole.constvars, invars, outvars, eqns, effects, debug_info=whole.debug_info)
+    return ClosedJaxpr(inner, closed.consts)
