@@ -103,6 +103,20 @@ class Flow:
             todo += _variables(self.makers[v].invars)
         return [e for e in self.traced.closed.jaxpr.eqns if id(e) in needed]
 
+    def moving(self) -> dict[Var, int]:
+        """The variables that activations change, each with the main operation that makes its new value."""
+        traced = self.traced
+        at = {v: i for i, e in enumerate(self.main) for v in e.outvars}
+        news = traced.closed.jaxpr.outvars[1 + traced.sums :]
+        return {v: at[n] for v, n in zip(traced.groups()[1], news, strict=True) if n in at}
+
+    def crossing(self, position: int) -> list[Var]:
+        """The activations that a cut at a position among the main operations would send on."""
+        before = {v for e in self.main[:position] for v in e.outvars}
+        results = self.support(_variables(self.traced.closed.jaxpr.outvars[: 1 + self.traced.sums]))
+        behind = frozenset().union(results, *self.uses[position:])
+        return [v for v in before if v in behind]
+
     def owners(self, positions: Sequence[int]) -> dict[Var, list[int]]:
         """The stages that use each parameter, when `positions` say where the stages but the first begin."""
         params = set(self.traced.groups()[0])

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import compat
-from shardtrain.layout import Axes, axes_of, spec
+from shardtrain.layout import Axes, axes_of
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +174,7 @@ class _Evaluator:
 
     def island(self, equation: Any, blocks: list[Block]) -> list[Block]:
         jaxpr, in_specs, out_specs = compat.island_parts(equation)
-        values = [
-            b.moved(cut_of(s, len(b.shape))).value for b, s in zip(blocks, in_specs, strict=True)
-        ]
+        values = [b.moved(cut_of(s, len(b.shape))).value for b, s in zip(blocks, in_specs, strict=True)]
         outs = plain(jaxpr, (), values)
         return [
             self.block(v, var.aval.shape, cut_of(s, len(var.aval.shape)))
@@ -494,7 +492,9 @@ class _Evaluator:
 
 def _constant(value: Any) -> Array:
     """A constant without the mesh under which it was traced."""
-    concrete = not isinstance(value, jax.core.Tracer) and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+    concrete = not isinstance(value, jax.core.Tracer) and not jax.dtypes.issubdtype(
+        value.dtype, jax.dtypes.extended
+    )
     return jnp.asarray(np.asarray(value)) if concrete else value
 
 
@@ -507,7 +507,9 @@ def plain(jaxpr: Any, consts: Sequence[Any], values: Sequence[Array]) -> list[Ar
         return _constant(atom.val) if hasattr(atom, "val") else known[atom]
 
     for equation in jaxpr.eqns:
-        known |= dict(zip(equation.outvars, _plain(equation, [read(a) for a in equation.invars]), strict=True))
+        known |= dict(
+            zip(equation.outvars, _plain(equation, [read(a) for a in equation.invars]), strict=True)
+        )
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -518,7 +520,10 @@ def _plain(equation: Any, values: list[Any]) -> list[Any]:
     if name == "psum_invariant":
         return [lax.psum(v, p["axes"]) for v in values]
     if name == "all_gather_invariant":
-        return [lax.all_gather(v, p["axis_name"], axis=p["all_gather_dimension"], tiled=p["tiled"]) for v in values]
+        return [
+            lax.all_gather(v, p["axis_name"], axis=p["all_gather_dimension"], tiled=p["tiled"])
+            for v in values
+        ]
     if name in _CALLS:
         inner = next(compat.closed_jaxprs(equation))
         return plain(inner.jaxpr, inner.consts, values)
@@ -530,7 +535,12 @@ def _plain(equation: Any, values: list[Any]) -> list[Any]:
             return outs[:nk], outs[nk:]
 
         carry, ys = lax.scan(
-            body, values[nc : nc + nk], values[nc + nk :], p["length"], reverse=p["reverse"], unroll=p["unroll"]
+            body,
+            values[nc : nc + nk],
+            values[nc + nk :],
+            p["length"],
+            reverse=p["reverse"],
+            unroll=p["unroll"],
         )
         return [*carry, *ys]
     if name == "while":
@@ -549,28 +559,22 @@ def _plain(equation: Any, values: list[Any]) -> list[Any]:
 
 _CASTS = frozenset({"pvary", "pcast", "preduced", "vary_unreduced_cast"})
 _CALLS = frozenset(
-    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr".split()
+    ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
 )
 _SAME = frozenset({"sharding_constraint", "name", "copy", "copy_p", "optimization_barrier"})
 _ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
-    "convert_element_type cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt "
-    "igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg "
-    "nextafter not or polygamma pow population_count random_fold_in real reduce_precision rem round rsqrt "
-    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square "
-    "stop_gradient sub tan tanh threefry2x32 xor zeta".split()
+    ["abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "pow", "population_count", "random_fold_in", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32", "xor", "zeta"]
 )
 _RULES = {
     **dict.fromkeys(
-        "argmax argmin reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or".split(), "reduce"
+        ["argmax", "argmin", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"], "reduce"
     ),
-    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp sort rev".split(), "along"),
+    **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev"], "along"),
     **dict.fromkeys(
-        "reduce_window_max reduce_window_min reduce_window_sum select_and_scatter_add select_and_gather_add".split(),
+        ["reduce_window_max", "reduce_window_min", "reduce_window_sum", "select_and_scatter_add", "select_and_gather_add"],
         "windowed",
     ),
-    **dict.fromkeys("scatter-add scatter_add scatter".split(), "scatter"),
+    **dict.fromkeys(["scatter-add", "scatter_add", "scatter"], "scatter"),
     "conv_general_dilated": "convolution",
 }
 

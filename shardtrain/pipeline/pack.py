@@ -78,5 +78,6 @@ def largest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
 def zeros(lengths: Mapping[str, int], fill: float = 0.0) -> Buffers:
     """Buffers of `fill`, of zeros where the dtype is no floating one."""
     return {
-        d: jnp.full(n, fill if jnp.issubdtype(jnp.dtype(d), jnp.floating) else 0, d) for d, n in lengths.items()
+        d: jnp.full(n, fill if jnp.issubdtype(jnp.dtype(d), jnp.floating) else 0, d)
+        for d, n in lengths.items()
     }

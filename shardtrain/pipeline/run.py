@@ -99,7 +99,9 @@ class Machine:
             "grads": zeros(self.params.lengths),
             "inbox": {
                 d: jnp.full((table.inbox + 1, n), b[0] if n else 0, d)
-                for (d, n), b in zip(message.items(), zeros(dict.fromkeys(message, 1), self.bubble).values(), strict=True)
+                for (d, n), b in zip(
+                    message.items(), zeros(dict.fromkeys(message, 1), self.bubble).values(), strict=True
+                )
             },
             "sums": sums,
             **{name: zeros(rows.lengths, self.bubble) for name, rows in pools.items()},
@@ -118,10 +120,17 @@ class Machine:
                 moving = read(c["state"], self.state.slot(k, 0))
                 given = dict(zip(stage.moving, moving, strict=True))
                 variables = [given[n] if n in given else shared[n] for n in stage.state]
-                arrived = {d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()}
+                arrived = {
+                    d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()
+                }
                 ins = read(arrived, Pack(program.ins).places)
                 results = jax.core.eval_jaxpr(
-                    program.forward.jaxpr, program.forward.consts, *weights, *variables, *sides(at["microbatch"]), *ins
+                    program.forward.jaxpr,
+                    program.forward.consts,
+                    *weights,
+                    *variables,
+                    *sides(at["microbatch"]),
+                    *ins,
                 )
                 n = len(program.outs)
                 a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
@@ -144,12 +153,15 @@ class Machine:
                         cotangents = [jnp.ones(program.outs[0].shape, program.outs[0].dtype)]
                     else:
                         arrived = {
-                            d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()
+                            d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False)
+                            for d, v in c["inbox"].items()
                         }
                         cotangents = read(arrived, flows[k].places)
                     saved = read(c["saved"], pools["saved"].slot(k, at["saved"]))
                     closed = program.input_gradient
-                    results = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *cotangents, *saved, *lasting)
+                    results = jax.core.eval_jaxpr(
+                        closed.jaxpr, closed.consts, *some, *cotangents, *saved, *lasting
+                    )
                     between = results[len(floats) :]
                     if k:
                         sent = write(dict(empty), flows[k - 1].places, results[: len(floats)])
@@ -194,7 +206,8 @@ class Machine:
                     message = jax.tree.map(lambda v, pairs=pairs: lax.ppermute(v, "pipe", pairs), message)
                 slot = mine[len(COLUMNS) + number]
                 kept["inbox"] = {
-                    d: lax.dynamic_update_index_in_dim(v, message[d], slot, 0) for d, v in kept["inbox"].items()
+                    d: lax.dynamic_update_index_in_dim(v, message[d], slot, 0)
+                    for d, v in kept["inbox"].items()
                 }
             return (kept if before is None else {**kept, "sent": made}), None
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import AbstractMesh
 
 from shardtrain import compat
 from shardtrain.layout import Axes
 from shardtrain.pipeline.cut import Stage
-from shardtrain.pipeline.local import Block, Cut, Sizes, block_shape, evaluate
+from shardtrain.pipeline.local import Block, Cut, block_shape, evaluate
 
 Shape = jax.ShapeDtypeStruct
 
@@ -137,12 +136,19 @@ def localize(
 
     shapes = mine(avals, cuts) + mine([ends[i] for i in pulled], [outs_cut[i] for i in pulled])
     straight = traced_locally(local, shapes)
-    split = _Split(straight, len(avals), np_, ne + nm, len(stage.state), [p.rpartition(".")[0] for p in stage.params])
+    split = _Split(
+        straight, len(avals), np_, ne + nm, len(stage.state), [p.rpartition(".")[0] for p in stage.params]
+    )
     programs = split.cut(first_in, remat)
     boundary = mine(ends[:ne], outs_cut)
     return Programs(
-        stage, *programs[:3], tuple(mine(avals[first_in:], ins_cut)), tuple(boundary), tuple(ins_cut),
-        tuple(outs_cut), *programs[3:],
+        stage,
+        *programs[:3],
+        tuple(mine(avals[first_in:], ins_cut)),
+        tuple(boundary),
+        tuple(ins_cut),
+        tuple(outs_cut),
+        *programs[3:],
     )
 
 
@@ -150,7 +156,13 @@ class _Split:
     """One straight program of a stage and its gradient, cut into F, I and W."""
 
     def __init__(
-        self, closed: ClosedJaxpr, arguments: int, params: int, results: int, state: int, layers: Sequence[str]
+        self,
+        closed: ClosedJaxpr,
+        arguments: int,
+        params: int,
+        results: int,
+        state: int,
+        layers: Sequence[str],
     ) -> None:
         self.closed, jaxpr = closed, closed.jaxpr
         self.eqns = list(jaxpr.eqns)
@@ -294,9 +306,7 @@ class _Split:
                 out[v] = None
                 continue
             equation = self.eqns[i]
-            if remat and equation.primitive.name not in _SENDS:
-                todo += _vars(equation.invars)
-            elif equation.primitive.name in _GROWING and _bytes(equation.invars[0]) < _bytes(v):
+            if (remat and equation.primitive.name not in _SENDS) or (equation.primitive.name in _GROWING and _bytes(equation.invars[0]) < _bytes(v)):
                 todo += _vars(equation.invars)
             else:
                 out[v] = None

@@ -5,7 +5,6 @@ pass. A slot is taken at the tick that writes it and free after the tick that re
 many as the schedule holds at once, and no more.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
