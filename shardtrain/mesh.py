@@ -141,6 +141,16 @@ def size(mesh: Mesh | AbstractMesh, axes: str | Sequence[str]) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
+def without(mesh: Mesh, axis: str) -> Mesh:
+    """The first slice of a mesh along `axis`: the devices of one pipeline stage, say."""
+    if axis not in mesh.axis_names:
+        return mesh
+    position = mesh.axis_names.index(axis)
+    names = [name for name in mesh.axis_names if name != axis]
+    devices = mesh.devices.take(0, position)
+    return compat.auto_mesh(devices if names else devices.reshape(1), names or ["data"])
+
+
 def text(mesh: Mesh) -> str:
     """The mesh as a user writes it: `"data=2,height=2"`."""
     return ",".join(f"{name}={size}" for name, size in mesh.shape.items())

@@ -20,10 +20,14 @@ class Examples:
         index: each row's place in the whole batch. Dropout draws by it, so that a mask depends neither on
             the mesh nor on gradient accumulation.
         real: False for rows that only fill up a ragged batch. Batch statistics leave them out.
+        summing: running statistics are not moved but summed, for the step to take the whole batch's.
+        times: rows of each example.
     """
 
     index: Int[Array, " batch"]
     real: Bool[Array, " batch"] | None = None
+    summing: bool = False
+    times: int = 1
 
     def for_rows(self, rows: int) -> "Examples":
         """The same for activations of `rows` rows: a multiple, if time was merged into the batch."""
@@ -34,21 +38,24 @@ class Examples:
                 f"leading dimension, merged with others only as reshape((batch * n, ...))"
             )
         index = (self.index[:, None] * times + jnp.arange(times)).reshape(-1)
-        return Examples(index, None if self.real is None else jnp.repeat(self.real, times))
+        real = None if self.real is None else jnp.repeat(self.real, times)
+        return Examples(index, real, self.summing, times)
 
 
 _current: ContextVar[Examples | None] = ContextVar("examples", default=None)
 
 
 @contextmanager
-def examples(index: Int[Array, " batch"], real: Bool[Array, " batch"] | None = None) -> Iterator[None]:
+def examples(
+    index: Int[Array, " batch"], real: Bool[Array, " batch"] | None = None, *, summing: bool = False
+) -> Iterator[None]:
     """Says for the calls inside which examples they see; the trainer does this, users rarely need to.
 
     Example:
         >>> with examples(jnp.arange(4), jnp.array([True, True, True, False])):
         ...     y = BatchNorm(3, rngs=nnx.Rngs(0))(jnp.ones((4, 3)))
     """
-    token = _current.set(Examples(index, real))
+    token = _current.set(Examples(index, real, summing))
     try:
         yield
     finally:

@@ -36,7 +36,9 @@ class _Affine(Partitioned):
 class BatchNorm(_Affine, nnx.BatchNorm):
     """`nnx.BatchNorm` with the statistics of the whole batch on every mesh, real examples only.
 
-    Under gradient accumulation the statistics are those of a microbatch, as everywhere in the field.
+    Under gradient accumulation and in pipelines the batch is normalized microbatch by microbatch, as
+    everywhere in the field. The running statistics are moved with each, or, with the trainer's
+    `statistics="batch"`, once with those of the whole batch.
 
     Raises:
         UserError: at construction, for an `axis` that is not the last, or an `axis_name`.
@@ -76,8 +78,15 @@ class BatchNorm(_Affine, nnx.BatchNorm):
             inverse = lax.rsqrt(self.var[...].astype(wide) + self.epsilon)
             y = (x.astype(wide) - self.mean[...]) * (inverse if scale is None else inverse * scale)
             return (y if bias is None else y + bias).astype(x.dtype)
-        real = current_examples(x.shape[0]).real if mask is None else mask
+        at_hand = current_examples(x.shape[0])
+        real = at_hand.real if mask is None else mask
         y, mean, var = ops.batch_norm(x, scale, bias, epsilon=self.epsilon, examples=real, layout=self.layout)
+        if at_hand.summing:
+            count = x.shape[0] if real is None else real.sum()
+            for statistic, new in ((self.mean, mean), (self.var, var + mean**2)):
+                weighted = jnp.where(count > 0, new * (count / at_hand.times), 0)
+                statistic[...] = (statistic[...] + weighted).astype(statistic[...].dtype)
+            return y
         for statistic, new in ((self.mean, mean), (self.var, var)):
             old = statistic[...]
             moved = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)

@@ -492,10 +492,8 @@ class _Evaluator:
 
 def _constant(value: Any) -> Array:
     """A constant without the mesh under which it was traced."""
-    concrete = not isinstance(value, jax.core.Tracer) and not jax.dtypes.issubdtype(
-        value.dtype, jax.dtypes.extended
-    )
-    return jnp.asarray(np.asarray(value)) if concrete else value
+    key = jax.dtypes.issubdtype(getattr(value, "dtype", np.bool_), jax.dtypes.extended)
+    return value if key or isinstance(value, jax.core.Tracer) else jnp.asarray(np.asarray(value))
 
 
 def plain(jaxpr: Any, consts: Sequence[Any], values: Sequence[Array]) -> list[Array]:
@@ -559,19 +557,123 @@ def _plain(equation: Any, values: list[Any]) -> list[Any]:
 
 _CASTS = frozenset({"pvary", "pcast", "preduced", "vary_unreduced_cast"})
 _CALLS = frozenset(
-    ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
+    [
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+    ]
 )
-_SAME = frozenset({"sharding_constraint", "name", "copy", "copy_p", "optimization_barrier"})
+_SAME = frozenset({"sharding_constraint", "reshard", "mesh_cast", "name", "copy", "copy_p", "optimization_barrier"})
 _ELEMENTWISE = frozenset(
-    ["abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "polygamma", "pow", "population_count", "random_fold_in", "real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32", "xor", "zeta"]
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bessel_i0e",
+        "bessel_i1e",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "eq_to",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "igamma",
+        "igammac",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "polygamma",
+        "pow",
+        "population_count",
+        "random_fold_in",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "threefry2x32",
+        "xor",
+        "zeta",
+    ]
 )
 _RULES = {
     **dict.fromkeys(
-        ["argmax", "argmin", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"], "reduce"
+        [
+            "argmax",
+            "argmin",
+            "reduce_sum",
+            "reduce_max",
+            "reduce_min",
+            "reduce_prod",
+            "reduce_and",
+            "reduce_or",
+        ],
+        "reduce",
     ),
     **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev"], "along"),
     **dict.fromkeys(
-        ["reduce_window_max", "reduce_window_min", "reduce_window_sum", "select_and_scatter_add", "select_and_gather_add"],
+        [
+            "reduce_window_max",
+            "reduce_window_min",
+            "reduce_window_sum",
+            "select_and_scatter_add",
+            "select_and_gather_add",
+        ],
         "windowed",
     ),
     **dict.fromkeys(["scatter-add", "scatter_add", "scatter"], "scatter"),

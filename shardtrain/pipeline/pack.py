@@ -81,3 +81,29 @@ def zeros(lengths: Mapping[str, int], fill: float = 0.0) -> Buffers:
         d: jnp.full(n, fill if jnp.issubdtype(jnp.dtype(d), jnp.floating) else 0, d)
         for d, n in lengths.items()
     }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the slots of a pool lie: each stage has a region in the buffers of its rank."""
+
+    packs: tuple[Pack, ...]
+    bases: tuple[dict[str, int], ...]
+    lengths: dict[str, int]
+
+    @classmethod
+    def of(cls, shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> "Rows":
+        packs = tuple(Pack(row) for row in shapes)
+        ends: dict[int, dict[str, int]] = {}
+        bases = []
+        for pack, slots, rank in zip(packs, depth, ranks_of, strict=True):
+            end = ends.setdefault(rank, {})
+            bases.append(dict(end))
+            for dtype, length in pack.lengths.items():
+                end[dtype] = end.get(dtype, 0) + slots * length
+        return cls(packs, tuple(bases), largest(list(ends.values())))
+
+    def slot(self, stage: int, number: Array | int) -> list[Place]:
+        """The places of one stage's arrays in one slot."""
+        pack, base = self.packs[stage], self.bases[stage]
+        return pack.at({d: base.get(d, 0) + number * n for d, n in pack.lengths.items()})

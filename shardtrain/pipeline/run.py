@@ -14,35 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from shardtrain.pipeline.pack import Buffers, Pack, Place, largest, read, write, zeros
+from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, largest, read, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
 from shardtrain.pipeline.table import COLUMNS, KINDS, POOLS, Table
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the slots of a pool lie: each stage has a region in the buffers of its rank."""
-
-    packs: tuple[Pack, ...]
-    bases: tuple[dict[str, int], ...]
-    lengths: dict[str, int]
-
-    @classmethod
-    def of(cls, shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> "Rows":
-        packs = tuple(Pack(row) for row in shapes)
-        ends: dict[int, dict[str, int]] = {}
-        bases = []
-        for pack, slots, rank in zip(packs, depth, ranks_of, strict=True):
-            end = ends.setdefault(rank, {})
-            bases.append(dict(end))
-            for dtype, length in pack.lengths.items():
-                end[dtype] = end.get(dtype, 0) + slots * length
-        return cls(packs, tuple(bases), largest(list(ends.values())))
-
-    def slot(self, stage: int, number: Array | int) -> list[Place]:
-        """The places of one stage's arrays in one slot."""
-        pack, base = self.packs[stage], self.bases[stage]
-        return pack.at({d: base.get(d, 0) + number * n for d, n in pack.lengths.items()})
 
 
 @dataclass(frozen=True)
@@ -53,8 +27,10 @@ class Machine:
         table: of the schedule.
         ranks_of: the rank of each stage.
         programs: of each stage.
-        params, state: where each stage's parameters and moving variables lie in the packed ones.
-        sums: how many sums the last stage reports, the loss first.
+        params, state: where each parameter and each variable that one stage keeps lies, by name.
+        lengths: of the packed parameters.
+        sums: how many of the last stage's outputs are summed over microbatches, the loss first; the others
+            are collected.
         bubble: what fills buffers that nothing has been written to, and messages of idle ranks. Tests set
             it to NaN, to prove that nothing leaks.
     """
@@ -62,8 +38,9 @@ class Machine:
     table: Table
     ranks_of: tuple[int, ...]
     programs: tuple[Programs, ...]
-    params: Rows
-    state: Rows
+    params: Mapping[str, Place]
+    state: Mapping[str, Place]
+    lengths: Mapping[str, int]
     sums: int
     bubble: float = 0.0
 
@@ -73,7 +50,7 @@ class Machine:
         state: Buffers,
         shared: Mapping[str, Array],
         sides: Callable[[Array], Sequence[Array]],
-    ) -> tuple[Buffers, Buffers, list[Array]]:
+    ) -> tuple[Buffers, Buffers, list[Array], list[Array]]:
         """All microbatches.
 
         Args:
@@ -82,8 +59,8 @@ class Machine:
             sides: the blocks of microbatch `i`: inputs, targets and so on.
 
         Returns:
-            Packed gradients, summed over microbatches but not over the mesh; packed variables; the sums, on
-            the last stage's rank.
+            Packed gradients, summed over microbatches but not over the mesh; packed variables; the sums and
+            the outputs of all microbatches, which are zeros on all ranks but the last stage's.
         """
         table, programs = self.table, self.programs
         pools = {
@@ -93,17 +70,20 @@ class Machine:
         outs = [Pack(p.outs) if k < len(programs) - 1 else Pack([]) for k, p in enumerate(programs)]
         flows = [Pack([s for s in p.outs if is_float(s)]) for p in programs[:-1]]
         message = largest([pack.lengths for pack in (*outs, *flows)])
-        sums = [jnp.zeros(s.shape, s.dtype) for s in programs[-1].outs[: 1 + self.sums]]
+        ends = programs[-1].outs
+        kinds = {int(b) for b in np.unique(table.rows[:, :, 0])}
+        trains = any((b - 1) % len(KINDS) for b in kinds if b)
         carry: dict[str, Any] = {
             "state": state,
-            "grads": zeros(self.params.lengths),
+            "grads": zeros(self.lengths if trains else {}),
             "inbox": {
                 d: jnp.full((table.inbox + 1, n), b[0] if n else 0, d)
                 for (d, n), b in zip(
                     message.items(), zeros(dict.fromkeys(message, 1), self.bubble).values(), strict=True
                 )
             },
-            "sums": sums,
+            "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[: self.sums]],
+            "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[self.sums :]],
             **{name: zeros(rows.lengths, self.bubble) for name, rows in pools.items()},
         }
         empty = zeros(message, self.bubble)
@@ -116,10 +96,8 @@ class Machine:
             floats = [i for i, s in enumerate(program.ins) if is_float(s)]
 
             def forward(c: dict[str, Any], at: Mapping[str, Array]) -> tuple[Any, Buffers]:
-                weights = read(params, self.params.slot(k, 0))
-                moving = read(c["state"], self.state.slot(k, 0))
-                given = dict(zip(stage.moving, moving, strict=True))
-                variables = [given[n] if n in given else shared[n] for n in stage.state]
+                weights = read(params, [self.params[n] for n in stage.params])
+                variables = [self.state[n].read(c["state"]) if n in self.state else shared[n] for n in stage.state]
                 arrived = {
                     d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()
                 }
@@ -135,16 +113,20 @@ class Machine:
                 n = len(program.outs)
                 a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
                 c = dict(c)
-                c["state"] = write(c["state"], self.state.slot(k, 0), results[n:a])
+                c["state"] = write(c["state"], [self.state[name] for name in stage.moving], results[n:a])
                 c["saved"] = write(c["saved"], pools["saved"].slot(k, at["saved"]), results[a:b])
                 c["lasting"] = write(c["lasting"], pools["lasting"].slot(k, at["lasting"]), results[b:])
                 if last:
-                    c["sums"] = [x + y for x, y in zip(c["sums"], results[:n], strict=True)]
+                    c["sums"] = [x + y for x, y in zip(c["sums"], results[: self.sums], strict=True)]
+                    c["outputs"] = [
+                        lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
+                        for x, y in zip(c["outputs"], results[self.sums : n], strict=True)
+                    ]
                     return c, empty
                 return c, write(dict(empty), outs[k].places, results[:n])
 
             def backward(c: dict[str, Any], at: Mapping[str, Array]) -> tuple[Any, Buffers]:
-                weights = read(params, self.params.slot(k, 0))
+                weights = read(params, [self.params[n] for n in stage.params])
                 some = [*weights, *sides(at["microbatch"])]
                 lasting = read(c["lasting"], pools["lasting"].slot(k, at["lasting"]))
                 c, sent = dict(c), empty
@@ -172,14 +154,13 @@ class Machine:
                 if kind in "WB":
                     closed = program.weight_gradient
                     new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
-                    places = self.params.slot(k, 0)
+                    places = [self.params[n] for n in stage.params]
                     old = read(c["grads"], places)
                     c["grads"] = write(c["grads"], places, [a + b for a, b in zip(old, new, strict=True)])
                 return c, sent
 
             return forward if kind == "F" else backward
 
-        kinds = {int(b) for b in np.unique(table.rows[:, :, 0])}
         branches: list[Callable] = [lambda c, at: (c, empty)]
         numbers = {0: 0}
         for k in range(len(programs)):
@@ -212,7 +193,7 @@ class Machine:
             return (kept if before is None else {**kept, "sent": made}), None
 
         carry, _ = lax.scan(tick, carry, jnp.asarray(rows))
-        return carry["grads"], carry["state"], carry["sums"]
+        return carry["grads"], carry["state"], carry["sums"], carry["outputs"]
 
     def summed(self, grads: Buffers) -> Buffers:
         """The gradients summed over the mesh, each over the axes over which its stage left it unsummed."""
@@ -221,8 +202,9 @@ class Machine:
             def run(grads: Buffers) -> Buffers:
                 for k, program in enumerate(self.programs):
                     if self.ranks_of[k] == rank:
-                        for place, axes in zip(self.params.slot(k, 0), program.sums, strict=True):
+                        for name, axes in zip(program.stage.params, program.sums, strict=True):
                             if axes:
+                                place = self.params[name]
                                 grads = place.write(grads, lax.psum(place.read(grads), axes))
                 return grads
 

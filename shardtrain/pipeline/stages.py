@@ -18,6 +18,8 @@ from jax.sharding import AbstractMesh
 
 from shardtrain import compat
 from shardtrain.layout import Axes
+from shardtrain.pipeline.balance import cost
+from shardtrain.pipeline.costs import Costs
 from shardtrain.pipeline.cut import Stage
 from shardtrain.pipeline.local import Block, Cut, block_shape, evaluate
 
@@ -64,6 +66,7 @@ def localize(
     *,
     last: bool,
     remat: bool = False,
+    backward: bool = True,
 ) -> Programs:
     """Brings a stage and its gradient into local form and cuts them into `F`, `I` and `W`.
 
@@ -74,6 +77,7 @@ def localize(
         mesh: with the pipeline's axes manual and the others automatic.
         last: whether its outputs are the loss and sums rather than activations.
         remat: save only the stage's inputs and compute forward again in the backward pass.
+        backward: whether it is ever run; without, only `F` is of use.
     """
     sizes = {n: s for n, s in mesh.shape.items() if n not in compat.manual_axes(mesh)}
     jaxpr = stage.closed.jaxpr
@@ -116,8 +120,11 @@ def localize(
 
     seen: dict[str, list[Cut]] = {}
 
+    def forward_blocks(*values: Any) -> list[Block]:
+        return evaluate(stage.closed, blocks(values, avals, cuts), sizes)
+
     def forward(*values: Any) -> Any:
-        found = evaluate(stage.closed, blocks(values, avals, cuts), sizes)
+        found = forward_blocks(*values)
         seen["outs"] = [b.cut for b in found]
         return [b.value for b in found]
 
@@ -125,14 +132,19 @@ def localize(
     outs_cut = seen["outs"][:ne]
     state_cut = dict(zip(stage.state, cuts[np_ : np_ + len(stage.state)], strict=True))
     wanted = outs_cut + [state_cut[n] for n in stage.moving]
+    boundary = mine(ends[:ne], outs_cut)
+    if not backward:
+        closed = traced_locally(lambda *v: _moved(forward_blocks(*v), wanted), mine(avals, cuts))
+        nothing = compat.subprogram(closed, [], [], [])
+        edges = tuple(mine(avals[first_in:], ins_cut)), tuple(boundary), tuple(ins_cut), tuple(outs_cut)
+        return Programs(stage, closed, nothing, nothing, *edges, (), (), (), ((),) * np_)
     wanted += [cuts[i] for i in [*range(np_), *flows]]
 
     whole = traced(joint, avals, [ends[i] for i in pulled])
 
     def local(*values: Any) -> Any:
         lie = cuts + [outs_cut[i] for i in pulled]
-        found = evaluate(whole, blocks(values, avals + [ends[i] for i in pulled], lie), sizes)
-        return [b.moved(c).value for b, c in zip(found, wanted, strict=True)]
+        return _moved(evaluate(whole, blocks(values, avals + [ends[i] for i in pulled], lie), sizes), wanted)
 
     shapes = mine(avals, cuts) + mine([ends[i] for i in pulled], [outs_cut[i] for i in pulled])
     straight = traced_locally(local, shapes)
@@ -140,7 +152,6 @@ def localize(
         straight, len(avals), np_, ne + nm, len(stage.state), [p.rpartition(".")[0] for p in stage.params]
     )
     programs = split.cut(first_in, remat)
-    boundary = mine(ends[:ne], outs_cut)
     return Programs(
         stage,
         *programs[:3],
@@ -150,6 +161,19 @@ def localize(
         tuple(outs_cut),
         *programs[3:],
     )
+
+
+def costs_of(programs: Sequence[Programs]) -> Costs:
+    """What the stages' programs cost by their counted operations, see `pipeline.balance`."""
+    rows = [
+        tuple(sum(map(cost, closed.jaxpr.eqns)) for closed in row)
+        for row in zip(*((p.forward, p.input_gradient, p.weight_gradient) for p in programs), strict=True)
+    ]
+    return Costs(*rows)
+
+
+def _moved(found: Sequence[Block], cuts: Sequence[Cut]) -> list[Any]:
+    return [b.moved(c).value for b, c in zip(found, cuts, strict=True)]
 
 
 class _Split:
@@ -243,7 +267,7 @@ class _Split:
             )
             if v in made or v in self.cotangents
         ]
-        run_i, used_i = reach(chain, [*self.inputs])
+        run_i, _ = reach(chain, [*self.inputs])
         run_w, used_w = reach(rest, self.weights)
         lasting = [v for v in kept if v in used_w]
         saved = [v for v in kept if v not in used_w]
@@ -288,7 +312,7 @@ class _Split:
         return chain | shared
 
     def _kept(self, backward: set[int], first_in: int, remat: bool) -> list[Any]:
-        """Forward values that the backward pass starts from: no weights, no sides, nothing made of weights."""
+        """Forward values that the backward pass starts from: neither weights nor sides, nor made of weights."""
         consumed = [v for i in sorted(backward) for v in _vars(self.eqns[i].invars)]
         consumed += _vars([*self.inputs, *self.weights])
         frontier = dict.fromkeys(v for v in consumed if v not in self.late)
@@ -306,7 +330,9 @@ class _Split:
                 out[v] = None
                 continue
             equation = self.eqns[i]
-            if (remat and equation.primitive.name not in _SENDS) or (equation.primitive.name in _GROWING and _bytes(equation.invars[0]) < _bytes(v)):
+            if (remat and equation.primitive.name not in _SENDS) or (
+                equation.primitive.name in _GROWING and _bytes(equation.invars[0]) < _bytes(v)
+            ):
                 todo += _vars(equation.invars)
             else:
                 out[v] = None

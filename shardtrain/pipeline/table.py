@@ -30,6 +30,7 @@ class Table:
         routes: the (source, target) pairs of ranks at each distance that messages travel, 0 for messages
             between stages of one rank.
         hop: ticks from a message's making to its use on another rank.
+        microbatches: of the schedule.
     """
 
     rows: np.ndarray
@@ -37,6 +38,7 @@ class Table:
     depth: dict[str, tuple[int, ...]]
     routes: dict[int, tuple[tuple[int, int], ...]]
     hop: int
+    microbatches: int
 
 
 KINDS = ("F", "B", "I", "W")
@@ -95,7 +97,7 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
     most = max(slots.most for slots in inbox)
     rows[rows == nowhere] = most
     depth = {name: tuple(slots.most for slots in row) for name, row in pools.items()}
-    return Table(rows, most, depth, routes, hop)
+    return Table(rows, most, depth, routes, hop, schedule.microbatches)
 
 
 def _kept(slots: _Slots, pool: str, kind: str, microbatch: int) -> int:

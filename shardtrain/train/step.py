@@ -66,6 +66,8 @@ class Program:
     dtype: DTypeLike | None
     remat: str | Callable[..., bool] | None
     layout: Layout
+    deferred: Mapping[str, float] | None = None
+    """Momenta of the batch norms by path, where running statistics are those of the whole batch."""
 
     def _sums(self, outputs: Any, targets: Any, real: Array | None, rows: int) -> dict[str, Array]:
         """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
@@ -104,22 +106,55 @@ class Program:
         axes = params.get("axis_name", ())
         return not (primitive.name.startswith("all_gather") and set(axes) <= set(self.layout.parameters))
 
-    def _gradients(
+    def microbatch(
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
-    ) -> Any:
+    ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+        """The summed loss of one (micro)batch, all sums, and the model's state after it."""
+        model: Any = self.variables.model(self._cast(params), model_state, train=True)
+        inputs = self._cast(inputs)
+        summing = self.deferred is not None
+        with examples(index, real, summing=summing), resharded(model, self.layout, inputs):
+            outputs = model(inputs)
+        sums = self._sums(outputs, targets, real, index.shape[0])
+        return sums["loss"], (sums, Variables.state_of(model))
+
+    def _gradients(self, params: dict, *args: Any) -> Any:
         """Gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
-
-        def summed_loss(params: dict) -> tuple[Array, Any]:
-            model: Any = self.variables.model(self._cast(params), model_state, train=True)
-            inputs_cast = self._cast(inputs)
-            with examples(index, real), resharded(model, self.layout, inputs_cast):
-                outputs = model(inputs_cast)
-            sums = self._sums(outputs, targets, real, index.shape[0])
-            return sums["loss"], (sums, Variables.state_of(model))
-
         policy = self._policy()
-        function = summed_loss if policy is None else jax.checkpoint(summed_loss, policy=policy)
-        return jax.grad(function, has_aux=True)(params)
+        function = self.microbatch if policy is None else jax.checkpoint(self.microbatch, policy=policy)
+        return jax.grad(function, has_aux=True)(params, *args)
+
+    def before(self, model_state: dict[str, Array]) -> dict[str, Array]:
+        """The model's other variables as the first microbatch finds them."""
+        if self.deferred is None:
+            return model_state
+        sums = {f"{path}.{which}" for path in self.deferred for which in ("mean", "var")}
+        return {key: jnp.zeros_like(v) if key in sums else v for key, v in model_state.items()}
+
+    def finish(
+        self, state: TrainState, grads: dict, moved: dict[str, Array], sums: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One update from a batch's summed gradients, and what is reported of it.
+
+        Args:
+            state: before the batch.
+            grads: of the summed loss.
+            moved: the model's other variables after the last microbatch.
+            sums: over all real examples.
+        """
+        count = jnp.maximum(sums["examples"], 1)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        model_state = dict(moved)
+        for path, momentum in (self.deferred or {}).items():
+            mean = moved[f"{path}.mean"] / count
+            whole = {"mean": mean, "var": moved[f"{path}.var"] / count - mean**2}
+            for which, new in whole.items():
+                old = state.model_state[key := f"{path}.{which}"]
+                model_state[key] = (momentum * old + (1 - momentum) * new).astype(old.dtype)
+        after = TrainState(state.step + 1, params, model_state, opt_state)
+        return after, sums | {"grad_norm": optax.tree.norm(grads) * count}
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update.
@@ -130,9 +165,10 @@ class Program:
         inputs, targets = batch.cropped()
         real = batch.real
         rows, parts = batch.rows, self.accumulate
+        first_state = self.before(state.model_state)
         if parts == 1:
             grads, (sums, model_state) = self._gradients(
-                state.params, state.model_state, inputs, targets, real, jnp.arange(rows)
+                state.params, first_state, inputs, targets, real, jnp.arange(rows)
             )
         else:
             split = jax.tree.map(
@@ -151,20 +187,20 @@ class Program:
             first = jax.tree.map(lambda x: x[0], split)
             grads, (sums, _) = jax.eval_shape(self._gradients, state.params, state.model_state, *first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
-            (grads, sums, model_state), _ = lax.scan(one, (*zeros, state.model_state), split)
-        count = jnp.maximum(sums["examples"], 1)
-        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        sums["grad_norm"] = optax.tree.norm(grads) * count
-        return TrainState(state.step + 1, params, model_state, opt_state), sums  # type: ignore[arg-type]
+            (grads, sums, model_state), _ = lax.scan(one, (*zeros, first_state), split)
+        return self.finish(state, grads, model_state, sums)
 
-    def eval_step(self, params: dict, model_state: dict, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
+    def evaluated(
+        self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
+    ) -> tuple[Any, dict[str, Array]]:
+        """Outputs in evaluation mode, and the sums over real examples (if there are targets)."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
-        inputs, targets = batch.cropped()
         inputs = self._cast(inputs)
-        with examples(jnp.arange(batch.rows), batch.real), resharded(model, self.layout, inputs):
+        with examples(index, real), resharded(model, self.layout, inputs):
             outputs = model(inputs)
-        sums = {} if targets is None else self._sums(outputs, targets, batch.real, batch.rows)
-        return outputs, sums
+        return outputs, {} if targets is None else self._sums(outputs, targets, real, index.shape[0])
+
+    def eval_step(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
+        """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
+        index = jnp.arange(batch.rows)
+        return self.evaluated(state.params, state.model_state, *batch.cropped(), batch.real, index)

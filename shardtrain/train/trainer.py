@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,16 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from rich.table import Table
 
+from shardtrain import pipeline
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout
-from shardtrain.mesh import make_mesh, text
+from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
+from shardtrain.nn.norm import BatchNorm
 from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
+from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import TrainState, Variables, opt_state_specs, shardings
 from shardtrain.train.step import REMAT, Batch, PerExample, Program
 
@@ -42,8 +45,14 @@ class Trainer:
         metrics: more such functions by name; accuracy by default where the loss is `cross_entropy`.
         layout: patterns on layer paths to layouts that differ from the default, see `Layout`.
         parameters: mesh axes over which parameters and optimizer state are spread.
-        accumulate: microbatches per update; equal to the big batch (batch norm aside, whose statistics are
-            those of a microbatch).
+        accumulate: microbatches per update; equal to the big batch (batch norm aside, which normalizes by
+            the statistics of a microbatch). On a mesh with `pipe` they follow each other through the stages.
+        schedule: of a mesh with `pipe`: a name of `pipeline.NAMES`, the path of a `.csv` file, or a
+            `pipeline.Schedule`. Stages are as many as it has, one or more for each rank.
+        stages: which layers make up each stage, see `pipeline.split`; of equal cost by default.
+        in_flight: microbatches whose activations a rank may hold at most; what the schedule holds by default.
+        statistics: what running statistics of batch norms are moved by: each `"microbatch"`, one after the
+            other, or the whole `"batch"`, once.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
             convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
@@ -70,6 +79,10 @@ class Trainer:
         layout: partition.LayoutTable | None = None,
         parameters: str | Axes = (),
         accumulate: int = 1,
+        schedule: str | pipeline.Schedule = "1f1b",
+        stages: str | None = None,
+        in_flight: int | None = None,
+        statistics: Literal["microbatch", "batch"] = "microbatch",
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
@@ -86,16 +99,22 @@ class Trainer:
             raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
         self.layout = Layout(parameters=parameters)
-        partition.assign(model, self.mesh, self.layout, layout or {})
+        partition.assign(model, without(self.mesh, AXIS), self.layout, layout or {})
         if metrics is None:
             metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
         if clip_norm is not None:
             optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         self.accumulate = accumulate
         self._variables = Variables(model)
+        momenta = {name(path): m.momentum for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
+        deferred = momenta if statistics == "batch" else None
         self._program = Program(
-            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout
+            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred
         )
+        self._plan: Plan | None = None
+        if size(self.mesh, AXIS) > 1:
+            self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat)
+        self.pipeline: Pipelined | None = None
         plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
         masks = [name(path) for path, m in plain if isinstance(m, nnx.Dropout)]
         if masks and accumulate > 1:
@@ -116,6 +135,10 @@ class Trainer:
         return TrainState(P(), param_specs, state_specs, opt_state_specs(optimizer, params, param_specs))  # type: ignore[arg-type]
 
     def _initial_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        if self._plan is not None:  # where each array is to lie is known when the first batch is seen
+            values = jax.tree.map(np.array, self._variables.values())
+            opt = jax.tree.map(np.asarray, optimizer.init(values[0]))
+            return TrainState(np.zeros((), np.int32), *values, opt)
         where = shardings(self.mesh, self._specs)
         # A copy: the step donates its state, and the caller's model keeps its own arrays.
         params, model_state = jax.tree.map(
@@ -130,7 +153,12 @@ class Trainer:
     @property
     def model(self) -> nnx.Module:
         """The model with the weights of now, in evaluation mode."""
-        return self._variables.model(self.state.params, self.state.model_state, train=False)
+        named = self._named()
+        return self._variables.model(named.params, named.model_state, train=False)
+
+    def _named(self) -> TrainState:
+        """The state as ordinary named arrays."""
+        return self.state if self.pipeline is None else self.pipeline.named(self.state)
 
     def rows(self, batch_size: int) -> range:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
@@ -172,19 +200,28 @@ class Trainer:
 
     def compiled_step(self, batch: Batch) -> Any:
         """The compiled training step for batches of this shape; its `as_text()` is what `census` reads."""
-        return self._compiled("train", self._program.train_step, (self.state,), batch, 0)
+        if self._plan is not None and self.pipeline is None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
+            self.pipeline = Pipelined(self._program, shapes, self._specs, self.mesh, batch, self._plan)
+            self._specs = self.pipeline.state_specs
+            self.state = self.pipeline.packed(self.state)
+        return self._compiled("train", batch)
 
-    def _compiled(self, kind: str, function: Callable, args: tuple, batch: Batch, donate: int | None) -> Any:
+    def _compiled(self, kind: str, batch: Batch) -> Any:
         leaves, tree = jax.tree.flatten(batch)
         key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._steps:
             shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (*args, batch)
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (self.state, batch)
             )
-            where = shardings(self.mesh, self._specs)
-            out = (where, None) if kind == "train" else None
+            train = kind == "train"
+            if self.pipeline is not None:
+                function = self.pipeline.train_step(batch) if train else self.pipeline.eval_step(batch)
+            else:
+                function = self._program.train_step if train else self._program.eval_step
+            out = (shardings(self.mesh, self._specs), None) if train else None
             with jax.set_mesh(self.mesh):
-                jitted = jax.jit(function, donate_argnums=() if donate is None else donate, out_shardings=out)
+                jitted = jax.jit(function, donate_argnums=0 if train else (), out_shardings=out)
                 traced = jitted.trace(*shapes)
                 check.refuse_outside_islands(traced.jaxpr, self.mesh)
                 self._steps[key] = traced.lower().compile()
@@ -271,13 +308,17 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self.layout)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        args = (self.state.params, self.state.model_state)
+        if self._plan is not None and self.pipeline is None:
+            raise UserError(
+                "the pipeline is cut when the first training batch is seen; call fit first, or "
+                "compiled_step(trainer.place(...))"
+            )
         kind = "evaluate" if batch.targets is not None else "predict"
-        return self._compiled(kind, self._program.eval_step, args, batch, None)(*args, batch)
+        return self._compiled(kind, batch)(self.state, batch)
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
-        return checkpoint.save(Path(folder), int(self.state.step), dataclasses.asdict(self.state))
+        return checkpoint.save(Path(folder), int(self.state.step), _asdict(self._named()))
 
     def restore(self, folder: str | Path) -> int:
         """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
@@ -288,12 +329,17 @@ class Trainer:
         Raises:
             UserError: no checkpoint there, or one of another model.
         """
-        self.state = TrainState(**checkpoint.restore(Path(folder), dataclasses.asdict(self.state)))
+        named = TrainState(**checkpoint.restore(Path(folder), _asdict(self._named())))
+        self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
         return partition.partition_table(self.model, self.mesh, self.layout)
+
+
+def _asdict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _dtype(name: DTypeLike) -> Any:

@@ -1,0 +1,124 @@
+"""What each stage keeps at rest: named arrays, packed into one row of buffers for every device."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import compat
+from shardtrain.layout import spec
+from shardtrain.pipeline.local import Cut, block_shape
+from shardtrain.pipeline.pack import Buffers, Place, Rows, read, write
+
+
+class Held:
+    """A list of arrays, each of which lives with one stage, or with all of them.
+
+    Args:
+        shapes: of the (global) arrays.
+        homes: the stage of each, None for one that every device has.
+        cuts: how each lies over the mesh axes within its stage.
+        ranks_of: the rank of each stage.
+        mesh: with `pipe`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Any],
+        homes: Sequence[int | None],
+        cuts: Sequence[Cut],
+        ranks_of: Sequence[int],
+        mesh: Mesh,
+    ) -> None:
+        self.shapes, self.cuts, self.mesh, self.ranks_of = list(shapes), list(cuts), mesh, tuple(ranks_of)
+        stages = range(len(ranks_of))
+        self.at_stage = [[i for i, home in enumerate(homes) if home == k] for k in stages]
+        self.shared = [i for i, home in enumerate(homes) if home is None]
+        blocks = [
+            jax.ShapeDtypeStruct(block_shape(s.shape, c, mesh.shape), s.dtype)
+            for s, c in zip(shapes, cuts, strict=True)
+        ]
+        self.rows = Rows.of([[blocks[i] for i in at] for at in self.at_stage], [1] * len(ranks_of), ranks_of)
+        self.ranks = [None if home is None else self.ranks_of[home] for home in homes]
+
+        self.places = {
+            i: place
+            for k, at in enumerate(self.at_stage)
+            for i, place in zip(at, self.rows.slot(k, 0), strict=True)
+        }
+
+    def _places(self, rank: int) -> dict[int, Place]:
+        return {i: place for i, place in self.places.items() if self.ranks[i] == rank}
+
+    def read(self, rank: int, buffers: Mapping[str, Array]) -> dict[int, Array]:
+        """The blocks that a rank keeps, by number."""
+        places = self._places(rank)
+        return dict(zip(places, read(buffers, list(places.values())), strict=True))
+
+    def write(self, rank: int, buffers: Buffers, values: Mapping[int, Array]) -> Buffers:
+        """The buffers with new blocks."""
+        places = self._places(rank)
+        return write(buffers, [places[i] for i in values], list(values.values()))
+
+    @property
+    def specs(self) -> tuple[dict[str, P], dict[int, P]]:
+        """How the buffers and the shared arrays lie on the mesh."""
+        return {d: P(*self.mesh.axis_names) for d in self.rows.lengths}, {i: P() for i in self.shared}
+
+    def pack(self, arrays: Sequence[Any]) -> tuple[dict[str, Array], dict[int, Array]]:
+        """Arrays from anywhere as one row of buffers for every device, and the shared ones."""
+        names, sizes = self.mesh.axis_names, tuple(self.mesh.shape.values())
+        lie = NamedSharding(self.mesh, P(*names))
+        whole: dict[int, np.ndarray] = {}
+
+        def row(index: tuple[slice, ...] | None, dtype: str) -> np.ndarray:
+            assert index is not None
+            at = {name: part.start or 0 for name, part in zip(names, index, strict=False)}
+            out = np.zeros(self.rows.lengths[dtype], dtype)
+            for i, place in self._places(at.get("pipe", 0)).items():
+                if place.dtype == dtype:
+                    if i not in whole:
+                        whole[i] = np.asarray(arrays[i])
+                    out[place.start : place.start + place.size] = self._block(whole[i], i, at).ravel()
+            return out.reshape((1,) * len(sizes) + (-1,))
+
+        buffers = {
+            d: jax.make_array_from_callback((*sizes, n), lie, lambda index, d=d: row(index, d))
+            for d, n in self.rows.lengths.items()
+        }
+        everywhere = NamedSharding(self.mesh, P())
+        return buffers, {i: jax.device_put(np.asarray(arrays[i]), everywhere) for i in self.shared}
+
+    def _block(self, array: np.ndarray, i: int, at: Mapping[str, int]) -> np.ndarray:
+        for dim, axes in enumerate(self.cuts[i]):
+            shards = math.prod(self.mesh.shape[a] for a in axes)
+            number = 0
+            for a in axes:
+                number = number * self.mesh.shape[a] + at[a]
+            rows = array.shape[dim] // shards
+            array = array.take(range(number * rows, (number + 1) * rows), dim) if shards > 1 else array
+        return array
+
+    def unpack(self, buffers: Mapping[str, Array], shared: Mapping[int, Array]) -> list[Array]:
+        """The arrays by their own shapes again, each on the devices of its stage; nothing moves."""
+        out: list[Any] = [shared.get(i) for i in range(len(self.shapes))]
+        position = self.mesh.axis_names.index("pipe")
+        for rank in range(self.mesh.shape["pipe"]):
+            part = compat.auto_mesh(self.mesh.devices.take([rank], position), self.mesh.axis_names)
+            shards = {
+                d: [s for s in b.addressable_shards if (s.index[position].start or 0) == rank]
+                for d, b in buffers.items()
+            }
+            for i, place in self._places(rank).items():
+                blocks = [
+                    s.data.reshape(-1)[place.start : place.start + place.size].reshape(place.shape)
+                    for s in shards[place.dtype]
+                ]
+                lie = NamedSharding(part, spec(self.cuts[i]))
+                out[i] = jax.make_array_from_single_device_arrays(self.shapes[i].shape, lie, blocks)
+        return out

@@ -1,0 +1,453 @@
+"""The training step on a mesh with `pipe`: the same model, loss and optimizer, cut into stages.
+
+Every device keeps its own stage's parameters and optimizer state, packed. Names come back where they
+matter: in the optimizer's update, which is traced on named arrays, and in checkpoints.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+from shardtrain.layout import spec
+from shardtrain.pipeline.balance import balance
+from shardtrain.pipeline.cut import Flow, Stage, Traced
+from shardtrain.pipeline.generate import forward_only, make
+from shardtrain.pipeline.hold import Held
+from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
+from shardtrain.pipeline.run import Machine
+from shardtrain.pipeline.schedule import Schedule, validate
+from shardtrain.pipeline.simulate import fastest, lockstep
+from shardtrain.pipeline.spread import Spread
+from shardtrain.pipeline.stages import Programs, costs_of, localize
+from shardtrain.pipeline.table import build
+from shardtrain.train.state import TrainState
+from shardtrain.train.step import Batch, Program
+
+Shape = jax.ShapeDtypeStruct
+AXIS = "pipe"
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one microbatch is, on global arrays and on one device.
+
+    Attributes:
+        shapes: of inputs, targets, the mask of real rows if there is one, and the rows' numbers; leaves.
+        cuts: how each lies.
+        tree: the four of them.
+        inputs: how many leaves are the model's inputs.
+        parts: microbatches in a batch.
+    """
+
+    shapes: tuple[Shape, ...]
+    cuts: tuple[Cut, ...]
+    tree: Any
+    inputs: int
+    parts: int
+
+    @classmethod
+    def of(cls, batch: Batch, parts: int) -> "Microbatch":
+        given = jax.tree.leaves((batch.inputs, batch.targets))
+        rows = batch.rows
+        shapes = [Shape((rows, *extents), x.dtype) for x, extents in zip(given, batch.extents, strict=True)]
+        _, tree = jax.tree.flatten((batch.inputs, batch.targets))
+        inputs, targets = jax.tree.unflatten(tree, shapes)
+        real = None if batch.real is None else Shape((rows,), batch.real.dtype)
+        leaves, tree = jax.tree.flatten((inputs, targets, real, Shape((rows,), jnp.int32)))
+        cuts = [cut_of(x.sharding.spec, x.ndim) for x in given]
+        cuts += [cuts[0][:1]] * (len(leaves) - len(cuts))
+        shapes = [Shape((rows // parts, *x.shape[1:]), x.dtype) for x in leaves]
+        return cls(tuple(shapes), tuple(cuts), tree, len(jax.tree.leaves(inputs)), parts)
+
+    def blocks(self, batch: Batch) -> Callable[[Array], list[Array]]:
+        """On a device: its blocks of microbatch `i`, which holds the examples `i, i+m, i+2m, ...`."""
+        first = self.cuts[-1][0]
+        mine = jax.tree.leaves(batch.inputs)[0].shape[0]
+        index = (lax.axis_index(first) * mine if first else 0) + jnp.arange(mine, dtype=jnp.int32)
+        leaves = jax.tree.leaves((batch.inputs, batch.targets, batch.real, index))
+
+        def part(i: Array) -> list[Array]:
+            rows = [x.reshape(mine // self.parts, self.parts, *x.shape[1:]) for x in leaves]
+            return [lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in rows]
+
+        return part
+
+
+@dataclass(frozen=True)
+class _Of:
+    """Which parameter a leaf of the optimizer's state belongs to, and whether it has its shape."""
+
+    name: str | None
+    alike: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a mesh's pipeline is to run; see `Trainer` for the meaning of the fields."""
+
+    schedule: Schedule
+    stages: str | None
+    in_flight: int | None
+    remat: bool
+    bubble: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        mesh: Mesh,
+        microbatches: int,
+        schedule: str | Schedule,
+        stages: str | None,
+        in_flight: int | None,
+        remat: str | Callable[..., bool] | None,
+    ) -> "Plan":
+        """The plan that a user asked for.
+
+        Raises:
+            UserError: a schedule that there is not, or of other sizes; a `remat` that stages cannot do.
+        """
+        ranks = mesh.shape[AXIS]
+        if remat not in (None, "nothing"):
+            raise UserError(
+                f"remat={remat!r} on a mesh with pipe={ranks}; stages keep all that the backward pass needs "
+                f"(None) or only their inputs ('nothing'); a model's own remat=True works too"
+            )
+        if isinstance(schedule, str):
+            schedule = make(schedule, ranks, microbatches)
+        validate(schedule)
+        if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
+            raise UserError(
+                f"schedule {schedule.name!r} is of {schedule.ranks} ranks and {schedule.microbatches} "
+                f"microbatches, the mesh has pipe={ranks} and accumulate is {microbatches}; make them equal"
+            )
+        return cls(schedule, stages, in_flight, remat is not None)
+
+
+class Pipelined:
+    """A `Program` cut into stages for batches of one shape.
+
+    Args:
+        program: what a step computes; its `accumulate` is the number of microbatches.
+        named: the shapes of a state of ordinary named arrays.
+        specs: how each of them lies on the mesh but for `pipe`.
+        mesh: with `pipe`.
+        batch: one on the mesh.
+        plan: its schedule and stages.
+
+    Raises:
+        UserError: a model that cannot be cut so, or an optimizer that cannot be spread.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        named: TrainState,
+        specs: TrainState,
+        mesh: Mesh,
+        batch: Batch,
+        plan: Plan,
+    ) -> None:
+        self.program, self.named_shapes, self.specs, self.mesh = program, named, specs, mesh
+        self.outer = compat.with_manual(mesh, [AXIS])
+        self.sizes = {n: s for n, s in mesh.shape.items() if n != AXIS}
+        self.plan = plan
+        # Everything is listed by sorted names, as jax flattens dictionaries.
+        self.names = {"params": sorted(named.params), "model_state": sorted(named.model_state)}
+        self.cuts = {
+            key: cut_of(lie[key], len(shapes[key].shape))
+            for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
+            for key in shapes
+        }
+        micro = Microbatch.of(batch, program.accumulate)
+        traced, self.sums, _ = self._trace(micro, train=True)
+        flow = Flow(traced)
+        stages = flow.cut(balance(flow, plan.schedule.stages))
+        self.stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
+        self.programs = self._localize(stages, micro, remat=plan.remat)
+        self.costs = costs_of(self.programs)
+        self.schedule = fastest(plan.schedule, self.costs, plan.in_flight)
+        self.ticks = lockstep(self.schedule, self.costs)
+        self._hold()
+        self.update = self._spread()
+
+    def _trace(self, micro: Microbatch, *, train: bool) -> tuple[Traced, list[str], Any]:
+        """One microbatch as a jaxpr of global arrays, the names of its sums, the tree of its outputs."""
+        params, state = self.names["params"], self.names["model_state"]
+        found: dict[str, Any] = {}
+
+        def run(values: list, variables: list, *sides: Array) -> list:
+            args = (
+                dict(zip(params, values, strict=True)),
+                dict(zip(state, variables, strict=True)),
+                *jax.tree.unflatten(micro.tree, sides),
+            )
+            if train:
+                loss, (sums, after) = self.program.microbatch(*args)
+                outputs: Any = ()
+            else:
+                outputs, sums = self.program.evaluated(*args)
+                loss, after = jnp.zeros(()), args[1]
+            found["sums"] = sorted(sums)
+            leaves, found["tree"] = jax.tree.flatten(outputs)
+            return [loss, *(sums[key] for key in found["sums"]), *leaves, *(after[key] for key in state)]
+
+        values, variables = (jax.tree.leaves(getattr(self.named_shapes, g)) for g in self.names)
+        with jax.sharding.use_abstract_mesh(self.outer):
+            closed = jax.make_jaxpr(run)(values, variables, *micro.shapes)
+        results = len(closed.jaxpr.outvars) - len(state) - 1
+        traced = Traced(closed, tuple(params), tuple(state), micro.inputs, results)
+        return traced, found["sums"], found["tree"]
+
+    def _localize(
+        self, stages: Sequence[Stage], micro: Microbatch, *, remat: bool = False, backward: bool = True
+    ) -> tuple[Programs, ...]:
+        ins: Sequence[Cut] = ()
+        found: list[Programs] = []
+        for k, stage in enumerate(stages):
+            given = [self.cuts[n] for n in (*stage.params, *stage.state)] + list(micro.cuts)
+            last = k == len(stages) - 1
+            found.append(localize(stage, given, ins, self.outer, last=last, remat=remat, backward=backward))
+            ins = found[-1].outs_cut
+        return tuple(found)
+
+    def _machine(self, schedule: Schedule, programs: Sequence[Programs], sums: int) -> Machine:
+        table = build(schedule, lockstep(schedule))
+        places = [
+            {names[i]: place for i, place in held.places.items()}
+            for names, held in zip(self.names.values(), (self.params, self.state), strict=True)
+        ]
+        lengths = self.params.rows.lengths
+        return Machine(table, schedule.ranks_of, tuple(programs), *places, lengths, sums, self.plan.bubble)
+
+    def _hold(self) -> None:
+        """Decides where every array of the state lives."""
+        shapes, ranks_of = self.named_shapes, self.schedule.ranks_of
+        of_leaf = optax.tree.map_params(
+            self.program.optimizer,
+            lambda leaf, name, param: _Of(name, leaf.shape == param.shape),
+            shapes.opt_state,
+            dict(zip(shapes.params, shapes.params, strict=True)),
+            dict(shapes.params),
+            transform_non_params=lambda leaf: _Of(None, False),
+        )
+        marks = jax.tree.leaves(of_leaf)
+        opt, self.opt_tree = jax.tree.flatten(shapes.opt_state)
+
+        def held(leaves: Sequence[Any], marks: Sequence[_Of]) -> Held:
+            homes = [self.stage_of.get(mark.name) if mark.name else None for mark in marks]
+            cuts = [
+                self.cuts[mark.name] if mark.name and mark.alike else ((),) * len(x.shape)
+                for x, mark in zip(leaves, marks, strict=True)
+            ]
+            return Held(leaves, homes, cuts, ranks_of, self.mesh)
+
+        groups = [
+            (jax.tree.leaves(getattr(shapes, g)), [_Of(n, True) for n in self.names[g]]) for g in self.names
+        ]
+        self.params, self.state = (held(*group) for group in groups)
+        self.opt = held(opt, marks)
+        self.holds = {"params": self.params, "model_state": self.state, "opt_state": self.opt}
+
+    def _spread(self) -> Spread:
+        """The update, traced on named arrays, spread over the ranks that hold them."""
+        shapes, outs = self.named_shapes, self.programs[-1].outs
+        sums = {key: outs[1 + i] for i, key in enumerate(self.sums)}
+        args = (shapes, dict(shapes.params), dict(shapes.model_state), sums)
+        with jax.sharding.use_abstract_mesh(self.outer):
+            closed, (_, reported) = jax.make_jaxpr(self.program.finish, return_shape=True)(*args)
+        self.reported = sorted(reported)
+        none: list[Any] = [None]
+        kept = none + self.params.ranks + self.state.ranks + self.opt.ranks
+        lie = [(), *self.params.cuts, *self.state.cuts, *self.opt.cuts]
+        homes = kept + self.params.ranks + self.state.ranks + none * len(sums)
+        cuts = lie + self.params.cuts + self.state.cuts + [()] * len(sums)
+        # Dictionaries are flattened in the order of their sorted names, as the groups are held.
+        results = list(zip(kept, lie, strict=True)) + [(None, ())] * len(reported)
+        return Spread(closed, homes, cuts, results, self.sizes, self.schedule.ranks)
+
+    # The state at rest.
+
+    @property
+    def state_specs(self) -> TrainState:
+        """How the packed state lies on the mesh."""
+        return TrainState(P(), *(held.specs for held in self.holds.values()))
+
+    def packed(self, named: TrainState) -> TrainState:
+        """A state of named arrays, each stage's packed on its devices."""
+        step = jax.device_put(named.step, jax.NamedSharding(self.mesh, P()))
+        return TrainState(step, *(h.pack(jax.tree.leaves(getattr(named, g))) for g, h in self.holds.items()))
+
+    def named(self, state: TrainState) -> TrainState:
+        """The same state as ordinary named arrays, each on the devices of its stage."""
+        params, model_state, opt = (h.unpack(*getattr(state, g)) for g, h in self.holds.items())
+        return TrainState(
+            state.step,
+            dict(zip(self.names["params"], params, strict=True)),
+            dict(zip(self.names["model_state"], model_state, strict=True)),
+            jax.tree.unflatten(self.opt_tree, opt),
+        )
+
+    # The programs.
+
+    def _on_devices(self, function: Callable, like: Batch, outs: Any) -> Callable:
+        """`function` of this device's part of the state and the batch, manual over every axis."""
+        given = (self.state_specs, jax.tree.map(lambda x: x.sharding.spec, like))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=outs, check_vma=False)
+
+    def train_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+        """One update, for batches that lie as `like` does; see `Program.train_step`."""
+        micro = Microbatch.of(like, self.program.accumulate)
+        traced, _, _ = self._trace(micro, train=True)
+        flow = Flow(traced)
+        stages = flow.cut(following(flow, self.stage_of, self.schedule.stages))
+        programs = self._localize(stages, micro, remat=self.plan.remat)
+        machine = self._machine(self.schedule, programs, 1 + len(self.sums))
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+            (params, frozen), (before, shared), (opt, others) = map(
+                _rows, (state.params, state.model_state, state.opt_state)
+            )
+            start = self._started(before)
+            grads, moved, sums, _ = machine.run(
+                params, start, self._by_name("model_state", shared), micro.blocks(batch)
+            )
+            grads = machine.summed(grads)
+            sums = lax.psum(sums, AXIS)[1:]
+            everywhere = [{0: state.step}, frozen, shared, others]
+            everywhere += [{i: jnp.zeros_like(v) for i, v in frozen.items()}, self._advanced(flow, shared)]
+            everywhere += [dict(enumerate(sums))]
+            known = {
+                at + i: v for at, part in zip(self._starts, everywhere, strict=True) for i, v in part.items()
+            }
+            packed, free = self.update((params, before, opt, grads, moved), known, self._read, self._write)
+            parts = [
+                (_back(buffers, len(self.mesh.axis_names)), {i: free[start + i] for i in held.shared})
+                for buffers, held, start in zip(
+                    packed[:3], self.holds.values(), self._starts[1:4], strict=True
+                )
+            ]
+            reported = {key: free[self._starts[4] + i] for i, key in enumerate(self.reported)}
+            return TrainState(free[0], *parts), reported
+
+        return self._on_devices(step, like, (self.state_specs, P()))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where the arguments of the update begin: step, parameters, variables, optimizer, gradients,
+        variables afterwards, sums."""
+        p, s, o = (len(held.shapes) for held in self.holds.values())
+        return [0, 1, 1 + p, 1 + p + s, 1 + p + s + o, 1 + 2 * p + s + o, 1 + 2 * p + 2 * s + o]
+
+    def _read(self, rank: int, packed: Any) -> dict[int, Array]:
+        params, before, opt, grads, moved = packed
+        held = [self.params, self.state, self.opt, self.params, self.state]
+        return {
+            start + i: block
+            for start, h, part in zip(
+                self._starts[1:6], held, (params, before, opt, grads, moved), strict=True
+            )
+            for i, block in h.read(rank, part).items()
+        }
+
+    def _write(self, rank: int, packed: Any, values: dict[int, Array]) -> Any:
+        out = []
+        for start, end, held, part in zip(
+            self._starts[1:4], self._starts[2:5], self.holds.values(), packed[:3], strict=True
+        ):
+            out.append(held.write(rank, part, {i - start: v for i, v in values.items() if start <= i < end}))
+        return (*out, *packed[3:])
+
+    def _by_name(self, group: str, shared: dict[int, Array]) -> dict[str, Array]:
+        return {self.names[group][i]: value for i, value in shared.items()}
+
+    def _started(self, state: dict[str, Array]) -> dict[str, Array]:
+        """The packed variables as the first microbatch finds them."""
+        deferred = {f"{path}.{which}" for path in self.program.deferred or () for which in ("mean", "var")}
+        if not deferred:
+            return state
+
+        def on(rank: int) -> Callable[[dict[str, Array]], dict[str, Array]]:
+            def run(state: dict[str, Array]) -> dict[str, Array]:
+                blocks = self.state.read(rank, state)
+                sums = {
+                    i: jnp.zeros_like(v)
+                    for i, v in blocks.items()
+                    if self.names["model_state"][i] in deferred
+                }
+                return self.state.write(rank, state, sums)
+
+            return run
+
+        return lax.switch(lax.axis_index(AXIS), [on(rank) for rank in range(self.schedule.ranks)], state)
+
+    def _advanced(self, flow: Flow, shared: dict[int, Array]) -> dict[int, Array]:
+        """The variables that no activation changes (random streams) after a step."""
+        traced = flow.traced
+        news = traced.closed.jaxpr.outvars[1 + traced.sums :]
+        ends = [news[i] for i in shared]
+        mine = [traced.groups()[1][i] for i in shared]
+        part = compat.subprogram(traced.closed, mine, flow.repeated(ends), ends)
+        blocks = [Block(v, v.shape, ((),) * v.ndim, self.sizes) for v in shared.values()]
+        return {i: b.value for i, b in zip(shared, evaluate(part, blocks, self.sizes), strict=True)}
+
+    def eval_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Array]]]:
+        """Outputs and sums in evaluation mode, for batches that lie as `like` does."""
+        rows = like.rows // math.prod(self.mesh.shape[a] for a in Microbatch.of(like, 1).cuts[-1][0])
+        micro = Microbatch.of(like, math.gcd(self.program.accumulate, rows))
+        traced, names, tree = self._trace(micro, train=False)
+        flow = Flow(traced)
+        stages = flow.cut(following(flow, self.stage_of, self.schedule.stages))
+        programs = self._localize(stages, micro, backward=False)
+        machine = self._machine(forward_only(self.schedule.ranks_of, micro.parts), programs, 1 + len(names))
+        cuts = programs[-1].outs_cut[1 + len(names) :]
+
+        def step(state: TrainState, batch: Batch) -> tuple[list[Array], list[Array]]:
+            (params, _), (variables, shared) = map(_rows, (state.params, state.model_state))
+            known = self._by_name("model_state", shared)
+            _, _, sums, outputs = machine.run(params, variables, known, micro.blocks(batch))
+            # Row j of microbatch i is example i + j * m of the batch.
+            rows = [y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in outputs]
+            return lax.psum((rows, sums[1:]), AXIS)
+
+        manual = self._on_devices(step, like, ([spec(cut) for cut in cuts], P()))
+
+        def evaluate(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
+            outputs, sums = manual(state, batch)
+            return jax.tree.unflatten(tree, outputs), dict(zip(names, sums, strict=True))
+
+        return evaluate
+
+
+def following(flow: Flow, stage_of: Mapping[str, int], stages: int) -> list[int]:
+    """Positions that put every parameter of a flow into the stage where `stage_of` has it."""
+    params, state, _ = flow.traced.groups()
+    names = dict(zip((*params, *state), (*flow.traced.params, *flow.traced.state), strict=True))
+    moved = {i: names[v] for v, i in flow.moving().items()}
+    positions: list[int] = []
+    for i, uses in enumerate(flow.uses):
+        mine = [names[v] for v in uses if v in names] + ([moved[i]] if i in moved else [])
+        at = max((stage_of[name] for name in mine if name in stage_of), default=0)
+        positions += [i] * (at - len(positions))
+    return positions + [len(flow.main)] * (stages - 1 - len(positions))
+
+
+def _rows(part: Any) -> Any:
+    """This device's row of packed buffers, and the shared arrays."""
+    buffers, shared = part
+    return {d: b.reshape(-1) for d, b in buffers.items()}, shared
+
+
+def _back(buffers: dict[str, Array], axes: int) -> dict[str, Array]:
+    """A row as this device's part of the packed buffers of a mesh of so many axes."""
+    return {d: b.reshape((1,) * axes + b.shape) for d, b in buffers.items()}
