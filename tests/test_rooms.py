@@ -6,7 +6,20 @@ from pathlib import Path
 import shardtrain
 
 ROOT = Path(shardtrain.__file__).parent
-FLOORS = ["errors", "compat", "mesh", "layout", "kernels", "ops", "nn", "pipeline", "train", "plan", "cli"]
+FLOORS = [
+    "errors",
+    "compat",
+    "mesh",
+    "layout",
+    "kernels",
+    "ops",
+    "nn",
+    "pipeline",
+    "train",
+    "plan",
+    "cli",
+    "__main__",
+]
 
 
 def imports(path: Path) -> set[str]:

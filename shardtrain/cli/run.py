@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,7 @@ class RunFlags:
 Flags = TypeVar("Flags", bound=RunFlags)
 
 
+@runtime_checkable
 class Batches(Protocol):
     """The training batches from step `start` on: those `rows` of each that this process holds."""
 

@@ -5,7 +5,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,8 +43,20 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         ...     main(train, Flags, __doc__)
     """
     parsed = tyro.cli(flags, description=description)
-    try:
+    with one_sentence():
         recipe(parsed)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the process as a command should: a `UserError` on stderr with status 2, an interrupt with 130.
+
+    Example:
+        >>> with one_sentence():
+        ...     make_mesh("data=3")
+    """
+    try:
+        yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

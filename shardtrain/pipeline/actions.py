@@ -117,4 +117,7 @@ def _deadlock(
     while (after := waits[cycle[-1]][2]) != rank:
         cycle.append(after)
     links = [f"rank {r} waits at {waits[r][0]} for {waits[r][1]} of rank {waits[r][2]}" for r in cycle]
-    return f"{', '.join(links)}; put {waits[cycle[-1]][1]} before {waits[rank][0]} on rank {rank}"
+    # A rank that waits for what another is stuck at waits rightly; one that waits for what stands behind it
+    # does not.
+    late, holder = next(waits[r][1:] for r in reversed(cycle) if waits[r][1] != waits[waits[r][2]][0])
+    return f"{', '.join(links)}; put {late} before {waits[holder][0]} on rank {holder}"

@@ -37,7 +37,7 @@ class Costs:
         for name in ("forward", "input", "weight"):
             row = getattr(self, name)
             if bad := [value for value in row if not (math.isfinite(value) and value >= 0)]:
-                raise UserError(f"a {name} cost of {bad[0]}; use numbers from 0 up")
+                raise UserError(f"the cost {bad[0]} in {name}; use numbers from 0 up")
             exact = tuple(Fraction(v) if isinstance(v, Rational) else float(v) for v in row)
             object.__setattr__(self, name, exact)
 

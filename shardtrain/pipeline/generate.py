@@ -13,13 +13,13 @@ Order = list[Action]
 def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
     """A schedule by name, or from a file; always one that `validate` accepts.
 
-    | name | backward | most microbatches in flight on rank r of p | idle, F = I = W |
+    | name | backward | activations in flight on rank r of p | idle, F = I = W |
     | --- | --- | --- | --- |
     | gpipe | B | m | (p-1) / (m+p-1) |
     | 1f1b | B | p-r | (p-1) / (m+p-1) |
-    | interleaved | B | more than 1f1b, less the more chunks | (p-1) / (vm+p-1), p divides m |
+    | interleaved | B | (v-1)p + 2(p-1-r) + 1, each 1/v | (p-1) / (vm+p-1), p divides m |
     | zb-h1 | I, W | p | (p-1) / (3m+p-1) |
-    | zb-v | I, W | p (2p halves) | (p-1) / (6m+p-1), m >= 2p-1 |
+    | zb-v | I, W | 2p, each 1/2 | (p-1) / (6m+p-1), m >= 2p-1 |
 
     Args:
         name: one of `NAMES`, or the path of a `.csv` file.

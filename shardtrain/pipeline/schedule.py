@@ -104,7 +104,7 @@ class Schedule:
             orders.append(tuple(order))
         if not orders:
             raise UserError(
-                f"schedule {name!r} is empty; write one row of actions such as 0F0,0B0 for each rank"
+                f"schedule {name!r} is empty; write a row of actions such as 0F0,0B0 for each rank"
             )
         missing = next(stage for stage in itertools.count() if stage not in rank_of)
         if missing < len(rank_of):
@@ -174,14 +174,21 @@ def validate(schedule: Schedule, *, forward_only: bool = False) -> None:
             if problem := _misplaced(schedule, rank, action, seen, forward_only):
                 raise UserError(f"{name}: rank {rank} does {action}{problem}")
             seen.add(action)
-    for stage, microbatch in itertools.product(range(schedule.stages), range(schedule.microbatches)):
-        whole = Action(stage, "B", microbatch)
-        kinds = "F" if forward_only else "FB" if whole in seen else "FIW"
-        for kind in kinds:
-            if (action := Action(stage, kind, microbatch)) not in seen:
-                instead = f" (or {whole} for both halves)" if kind == "I" else ""
-                raise UserError(f"{name}: {action}{instead} is missing; add it to rank {ranks_of[stage]}")
+    if missing := _missing(schedule, seen, forward_only):
+        whole = f" (or {missing._replace(kind='B')} for both halves)" if missing.kind == "I" else ""
+        raise UserError(f"{name}: {missing}{whole} is missing; add it to rank {ranks_of[missing.stage]}")
     schedule.sequence()
+
+
+def _missing(s: Schedule, seen: set[Action], forward_only: bool) -> Action | None:
+    """The first action that is not among those `seen`; both halves, where there is no whole backward."""
+    for stage in range(s.stages):
+        for i in range(s.microbatches):  # may be huge in a wrong file; the first gap ends this
+            kinds = "F" if forward_only else "FB" if Action(stage, "B", i) in seen else "FIW"
+            for kind in kinds:
+                if Action(stage, kind, i) not in seen:
+                    return Action(stage, kind, i)
+    return None
 
 
 def _misplaced(s: Schedule, rank: int, action: Action, seen: set[Action], forward_only: bool) -> str:

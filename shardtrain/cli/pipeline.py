@@ -1,0 +1,136 @@
+"""`shardtrain pipeline show`: a schedule in the terminal, as a table in a file, and as a picture."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shardtrain.cli.pictures import picture
+from shardtrain.errors import UserError
+from shardtrain.pipeline import Costs, Schedule, make
+from shardtrain.pipeline.schedule import validate
+from shardtrain.pipeline.show import Bar, bars, legend, timeline, title
+
+LONGEST = 10_000
+"""Actions beyond which a timeline is no longer looked at."""
+
+PANEL = 64
+"""Columns of a picture's panel."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Draws a schedule, and says how long it takes, how much of that is idle, and what every rank holds."""
+
+    schedule: str = "1f1b"
+    """gpipe, 1f1b, interleaved, zb-h1, zb-v, or a .csv file with a row of actions for each rank."""
+    stages: int | None = None
+    """Ranks of the pipeline, the size of the mesh axis pipe; by default 4, or what the file has."""
+    microbatches: int | None = None
+    """Microbatches of a batch; by default 8, or what the file has."""
+    chunks: int | None = None
+    """Stages on each rank, for interleaved (2 by default)."""
+    costs: str = ""
+    """Relative times of the stages in network order, such as 1,1,2,1."""
+    csv: Path | None = None
+    """File to write the schedule to."""
+    png: Path | None = None
+    """File to draw the timeline to."""
+
+    def run(self) -> None:
+        """Prints the timeline, and writes the files asked for."""
+        schedule = self.read()
+        costs = read_costs(self.costs, schedule) if self.costs else None
+        if self.png is not None:
+            draw(schedule, self.png, costs)
+        if self.csv is not None:
+            schedule.save(self.csv)
+        Console(width=100).print(timeline(schedule, costs))
+
+    def read(self) -> Schedule:
+        """The schedule that the flags ask for.
+
+        Raises:
+            UserError: what `make` refuses, and sizes that fill more than a screen or two.
+        """
+        ranks, microbatches = self.stages, self.microbatches
+        if self.schedule.endswith(".csv"):
+            file = Schedule.load(self.schedule)
+            validate(file)
+            ranks = file.ranks if ranks is None else ranks
+            microbatches = file.microbatches if microbatches is None else microbatches
+        ranks, microbatches = 4 if ranks is None else ranks, 8 if microbatches is None else microbatches
+        if (actions := 3 * ranks * microbatches * (self.chunks or 1)) > LONGEST:
+            raise UserError(
+                f"--stages {ranks} --microbatches {microbatches}: a timeline of {actions:,} actions is "
+                f"too long to read; show at most {LONGEST:,}"
+            )
+        return make(self.schedule, ranks, microbatches, self.chunks)
+
+
+def read_costs(text: str, schedule: Schedule) -> Costs:
+    """Reads `"1,1,2,1"`: of each stage the time of its `F`, of its `I` and of its `W`.
+
+    Raises:
+        UserError: what is no list of positive numbers, one for each stage.
+    """
+    try:
+        row = tuple(Fraction(cell.strip()) for cell in text.split(","))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--costs {text}: write a number for each stage, such as 1,1,2,1") from error
+    if len(row) != schedule.stages or min(row) <= 0:
+        raise UserError(
+            f"--costs {text}: {schedule.name} has {schedule.stages} stages; "
+            f"write {schedule.stages} positive numbers"
+        )
+    return Costs(row, row, row)
+
+
+def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
+    """Writes the timeline to `path` as a PNG, in panels one under the other where it is long.
+
+    Raises:
+        UserError: a file that cannot be written.
+
+    Example:
+        >>> draw(make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))
+    """
+    if path.is_dir():
+        raise UserError(f"--png {path} is a folder; name a file in it")
+    drawn = bars(schedule, costs)
+    length = max(1, *(bar.end for bar in drawn))
+    panels = math.ceil(length / PANEL)
+    columns = math.ceil(length / panels)
+    size = 1.2 + 0.24 * columns, 0.8 + panels * (0.55 + 0.28 * schedule.ranks)
+    try:
+        with picture(path, panels, 1, size) as (figure, axes):
+            figure.suptitle(f"{title(schedule)}\n{legend(schedule)}", fontsize=9)
+            for panel, axis in enumerate(axes[:, 0]):
+                _panel(axis, drawn, schedule.ranks, panel * columns, columns)
+    except OSError as error:
+        raise UserError(
+            f"--png {path} cannot be written ({error.strerror}); name a file in a folder that exists"
+        ) from error
+
+
+def _panel(axis: Any, drawn: list[Bar], ranks: int, start: int, columns: int) -> None:
+    for bar in drawn:
+        left, right = max(bar.start, start), min(bar.end, start + columns)
+        if left >= right:
+            continue
+        axis.barh(bar.rank, right - left, left=left, height=0.9, color=bar.colour, edgecolor="white", lw=0.8)
+        small = {1: 8, 2: 8, 3: 7}.get(len(bar.label), 6)
+        axis.text(
+            (left + right) / 2, bar.rank, bar.label, color=bar.ink, ha="center", va="center", fontsize=small
+        )
+    axis.set_xlim(start, start + columns)
+    axis.set_ylim(ranks - 0.4, -0.6)
+    axis.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(length=0)
+    axis.set_facecolor("#f0f0f0")
+    for side in axis.spines.values():
+        side.set_visible(False)
