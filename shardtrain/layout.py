@@ -181,7 +181,8 @@ def resolve(
     Args:
         default: for paths that no pattern matches.
         table: shell patterns on module paths (`"stages.2.*"`, `"head"`) to a `Layout`, or to the fields
-            that differ from the default (`{"height": (), "batch": ("data", "height")}`).
+            that differ from the default (`{"height": (), "batch": ("data", "height")}`). Only `""` itself
+            matches the path `""`.
         paths: all module paths of the model.
 
     Raises:
@@ -191,11 +192,14 @@ def resolve(
         raise UserError(f"layout={table!r}; give a table of patterns, such as {{'head': {{'height': ()}}}}")
     layouts = dict.fromkeys(paths, default)
     for pattern, change in table.items():
-        matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        matched = [
+            path for path in paths if fnmatch.fnmatchcase(path, pattern) and bool(path) == bool(pattern)
+        ]
         if not matched:
+            layers = [path for path in paths if path]
             raise UserError(
-                f"layout: the pattern {pattern!r} matches no layer; the layers are {', '.join(paths[:12])}"
-                + (", ..." if len(paths) > 12 else "")
+                f"layout: the pattern {pattern!r} matches no layer; the layers are {', '.join(layers[:12])}"
+                + (", ..." if len(layers) > 12 else "")
             )
         if not isinstance(change, Layout):
             if not isinstance(change, Mapping):

@@ -48,3 +48,8 @@ def test_patterns():
         resolve(Layout(), {"block.*": {"height": ()}}, paths)
     with pytest.raises(UserError, match=r"sets \['rows'\]; a layout has batch, channels, depth"):
         resolve(Layout(), {"head": {"rows": ()}}, paths)
+    whole = {"height": ()}
+    assert resolve(Layout(), {"*": whole}, ["", "head"]) == {"": Layout(), "head": Layout(height=())}
+    assert resolve(Layout(), {"": whole}, ["", "head"]) == {"": Layout(height=()), "head": Layout()}
+    with pytest.raises(UserError, match=r"matches no layer; the layers are head$"):
+        resolve(Layout(), {"tail": whole}, ["", "head"])

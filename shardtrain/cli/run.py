@@ -19,6 +19,7 @@ from rich.table import Table
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
 from shardtrain.mesh import make_mesh, parse
+from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
 from shardtrain.train import Trainer, losses, metrics
 from shardtrain.train.step import PerExample
@@ -86,7 +87,7 @@ class RunFlags:
 Flags = TypeVar("Flags", bound=RunFlags)
 
 
-@runtime_checkable
+@runtime_checkable  # a recipe may be imported where types are checked at run time
 class Batches(Protocol):
     """The training batches from step `start` on: those `rows` of each that this process holds."""
 
@@ -119,6 +120,7 @@ class Task:
         test: the test batches, those rows of each that this process holds.
         loss, metrics: as `Trainer` takes them.
         score: the metric that the run is judged by.
+        layout: what is cut otherwise than by default, as `Trainer` takes it.
         report: called after the evaluation with the trainer and the run's folder, for pictures and numbers
             of the recipe's own.
     """
@@ -130,6 +132,7 @@ class Task:
     loss: PerExample = losses.cross_entropy
     metrics: Mapping[str, PerExample] | None = None
     score: str = "accuracy"
+    layout: LayoutTable | None = None
     report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
 
 
@@ -265,6 +268,7 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         mesh=mesh,
         loss=task.loss,
         metrics=task.metrics,
+        layout=task.layout,
         parameters=flags.parameters if flags.parameters in mesh.shape else (),
         accumulate=flags.accumulate,
         dtype=None if flags.dtype == "float32" else flags.dtype,

@@ -18,6 +18,7 @@ from shardtrain.nn.pool import (
     MaxPool,
     Upsample,
 )
+from shardtrain.nn.rounds import Rounds
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -40,6 +41,7 @@ __all__ = [
     "LocallyConnected",
     "MaxPool",
     "Partitioned",
+    "Rounds",
     "Upsample",
     "assign",
     "examples",

@@ -57,10 +57,12 @@ class Changes:
     Attributes:
         arrive: how an input of a layer lies that the layer wants otherwise, by path and place of the input.
         leave: how a layer's output is to lie, where that is not as the layer itself has it, by path.
+        result: how what the model returns lies.
     """
 
     arrive: Mapping[tuple[str, str], Layout] = field(default_factory=dict)
     leave: Mapping[str, Layout] = field(default_factory=dict)
+    result: Layout = field(default_factory=Layout)
 
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)

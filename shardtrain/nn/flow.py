@@ -143,7 +143,7 @@ def changes(model: nnx.Module, default: Layout, *inputs: Any) -> Changes:
     """
     lies = layouts(model) | {"": default}
     if len(set(lies.values())) == 1:
-        return Changes()
+        return Changes(result=default)
     calls = [call for call in trace(model, *inputs) if call.origins]
     leave: dict[str, Layout] = {}
     for together in _joined(calls):
@@ -153,7 +153,9 @@ def changes(model: nnx.Module, default: Layout, *inputs: Any) -> Changes:
         before = leave[min(call.origins)]
         if call.path and before != lies[call.path]:
             arrive[call.path, call.place] = before
-    return Changes(arrive, {path: after for path, after in leave.items() if path and after != lies[path]})
+    result = next((leave[min(call.origins)] for call in calls if not call.path), default)
+    moved = {path: after for path, after in leave.items() if path and after != lies[path]}
+    return Changes(arrive, moved, result)
 
 
 def _joined(calls: Sequence[Call]) -> list[Origin]:
@@ -190,13 +192,16 @@ def _common(together: Origin, calls: Sequence[Call], lies: Mapping[str, Layout])
 
 
 @contextmanager
-def resharded(model: nnx.Module, default: Layout, *inputs: Any) -> Iterator[None]:
+def resharded(model: nnx.Module, default: Layout, *inputs: Any) -> Iterator[Layout]:
     """Calls of `model` inside move activations where layouts change, by `ops.reshard`.
+
+    Gives the layout in which the model's result lies.
 
     The trainer does this; in a loop of your own:
 
         with nn.resharded(model, Layout(), x):
             y = model(x)
     """
-    with changing(changes(model, default, *inputs)):
-        yield
+    found = changes(model, default, *inputs)
+    with changing(found):
+        yield found.result

@@ -1,5 +1,6 @@
 """Which layer lies where: layouts are assigned to a model's layers, checked, and shown as a table."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -43,21 +44,25 @@ def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
     return found
 
 
-def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable) -> None:
+def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable) -> Layout:
     """Sets every layer's layout and refuses what `mesh` cannot do with it.
 
     Args:
         model: any NNX model.
         mesh: the mesh it will run on.
         default: the layout of layers that no pattern names.
-        table: patterns on layer paths to what differs, see `shardtrain.layout.resolve`.
+        table: patterns on layer paths to what differs, see `shardtrain.layout.resolve`; `""` is the model's
+            input.
+
+    Returns:
+        How the model's input lies.
 
     Raises:
         UserError: a pattern that matches nothing; a dimension that cannot be cut as asked; a plain `nnx`
             layer that would be wrong or replicated on this mesh; a mesh axis that cuts nothing.
     """
     found = leaves(model)
-    layouts = resolve(default, table, list(found))
+    layouts = resolve(default, table, ["", *found])
     for path, module in found.items():
         if isinstance(module, Partitioned):
             module.layout, module.path = layouts[path], path
@@ -71,6 +76,7 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
             _check_plain(path, module, mesh)
     _check_axes_used(found, layouts, mesh)
     _say_what_stays_whole(model, found, default, mesh)
+    return dataclasses.replace(layouts[""], parameters=default.parameters)
 
 
 def _say_what_stays_whole(

@@ -15,6 +15,7 @@ from shardtrain.ops.resample import adaptive_avg_pool, adaptive_max_pool, pad, r
 from shardtrain.ops.reshard import reshard
 from shardtrain.ops.shape import concat, flatten
 from shardtrain.ops.transpose import conv_transpose, torch_padding
+from shardtrain.ops.turns import take_turn
 
 __all__ = [
     "ChannelPlan",
@@ -41,5 +42,6 @@ __all__ = [
     "pad",
     "reshard",
     "resize",
+    "take_turn",
     "torch_padding",
 ]

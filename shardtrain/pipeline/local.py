@@ -570,7 +570,9 @@ _CALLS = frozenset(
         "custom_vjp_call_jaxpr",
     ]
 )
-_SAME = frozenset({"sharding_constraint", "reshard", "mesh_cast", "name", "copy", "copy_p", "optimization_barrier"})
+_SAME = frozenset(
+    {"sharding_constraint", "reshard", "mesh_cast", "name", "copy", "copy_p", "optimization_barrier"}
+)
 _ELEMENTWISE = frozenset(
     [
         "abs",

@@ -97,7 +97,9 @@ class Machine:
 
             def forward(c: dict[str, Any], at: Mapping[str, Array]) -> tuple[Any, Buffers]:
                 weights = read(params, [self.params[n] for n in stage.params])
-                variables = [self.state[n].read(c["state"]) if n in self.state else shared[n] for n in stage.state]
+                variables = [
+                    self.state[n].read(c["state"]) if n in self.state else shared[n] for n in stage.state
+                ]
                 arrived = {
                     d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()
                 }

@@ -87,9 +87,8 @@ def lines(
             f"summary: {type(model).__name__} and {type(mesh).__name__}; give an NNX model and a mesh, "
             f"such as make_mesh('data=2,height=4')"
         )
-    default = Layout(parameters=parameters)
     model = nnx.clone(model)  # the caller's keeps the layouts that it has
-    partition.assign(model, mesh, default, layout or {})
+    default = partition.assign(model, mesh, Layout(parameters=parameters), layout or {})
     found = partition.leaves(model)
     paths = list(found)
     kept = _parameter_bytes(model, mesh, default)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout
+from shardtrain.layout import Layout, active_mesh
+from shardtrain.mesh import size
 from shardtrain.nn.context import examples
 from shardtrain.nn.flow import resharded
 from shardtrain.ops.conv import CONTRACTION
@@ -69,8 +71,21 @@ class Program:
     deferred: Mapping[str, float] | None = None
     """Momenta of the batch norms by path, where running statistics are those of the whole batch."""
 
-    def _sums(self, outputs: Any, targets: Any, real: Array | None, rows: int) -> dict[str, Array]:
-        """Sums over the real examples; the one place where means are prepared, so none is a mean of means."""
+    def _sums(
+        self, outputs: Any, targets: Any, real: Array | None, rows: int, lies: Layout
+    ) -> dict[str, Array]:
+        """Sums over the real examples; the one place where means are prepared, so none is a mean of means.
+
+        Targets, which arrive as the inputs do, follow the batch of the outputs, which lie as `lies` says:
+        XLA by itself would move the outputs.
+        """
+        mesh = active_mesh()
+        cut = lies.cut("batch", mesh)
+        if mesh is not None and cut != self.layout.cut("batch", mesh) and rows % size(mesh, cut) == 0:
+            targets, real = jax.tree.map(
+                lambda t: lax.with_sharding_constraint(t, P(cut, *[P.UNCONSTRAINED] * (t.ndim - 1))),
+                (targets, real),
+            )
         outputs = jax.tree.map(lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32)), outputs)
         sums = {"examples": jnp.asarray(rows if real is None else real.sum(), jnp.float32)}
         for key, function in {"loss": self.loss, **self.metrics}.items():
@@ -113,9 +128,9 @@ class Program:
         model: Any = self.variables.model(self._cast(params), model_state, train=True)
         inputs = self._cast(inputs)
         summing = self.deferred is not None
-        with examples(index, real, summing=summing), resharded(model, self.layout, inputs):
+        with examples(index, real, summing=summing), resharded(model, self.layout, inputs) as lies:
             outputs = model(inputs)
-        sums = self._sums(outputs, targets, real, index.shape[0])
+        sums = self._sums(outputs, targets, real, index.shape[0], lies)
         return sums["loss"], (sums, Variables.state_of(model))
 
     def _gradients(self, params: dict, *args: Any) -> Any:
@@ -196,9 +211,9 @@ class Program:
         """Outputs in evaluation mode, and the sums over real examples (if there are targets)."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
         inputs = self._cast(inputs)
-        with examples(index, real), resharded(model, self.layout, inputs):
+        with examples(index, real), resharded(model, self.layout, inputs) as lies:
             outputs = model(inputs)
-        return outputs, {} if targets is None else self._sums(outputs, targets, real, index.shape[0])
+        return outputs, {} if targets is None else self._sums(outputs, targets, real, index.shape[0], lies)
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""

@@ -43,7 +43,8 @@ class Trainer:
         mesh: from `make_mesh`; all devices data parallel by default.
         loss: `(outputs, targets) -> one value per example`; the mean over real examples is taken here.
         metrics: more such functions by name; accuracy by default where the loss is `cross_entropy`.
-        layout: patterns on layer paths to layouts that differ from the default, see `Layout`.
+        layout: patterns on layer paths to layouts that differ from the default, see `Layout`; `""` is the
+            model's input.
         parameters: mesh axes over which parameters and optimizer state are spread.
         accumulate: microbatches per update; equal to the big batch (batch norm aside, which normalizes by
             the statistics of a microbatch). On a mesh with `pipe` they follow each other through the stages.
@@ -98,8 +99,8 @@ class Trainer:
         if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
             raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
-        self.layout = Layout(parameters=parameters)
-        partition.assign(model, without(self.mesh, AXIS), self.layout, layout or {})
+        within = without(self.mesh, AXIS)
+        self.layout = partition.assign(model, within, Layout(parameters=parameters), layout or {})
         if metrics is None:
             metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
         if clip_norm is not None:

@@ -72,14 +72,14 @@ def test_origins_go_through_branches_and_loops():
     ("table", "expected"),
     [
         ({}, ({}, {})),
-        ({"last": LATE}, ({("last", FIRST): EARLY}, {})),
+        ({"last": LATE}, ({("last", FIRST): EARLY}, {}, AFTER)),
         (
             {"left": LATE, "right": LATE, "last": LATE},
-            ({("left", FIRST): EARLY, ("right", FIRST): EARLY}, {}),
+            ({("left", FIRST): EARLY, ("right", FIRST): EARLY}, {}, AFTER),
         ),
         # `last` would get two layouts: one of its inputs leaves as the other does.
         ({"left": LATE}, ({("left", FIRST): EARLY}, {"left": EARLY})),
-        ({"left": LATE, "last": LATE}, ({("left", FIRST): EARLY}, {"right": AFTER})),
+        ({"left": LATE, "last": LATE}, ({("left", FIRST): EARLY}, {"right": AFTER}, AFTER)),
     ],
 )
 def test_what_is_moved(table, expected):

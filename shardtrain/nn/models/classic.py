@@ -1,6 +1,6 @@
 """Networks of convolutions, pooling and linear layers, one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from shardtrain.errors import UserError
 from shardtrain.nn.contract import Conv, Linear
 from shardtrain.nn.pool import AdaptiveAvgPool, AvgPool, Dropout, Flatten, MaxPool
+from shardtrain.nn.rounds import Rounds
 
 
 class LeNet(nnx.Module):
@@ -70,7 +71,10 @@ class AlexNet(nnx.Module):
     Args:
         classes: outputs.
         channels: of the input, of 63 pixels or more in height and width.
+        width: features of the first convolution; the others have 3, 6, 4 and 4 times as many.
         hidden: features of the first two linear layers.
+        rounds: makes the layer by which a batch goes to linear layers that are cut otherwise than the
+            convolutions: `partial(Rounds, "spread")` instead of all at once.
         dtype: of the computation.
         param_dtype: of the parameters.
         rngs: for initial values and dropout.
@@ -89,25 +93,27 @@ class AlexNet(nnx.Module):
         classes: int = 1000,
         channels: int = 3,
         *,
+        width: int = 64,
         hidden: int = 4096,
+        rounds: Callable[[], Rounds] = Rounds,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        features = [width * n for n in (1, 3, 6, 4, 4)]
         self.convs = nnx.List(
             [
-                Conv(channels, 64, (11, 11), 4, padding=2, **kinds),
-                Conv(64, 192, (5, 5), **kinds),
-                Conv(192, 384, (3, 3), **kinds),
-                Conv(384, 256, (3, 3), **kinds),
-                Conv(256, 256, (3, 3), **kinds),
+                Conv(channels, features[0], (11, 11), 4, padding=2, **kinds),
+                Conv(features[0], features[1], (5, 5), **kinds),
+                *(Conv(features[i], features[i + 1], (3, 3), **kinds) for i in (1, 2, 3)),
             ]
         )
         self.pools = nnx.List([MaxPool((3, 3), (2, 2)) for _ in range(3)])
         self.shrink = AdaptiveAvgPool((6, 6))
         self.flatten = Flatten()
-        self.hidden = nnx.List([Linear(256 * 6 * 6, hidden, **kinds), Linear(hidden, hidden, **kinds)])
+        self.rounds = rounds()
+        self.hidden = nnx.List([Linear(features[-1] * 36, hidden, **kinds), Linear(hidden, hidden, **kinds)])
         self.dropouts = nnx.List([Dropout(0.5, rngs=rngs) for _ in range(2)])
         self.head = Linear(hidden, classes, **kinds)
 
@@ -118,7 +124,10 @@ class AlexNet(nnx.Module):
         for i, conv in enumerate(self.convs):
             x = nnx.relu(conv(x))
             x = pools[i](x) if i in pools else x
-        x = self.flatten(self.shrink(x))
+        return self.rounds(AlexNet.classify, self, self.flatten(self.shrink(x)))
+
+    def classify(self, x: Float[Array, "batch features"]) -> Float[Array, "batch classes"]:
+        """The linear layers."""
         for dropout, linear in zip(self.dropouts, self.hidden, strict=True):
             x = nnx.relu(linear(dropout(x)))
         return self.head(x)
