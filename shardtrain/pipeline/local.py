@@ -43,6 +43,7 @@ class _Evaluator:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.warned: set[str] = set()
+        self.calls: list[Any] = []
 
     def run(self, closed: Any, blocks: Sequence[Block]) -> list[Block]:
         jaxpr = closed.jaxpr
@@ -62,17 +63,24 @@ class _Evaluator:
     def apply(self, equation: Any, blocks: list[Block]) -> list[Block]:
         name = equation.primitive.name
         if name in CALLS:
-            return self.run(next(compat.closed_jaxprs(equation)), blocks)
+            self.calls.append(equation)
+            outs = self.run(next(compat.closed_jaxprs(equation)), blocks)
+            self.calls.pop()
+            return outs
         if name in SAME:
             return blocks
         own = {"shard_map": self.island, "scan": self.scan, "while": self.while_, "cond": self.cond}
         rule = own.get(name) or RULES.get(name)
-        outs = rule(equation, blocks) if rule else None
-        return self.replicated(equation, blocks) if outs is None else outs
+        found = rule(equation, blocks) if rule else None
+        return self.replicated(equation, blocks) if found is None else found
 
     def replicated(self, equation: Any, blocks: list[Block]) -> list[Block]:
         """The last resort: every device of the stage gathers the operands and computes the whole."""
-        text = f"{equation.primitive.name} ({compat.where(equation)})"
+        places = [compat.where(e) for e in (equation, *reversed(self.calls))]
+        place = next(
+            (p for p in places if p != "unknown place"), places[0]
+        )  # jax traces its own functions once
+        text = f"{equation.primitive.name} ({place})"
         if any(any(b.cut) for b in blocks) and text not in self.warned:
             self.warned.add(text)
             log.warning("%s is gathered and computed whole on every device of its pipeline stage", text)

@@ -15,7 +15,9 @@ Values = Callable[[list[Any]], list[Any]]
 CALLS = frozenset(
     {"checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
 )
-SAME = frozenset({"copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient"})
+SAME = frozenset(
+    {"copy", "copy_p", "name", "optimization_barrier", "reshard", "sharding_constraint", "stop_gradient"}
+)
 _CASTS = frozenset(
     {"pcast", "preduced", "pvary", "reduced_vary_cast_p", "vary_unreduced_cast", "vary_unreduced_cast_p"}
 )

@@ -11,12 +11,12 @@ from shardtrain.pipeline.block import Block, Cut, finest
 def elementwise(equation: Any, blocks: Sequence[Block]) -> list[Block]:
     """Operands are brought to the finest cut; scalars and dimensions of extent 1 spread along the others."""
     shape = equation.outvars[0].aval.shape
-    cut = finest([((),) * len(shape), *(b.cut for b in blocks if b.shape == shape)])
 
-    def suits(b: Block) -> Cut:
+    def along_it(b: Block, cut: Cut) -> Cut:
         return tuple(c if n == m else () for c, n, m in zip(cut, b.shape, shape, strict=True))
 
-    values = [b.moved(suits(b)).value if b.shape else b.value for b in blocks]
+    cut = finest([((),) * len(shape), *(along_it(b, b.cut) for b in blocks if b.shape)])
+    values = [b.moved(along_it(b, cut)).value if b.shape else b.value for b in blocks]
     return [replace(blocks[0], value=v, shape=shape, cut=cut) for v in compat.rebind(equation, values)]
 
 

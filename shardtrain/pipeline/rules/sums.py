@@ -14,7 +14,7 @@ from shardtrain.pipeline.block import Block, finest
 
 
 def reduce(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    name, dims, x = equation.primitive.name, equation.params["axes"], blocks[0]
+    name, dims, x = equation.primitive.name, [int(d) for d in equation.params["axes"]], blocks[0]
     if name in ("argmax", "argmin"):
         x = x.whole_on(dims)
     if any(x.uneven(d) for d in dims):
