@@ -64,7 +64,7 @@ def test_the_comparison_with_one_device_is_close(short):
 
 @pytest.mark.slow
 def test_resume_on_another_mesh_goes_on_as_if_never_stopped(tmp_path):
-    flags = ("--batch-size", 64, "--x64", "--lr", 0.05, "--schedule", "constant")
+    flags = ("--batch-size", 64, "--x64", "--lr", 0.05, "--lr-schedule", "constant")
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     assert run("--steps", 10, *flags, "--mesh", "data=2", "--out", straight).returncode == 0
     assert run("--steps", 6, *flags, "--mesh", "data=4,height=2", "--out", parts).returncode == 0

@@ -1,6 +1,7 @@
 """Recipes on the command line: their flags and checks, and a run from its first step to its files."""
 
 from shardtrain.cli.pictures import picture
+from shardtrain.cli.pipeline import draw
 from shardtrain.cli.run import Folder, Report, RunFlags, Task, at_least_1, kinds, make_trainer, one_of, run
 from shardtrain.cli.start import main
 
@@ -10,6 +11,7 @@ __all__ = [
     "RunFlags",
     "Task",
     "at_least_1",
+    "draw",
     "kinds",
     "main",
     "make_trainer",

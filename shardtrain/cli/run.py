@@ -42,7 +42,7 @@ class RunFlags:
     """
 
     mesh: str
-    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features.
+    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features, pipe the layers.
     One size may be -1 and takes the devices that are left."""
     data: str
     """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
@@ -59,7 +59,7 @@ class RunFlags:
     """sgd (momentum 0.9), adam, adamw, lamb."""
     lr: float = 0.1
     """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that a later
     --resume with more --steps is to lengthen."""
     weight_decay: float = 5e-4
@@ -121,6 +121,7 @@ class Task:
         loss, metrics: as `Trainer` takes them.
         score: the metric that the run is judged by.
         layout: what is cut otherwise than by default, as `Trainer` takes it.
+        trainer: more arguments of `Trainer`.
         report: called after the evaluation with the trainer and the run's folder, for pictures and numbers
             of the recipe's own.
     """
@@ -133,6 +134,7 @@ class Task:
     metrics: Mapping[str, PerExample] | None = None
     score: str = "accuracy"
     layout: LayoutTable | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
 
 
@@ -243,7 +245,7 @@ def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
     """The optimizer that --optimizer names, with its schedule."""
     warmup = max(1, flags.steps // 10)
     rate: Any = flags.lr
-    if flags.schedule == "cosine":
+    if flags.lr_schedule == "cosine":
         steps = max(flags.steps, warmup + 1)
         rate = optax.warmup_cosine_decay_schedule(flags.lr / 10, flags.lr, warmup, steps)
 
@@ -274,6 +276,7 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         dtype=None if flags.dtype == "float32" else flags.dtype,
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
+        **task.trainer,
     )
 
 

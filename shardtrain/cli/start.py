@@ -24,6 +24,7 @@ RUN_FILES = (
     "curve.png",
     "predictions.png",
     "memory.png",
+    "timeline.png",
     "checkpoints",
     "tensorboard",
 )

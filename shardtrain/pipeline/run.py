@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, largest, read, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
-from shardtrain.pipeline.table import COLUMNS, KINDS, POOLS, Table
+from shardtrain.pipeline.table import COLUMNS, POOLS, Table
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Machine:
         state: Buffers,
         shared: Mapping[str, Array],
         sides: Callable[[Array], Sequence[Array]],
+        rows: Array | None = None,
     ) -> tuple[Buffers, Buffers, list[Array], list[Array]]:
         """All microbatches.
 
@@ -57,6 +57,7 @@ class Machine:
             params, state: this device's packed parameters and variables.
             shared: variables that every stage may read and none changes.
             sides: the blocks of microbatch `i`: inputs, targets and so on.
+            rows: of another table with the same branches, routes and slots.
 
         Returns:
             Packed gradients, summed over microbatches but not over the mesh; packed variables; the sums and
@@ -71,8 +72,7 @@ class Machine:
         flows = [Pack([s for s in p.outs if is_float(s)]) for p in programs[:-1]]
         message = largest([pack.lengths for pack in (*outs, *flows)])
         ends = programs[-1].outs
-        kinds = {int(b) for b in np.unique(table.rows[:, :, 0])}
-        trains = any((b - 1) % len(KINDS) for b in kinds if b)
+        trains = any(doing is not None and doing[1] != "F" for doing in table.branches)
         carry: dict[str, Any] = {
             "state": state,
             "grads": zeros(self.lengths if trains else {}),
@@ -163,18 +163,7 @@ class Machine:
 
             return forward if kind == "F" else backward
 
-        branches: list[Callable] = [lambda c, at: (c, empty)]
-        numbers = {0: 0}
-        for k in range(len(programs)):
-            for j, kind in enumerate(KINDS):
-                if (number := 1 + len(KINDS) * k + j) in kinds:
-                    numbers[number] = len(branches)
-                    branches.append(step(k, kind))
-        renumber = np.zeros(max(numbers) + 1, np.int32)
-        for number, index in numbers.items():
-            renumber[number] = index
-        rows = table.rows.copy()
-        rows[:, :, 0] = renumber[rows[:, :, 0]]
+        branches = [(lambda c, at: (c, empty)) if doing is None else step(*doing) for doing in table.branches]
         rank = lax.axis_index("pipe")
 
         def tick(c: dict[str, Any], row: Array) -> tuple[dict[str, Any], None]:
@@ -194,7 +183,7 @@ class Machine:
                 }
             return (kept if before is None else {**kept, "sent": made}), None
 
-        carry, _ = lax.scan(tick, carry, jnp.asarray(rows))
+        carry, _ = lax.scan(tick, carry, jnp.asarray(table.rows) if rows is None else rows)
         return carry["grads"], carry["state"], carry["sums"], carry["outputs"]
 
     def summed(self, grads: Buffers) -> Buffers:

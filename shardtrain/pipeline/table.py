@@ -24,7 +24,8 @@ class Table:
 
     Attributes:
         rows: int32 (ticks, ranks, columns): `COLUMNS`, then for each route the slot for what arrives on it.
-            A branch is 0 for idle, else 1 + 4 * stage + kind.
+            The branch is a number among `branches`.
+        branches: what there is to do at all, a stage and a kind of action each; None is to idle.
         inbox: slots for messages on each rank; one more takes what is not meant for anybody.
         depth: slots of each stage in each pool.
         routes: the (source, target) pairs of ranks at each distance that messages travel, 0 for messages
@@ -34,18 +35,12 @@ class Table:
     """
 
     rows: np.ndarray
+    branches: tuple[tuple[int, str] | None, ...]
     inbox: int
     depth: dict[str, tuple[int, ...]]
     routes: dict[int, tuple[tuple[int, int], ...]]
     hop: int
     microbatches: int
-
-
-KINDS = ("F", "B", "I", "W")
-
-
-def branch_of(action: Action) -> int:
-    return 1 + len(KINDS) * action.stage + KINDS.index(action.kind)
 
 
 class _Slots:
@@ -69,6 +64,8 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
     """The table of a schedule whose ticks were simulated with the same `hop`."""
     ranks, stages = schedule.ranks, schedule.stages
     routes = _routes(schedule)
+    does = {(a.stage, a.kind) for order in schedule.orders for a in order}
+    branches = (None, *sorted(does))
     rows = np.zeros((len(ticks.table) + hop - 1, ranks, len(COLUMNS) + len(routes)), np.int32)
     nowhere = -1
     rows[:, :, len(COLUMNS) :] = nowhere
@@ -84,7 +81,7 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
             arrived = 0
             if (kind == "F" and stage) or (kind in "IB" and stage < stages - 1):
                 arrived = inbox[rank].give((stage, kind == "F", microbatch))
-            rows[tick, rank, : len(COLUMNS)] = (branch_of(action), microbatch, arrived, *kept.values())
+            rows[tick, rank, : len(COLUMNS)] = (branches.index((stage, kind)), microbatch, arrived, *kept.values())
             to = stage + 1 if kind == "F" else stage - 1
             if kind != "W" and 0 <= to < stages:
                 target = schedule.ranks_of[to]
@@ -97,7 +94,7 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
     most = max(slots.most for slots in inbox)
     rows[rows == nowhere] = most
     depth = {name: tuple(slots.most for slots in row) for name, row in pools.items()}
-    return Table(rows, most, depth, routes, hop, schedule.microbatches)
+    return Table(rows, branches, most, depth, routes, hop, schedule.microbatches)
 
 
 def _kept(slots: _Slots, pool: str, kind: str, microbatch: int) -> int:

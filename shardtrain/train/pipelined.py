@@ -16,15 +16,18 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from rich.table import Table
 
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.layout import spec
+from shardtrain.mesh import text
 from shardtrain.pipeline.balance import balance
 from shardtrain.pipeline.cut import Flow, Stage, Traced
 from shardtrain.pipeline.generate import forward_only, make
 from shardtrain.pipeline.hold import Held
 from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
+from shardtrain.pipeline.pack import Place
 from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.schedule import Schedule, validate
 from shardtrain.pipeline.simulate import fastest, lockstep
@@ -298,6 +301,49 @@ class Pipelined:
             jax.tree.unflatten(self.opt_tree, opt),
         )
 
+    def table(self) -> Table:
+        """The stages in a table: what they hold, do and send, and how evenly."""
+        table = Table(
+            title=f"{self.schedule.name} on {text(self.mesh)}, {self.schedule.microbatches} microbatches"
+        )
+        for column in (
+            "stage",
+            "rank",
+            "parameters KiB",
+            "F",
+            "I",
+            "W",
+            "kept KiB",
+            "in flight",
+            "sends KiB",
+        ):
+            table.add_column(column, justify="right")
+        table.add_column("first and last layer", no_wrap=True, overflow="ellipsis")
+        costliest = max(max(row) for row in (self.costs.forward, self.costs.input, self.costs.weight))
+        for k, program in enumerate(self.programs):
+            stage = program.stage
+            held = sum(place.size * jnp.dtype(place.dtype).itemsize for place in self._places(k))
+            cost = [
+                100 * float(row[k] / costliest)
+                for row in (self.costs.forward, self.costs.input, self.costs.weight)
+            ]
+            sends = _kib(program.outs) if k < len(self.programs) - 1 else 0.0
+            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in stage.params))
+            table.add_row(
+                str(k),
+                str(self.schedule.ranks_of[k]),
+                f"{held / 1024:,.1f}",
+                *(f"{c:.0f} %" for c in cost),
+                f"{_kib((*program.saved, *program.lasting)):,.1f}",
+                str(self.ticks.peak_of_stage[k]),
+                f"{sends:,.1f}",
+                " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else "",
+            )
+        return table
+
+    def _places(self, stage: int) -> list[Place]:
+        return [self.params.places[i] for i in self.params.at_stage[stage]]
+
     # The programs.
 
     def _on_devices(self, function: Callable, like: Batch, outs: Any) -> Callable:
@@ -440,6 +486,10 @@ def following(flow: Flow, stage_of: Mapping[str, int], stages: int) -> list[int]
         at = max((stage_of[name] for name in mine if name in stage_of), default=0)
         positions += [i] * (at - len(positions))
     return positions + [len(flow.main)] * (stages - 1 - len(positions))
+
+
+def _kib(shapes: Sequence[Any]) -> float:
+    return sum(s.size * s.dtype.itemsize for s in shapes) / 1024
 
 
 def _rows(part: Any) -> Any:

@@ -27,12 +27,13 @@ class TrainState:
         model_state: the model's other variables by name: running statistics, random streams.
         opt_state: the optimizer's state, a tree of the same names.
 
-    Trees of the same form hold shapes, shardings or PartitionSpecs in the arrays' places.
+    Trees of the same form hold shapes, shardings or PartitionSpecs in the arrays' places. On a mesh with
+    `pipe` the last three are packed, see `pipeline.hold`.
     """
 
     step: Any
-    params: dict[str, Any]
-    model_state: dict[str, Any]
+    params: Any
+    model_state: Any
     opt_state: Any
 
 

@@ -334,6 +334,15 @@ class Trainer:
         self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes that parameters take on the device that has most of them."""
+        found: dict[Any, int] = {}
+        for x in jax.tree.leaves(self.state.params):
+            for shard in x.addressable_shards:
+                found[shard.device] = found.get(shard.device, 0) + shard.data.nbytes
+        return max(found.values())
+
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
         return partition.partition_table(self.model, self.mesh, self.layout)

@@ -1,0 +1,169 @@
+"""Gradients of a pipeline beside those of one device, for many schedules with one compiled program.
+
+A schedule is data: schedules with the same placement of stages differ only in the rows of their tables, so
+one program whose buffers hold the most that any of them needs runs them all.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import shardtrain as st
+from shardtrain.pipeline import Schedule, lockstep
+from shardtrain.pipeline.table import COLUMNS, Table, build
+from shardtrain.train.pipelined import Microbatch, Pipelined, Plan, _back, _rows
+from shardtrain.train.state import TrainState
+
+TOLERANCE = 1e-10
+
+
+def merged(tables: Sequence[Table]) -> Table:
+    """A table whose branches, routes and slots are enough for all of `tables`."""
+    routes: dict[int, set] = {}
+    for table in tables:
+        for distance, pairs in table.routes.items():
+            routes.setdefault(distance, set()).update(pairs)
+    return dataclasses.replace(
+        tables[0],
+        branches=(None, *sorted({b for t in tables for b in t.branches if b is not None})),
+        inbox=max(t.inbox for t in tables),
+        depth={
+            name: tuple(map(max, *(t.depth[name] for t in tables), [0] * len(tables[0].depth[name])))
+            for name in tables[0].depth
+        },
+        routes={d: tuple(sorted(routes[d])) for d in sorted(routes)},
+        microbatches=max(t.microbatches for t in tables),
+    )
+
+
+def rows_in(table: Table, whole: Table, ticks: int) -> np.ndarray:
+    """The rows of `table` as `whole` numbers things, filled up with idle ticks."""
+    ranks = table.rows.shape[1]
+    rows = np.zeros((ticks, ranks, len(COLUMNS) + len(whole.routes)), np.int32)
+    rows[:, :, len(COLUMNS) :] = whole.inbox
+    n = len(table.rows)
+    rows[:n, :, : len(COLUMNS)] = table.rows[:, :, : len(COLUMNS)]
+    rows[:n, :, 0] = np.array([whole.branches.index(b) for b in table.branches])[table.rows[:, :, 0]]
+    for i, distance in enumerate(table.routes):
+        column = table.rows[:, :, len(COLUMNS) + i]
+        at = len(COLUMNS) + list(whole.routes).index(distance)
+        rows[:n, :, at] = np.where(column == table.inbox, whole.inbox, column)
+    return rows
+
+
+@dataclasses.dataclass
+class Case:
+    """A model on a mesh with `pipe`, ready to run schedules of one placement of stages."""
+
+    trainer: st.Trainer
+    pipeline: Pipelined
+    batch: Any
+    state: TrainState
+
+    @classmethod
+    def of(
+        cls, model: nnx.Module, mesh: str, inputs: Any, targets: Any, schedule: Schedule, **kwargs: Any
+    ) -> "Case":
+        options = {"optimizer": optax.sgd(0.1), "loss": st.losses.cross_entropy} | kwargs
+        plan_changes = options.pop("plan", {})
+        trainer = st.Trainer(
+            model, mesh=st.make_mesh(mesh), accumulate=schedule.microbatches, schedule=schedule, **options
+        )
+        batch = trainer.place(inputs, targets)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainer.state)
+        plan = dataclasses.replace(trainer._plan, **plan_changes)
+        pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
+        return cls(trainer, pipeline, batch, pipeline.packed(trainer.state))
+
+    def program(self, table: Table) -> Any:
+        """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once."""
+        pipe = self.pipeline
+        micro = Microbatch.of(self.batch, table.microbatches)
+        machine = dataclasses.replace(
+            pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums)), table=table, bubble=float("nan")
+        )
+
+        def step(rows: Any, state: TrainState, batch: Any) -> Any:
+            (params, _), (before, shared) = map(_rows, (state.params, state.model_state))
+            known = pipe._by_name("model_state", shared)
+            grads, moved, sums, _ = machine.run(params, before, known, micro.blocks(batch), rows)
+            axes = len(pipe.mesh.axis_names)
+            return _back(machine.summed(grads), axes), _back(moved, axes), lax.psum(sums, "pipe")
+
+        rest = P(*pipe.mesh.axis_names)
+        lie = jax.tree.map(lambda x: x.sharding.spec, self.batch)
+        manual = jax.shard_map(
+            step,
+            mesh=pipe.mesh,
+            in_specs=(P(), pipe.state_specs, lie),
+            out_specs=(rest, rest, P()),
+            check_vma=False,
+        )
+        return jax.jit(manual)
+
+    def run(self, schedules: Sequence[Schedule], hop: int = 1) -> list[tuple[dict, dict, list]]:
+        """Of every schedule: gradients and variables by name, and the sums."""
+        pipe = self.pipeline
+        tables = [build(s, lockstep(s, hop=hop), hop) for s in schedules]
+        whole = merged(tables)
+        ticks = max(len(t.rows) for t in tables)
+        program = self.program(whole)
+        out = []
+        for table in tables:
+            grads, moved, sums = program(jnp.asarray(rows_in(table, whole, ticks)), self.state, self.batch)
+            named = dict(
+                zip(pipe.names["params"], pipe.params.unpack(grads, self.state.params[1]), strict=True)
+            )
+            held = dict(
+                zip(
+                    pipe.names["model_state"],
+                    pipe.state.unpack(moved, self.state.model_state[1]),
+                    strict=True,
+                )
+            )
+            held = {k: v for k, v in held.items() if k in pipe.stage_of}
+            out.append((jax.device_get(named), jax.device_get(held), jax.device_get(sums)))
+        return out
+
+    def alone(self) -> tuple[dict, dict, list]:
+        """The same on one device: gradients and variables summed and moved microbatch by microbatch."""
+        program, parts = self.trainer._program, self.pipeline.schedule.microbatches
+        first = jax.devices()[0]
+        inputs, targets, real = jax.device_put(
+            jax.device_get((*self.batch.cropped(), self.batch.real)), first
+        )
+        index = jnp.arange(self.batch.rows)
+        params, state = jax.device_put((self.trainer.state.params, self.trainer.state.model_state), first)
+
+        def summed(params: dict) -> Any:
+            total, sums, moving = 0.0, None, state
+            for i in range(parts):
+                args = jax.tree.map(lambda x, i=i: x[i::parts], (inputs, targets, real, index))
+                before = {k: moving[k] if k in self.pipeline.stage_of else v for k, v in state.items()}
+                loss, (more, moving) = program.microbatch(params, before, *args)
+                total += loss
+                sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+            return total, (sums, moving)
+
+        (loss, (sums, moved)), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
+        moved = {k: v for k, v in moved.items() if k in self.pipeline.stage_of}
+        return jax.device_get((grads, moved, [loss, *(sums[k] for k in sorted(sums))]))
+
+
+def largest_difference(ours: Any, theirs: Any) -> float:
+    """Relative to the largest value of each array; not a number counts as different."""
+    gaps = [
+        np.abs(np.asarray(a, float) - np.asarray(b, float)).max()
+        / max(1e-3, np.abs(np.asarray(b, float)).max())
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    ]
+    worst = max(gaps, default=0.0)
+    return float("inf") if np.isnan(gaps).any() else float(worst)
