@@ -16,7 +16,16 @@ CALLS = frozenset(
     {"checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
 )
 SAME = frozenset(
-    {"copy", "copy_p", "name", "optimization_barrier", "reshard", "sharding_constraint", "stop_gradient"}
+    {
+        "copy",
+        "copy_p",
+        "mesh_cast",
+        "name",
+        "optimization_barrier",
+        "reshard",
+        "sharding_constraint",
+        "stop_gradient",
+    }
 )
 _CASTS = frozenset(
     {"pcast", "preduced", "pvary", "reduced_vary_cast_p", "vary_unreduced_cast", "vary_unreduced_cast_p"}
@@ -95,6 +104,5 @@ def read(literal: Any) -> Array:
 
 def constant(value: Any) -> Any:
     """A constant of a jaxpr, without the mesh under which it was traced."""
-    if isinstance(value, jax.core.Tracer) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
-        return value
-    return jnp.asarray(np.asarray(value))
+    key = jnp.issubdtype(getattr(value, "dtype", np.bool_), jax.dtypes.extended)
+    return value if key or isinstance(value, jax.core.Tracer) else jnp.asarray(np.asarray(value))
