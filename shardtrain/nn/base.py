@@ -1,7 +1,8 @@
 """What the layers of this room have in common, and how their inputs come to lie as they want them."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -44,6 +45,12 @@ class Partitioned:
 def name(path: tuple) -> str:
     """`("blocks", 0, "conv1", "kernel")` as `"blocks.0.conv1.kernel"`."""
     return ".".join(map(str, path))
+
+
+def layer_of(scope: str, paths: Collection[str]) -> str:
+    """The innermost of the layers `paths` that a scope lies in, `""` for none."""
+    names = set(re.split(r"[/()]", scope))
+    return max((path for path in paths if path in names), key=len, default="")
 
 
 ARRIVES, LEAVES = "shardtrain arrives at ", "shardtrain leaves "

@@ -18,9 +18,9 @@ from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import size, text
 from shardtrain.nn import flow, partition
-from shardtrain.nn.base import name
+from shardtrain.nn.base import layer_of, name
 from shardtrain.ops.reshard import SCOPE
-from shardtrain.plan.trace import Sent, layer_of, sent
+from shardtrain.plan.trace import Sent, sent
 
 WHAT = {
     "collective-permute": "halos",

@@ -6,7 +6,6 @@ program must have the same bytes.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +82,3 @@ def _rows(kind: str, equation: Any, mesh: Mesh | AbstractMesh, scope: str, times
     for operand in equation.invars:
         payload = math.prod(operand.aval.shape) * operand.aval.dtype.itemsize
         yield Sent(kind, axes, payload, ring(kind, n, payload * times), scope)
-
-
-def layer_of(scope: str, paths: list[str]) -> str:
-    """The innermost of the layers `paths` that a scope lies in, `""` for none."""
-    names = set(re.split(r"[/()]", scope))
-    return max((path for path in paths if path in names), key=len, default="")
