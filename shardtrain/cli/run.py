@@ -42,8 +42,8 @@ class RunFlags:
     """
 
     mesh: str
-    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features, pipe the layers.
-    One size may be -1 and takes the devices that are left."""
+    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features; pipe the
+    layers, into stages. One size may be -1 and takes the devices that are left."""
     data: str
     """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
     .npz files."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,8 +71,11 @@ class Held:
         """How the buffers and the shared arrays lie on the mesh."""
         return {d: P(*self.mesh.axis_names) for d in self.rows.lengths}, {i: P() for i in self.shared}
 
-    def pack(self, arrays: Sequence[Any]) -> tuple[dict[str, Array], dict[int, Array]]:
-        """Arrays from anywhere as one row of buffers for every device, and the shared ones."""
+    def pack(self, arrays: Sequence[Any]) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Arrays from anywhere as one row of buffers for every device, and the shared ones.
+
+        On a mesh with `replica` that may be an array's first dimension; without it all get the same.
+        """
         names, sizes = self.mesh.axis_names, tuple(self.mesh.shape.values())
         lie = NamedSharding(self.mesh, P(*names))
         whole: dict[int, np.ndarray] = {}
@@ -84,11 +88,12 @@ class Held:
                 if place.dtype == dtype:
                     if i not in whole:
                         whole[i] = np.asarray(arrays[i])
-                    out[place.start : place.start + place.size] = self._block(whole[i], i, at).ravel()
+                    one = whole[i][at["replica"]] if whole[i].ndim > len(self.shapes[i].shape) else whole[i]
+                    out[place.start : place.start + place.size] = self._block(one, i, at).ravel()
             return out.reshape((1,) * len(sizes) + (-1,))
 
         buffers = {
-            d: jax.make_array_from_callback((*sizes, n), lie, lambda index, d=d: row(index, d))
+            d: jax.make_array_from_callback((*sizes, n), lie, partial(row, dtype=d))
             for d, n in self.rows.lengths.items()
         }
         everywhere = NamedSharding(self.mesh, P())
@@ -105,7 +110,12 @@ class Held:
         return array
 
     def unpack(self, buffers: Mapping[str, Array], shared: Mapping[int, Array]) -> list[Array]:
-        """The arrays by their own shapes again, each on the devices of its stage; nothing moves."""
+        """The arrays by their own shapes again, each on the devices of its stage; nothing moves.
+
+        On a mesh with `replica` that is their first dimension.
+        """
+        several = ("replica",) if "replica" in self.mesh.shape else ()
+        copies = tuple(self.mesh.shape[axis] for axis in several)
         out: list[Any] = [shared.get(i) for i in range(len(self.shapes))]
         position = self.mesh.axis_names.index("pipe")
         for rank in range(self.mesh.shape["pipe"]):
@@ -116,9 +126,12 @@ class Held:
             }
             for i, place in self._places(rank).items():
                 blocks = [
-                    s.data.reshape(-1)[place.start : place.start + place.size].reshape(place.shape)
+                    s.data.reshape(-1)[place.start : place.start + place.size].reshape(
+                        (1,) * len(several) + place.shape
+                    )
                     for s in shards[place.dtype]
                 ]
-                lie = NamedSharding(part, spec(self.cuts[i]))
-                out[i] = jax.make_array_from_single_device_arrays(self.shapes[i].shape, lie, blocks)
+                lie = NamedSharding(part, spec([*([several] * len(several)), *self.cuts[i]]))
+                shape = (*copies, *self.shapes[i].shape)
+                out[i] = jax.make_array_from_single_device_arrays(shape, lie, blocks)
         return out

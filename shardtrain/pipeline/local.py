@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax import lax
 
 from shardtrain import compat
 from shardtrain.pipeline import values as on_values
@@ -63,6 +64,8 @@ class _Evaluator:
     def apply(self, equation: Any, blocks: list[Block]) -> list[Block]:
         name = equation.primitive.name
         if name in CALLS:
+            if equation.params.get("differentiated"):  # computed again in the backward pass, and not before
+                blocks = _with(blocks, lax.optimization_barrier([b.value for b in blocks]))
             self.calls.append(equation)
             outs = self.run(next(compat.closed_jaxprs(equation)), blocks)
             self.calls.pop()

@@ -18,10 +18,10 @@ from jax.sharding import AbstractMesh
 
 from shardtrain import compat
 from shardtrain.layout import Axes
-from shardtrain.pipeline.balance import cost
 from shardtrain.pipeline.costs import Costs
 from shardtrain.pipeline.cut import Stage
 from shardtrain.pipeline.local import Block, Cut, block_shape, evaluate
+from shardtrain.pipeline.work import cost_of
 
 Shape = jax.ShapeDtypeStruct
 
@@ -136,8 +136,21 @@ def localize(
     if not backward:
         closed = traced_locally(lambda *v: _moved(forward_blocks(*v), wanted), mine(avals, cuts))
         nothing = compat.subprogram(closed, [], [], [])
-        edges = tuple(mine(avals[first_in:], ins_cut)), tuple(boundary), tuple(ins_cut), tuple(outs_cut)
-        return Programs(stage, closed, nothing, nothing, *edges, (), (), (), ((),) * np_)
+        mine_in = tuple(mine(avals[first_in:], ins_cut))
+        return Programs(
+            stage,
+            closed,
+            nothing,
+            nothing,
+            mine_in,
+            tuple(boundary),
+            tuple(ins_cut),
+            tuple(outs_cut),
+            (),
+            (),
+            (),
+            ((),) * np_,
+        )
     wanted += [cuts[i] for i in [*range(np_), *flows]]
 
     whole = traced(joint, avals, [ends[i] for i in pulled])
@@ -164,9 +177,9 @@ def localize(
 
 
 def costs_of(programs: Sequence[Programs]) -> Costs:
-    """What the stages' programs cost by their counted operations, see `pipeline.balance`."""
+    """What the stages' programs cost by their counted operations, see `pipeline.work`."""
     rows = [
-        tuple(sum(map(cost, closed.jaxpr.eqns)) for closed in row)
+        tuple(cost_of(closed.jaxpr) for closed in row)
         for row in zip(*((p.forward, p.input_gradient, p.weight_gradient) for p in programs), strict=True)
     ]
     return Costs(*rows)
@@ -312,7 +325,7 @@ class _Split:
         return chain | shared
 
     def _kept(self, backward: set[int], first_in: int, remat: bool) -> list[Any]:
-        """Forward values that the backward pass starts from: neither weights nor sides, nor made of weights."""
+        """Forward values that the backward pass starts from, but weights and sides, and what is made of weights."""
         consumed = [v for i in sorted(backward) for v in _vars(self.eqns[i].invars)]
         consumed += _vars([*self.inputs, *self.weights])
         frontier = dict.fromkeys(v for v in consumed if v not in self.late)

@@ -81,7 +81,12 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
             arrived = 0
             if (kind == "F" and stage) or (kind in "IB" and stage < stages - 1):
                 arrived = inbox[rank].give((stage, kind == "F", microbatch))
-            rows[tick, rank, : len(COLUMNS)] = (branches.index((stage, kind)), microbatch, arrived, *kept.values())
+            rows[tick, rank, : len(COLUMNS)] = (
+                branches.index((stage, kind)),
+                microbatch,
+                arrived,
+                *kept.values(),
+            )
             to = stage + 1 if kind == "F" else stage - 1
             if kind != "W" and 0 <= to < stages:
                 target = schedule.ranks_of[to]

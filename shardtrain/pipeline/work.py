@@ -120,6 +120,15 @@ def size_of(variables: Any) -> int:
     return sum(math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 4) for v in variables)
 
 
+def cost_of(jaxpr: Any) -> float:
+    """What one device's program costs: what it computes, and the bytes that its larger operations write.
+
+    What lies between those is computed where it is read.
+    """
+    written = [v for e in jaxpr.eqns if e.primitive.name in _GATHERS for v in e.outvars]
+    return sum(map(flops, jaxpr.eqns)) + BYTE * size_of(written)
+
+
 def _groups(flow: Flow) -> list[list[Any]]:
     """Each main operation, with the repeated operations that no main operation before it needs."""
     seen: set[int] = set()

@@ -5,7 +5,7 @@ matter: in the optimizer's update, which is traced on named arrays, and in check
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,11 +21,12 @@ from rich.table import Table
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.layout import spec
-from shardtrain.mesh import text
-from shardtrain.pipeline.balance import balance
+from shardtrain.mesh import size, text
+from shardtrain.pipeline.balance import allowed, arriving, positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
 from shardtrain.pipeline.generate import forward_only, make
 from shardtrain.pipeline.hold import Held
+from shardtrain.pipeline.layers import Layers
 from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
 from shardtrain.pipeline.pack import Place
 from shardtrain.pipeline.run import Machine
@@ -34,57 +35,12 @@ from shardtrain.pipeline.simulate import fastest, lockstep
 from shardtrain.pipeline.spread import Spread
 from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
+from shardtrain.train.microbatch import REPLICA, Microbatch
 from shardtrain.train.state import TrainState
 from shardtrain.train.step import Batch, Program
 
 Shape = jax.ShapeDtypeStruct
 AXIS = "pipe"
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What one microbatch is, on global arrays and on one device.
-
-    Attributes:
-        shapes: of inputs, targets, the mask of real rows if there is one, and the rows' numbers; leaves.
-        cuts: how each lies.
-        tree: the four of them.
-        inputs: how many leaves are the model's inputs.
-        parts: microbatches in a batch.
-    """
-
-    shapes: tuple[Shape, ...]
-    cuts: tuple[Cut, ...]
-    tree: Any
-    inputs: int
-    parts: int
-
-    @classmethod
-    def of(cls, batch: Batch, parts: int) -> "Microbatch":
-        given = jax.tree.leaves((batch.inputs, batch.targets))
-        rows = batch.rows
-        shapes = [Shape((rows, *extents), x.dtype) for x, extents in zip(given, batch.extents, strict=True)]
-        _, tree = jax.tree.flatten((batch.inputs, batch.targets))
-        inputs, targets = jax.tree.unflatten(tree, shapes)
-        real = None if batch.real is None else Shape((rows,), batch.real.dtype)
-        leaves, tree = jax.tree.flatten((inputs, targets, real, Shape((rows,), jnp.int32)))
-        cuts = [cut_of(x.sharding.spec, x.ndim) for x in given]
-        cuts += [cuts[0][:1]] * (len(leaves) - len(cuts))
-        shapes = [Shape((rows // parts, *x.shape[1:]), x.dtype) for x in leaves]
-        return cls(tuple(shapes), tuple(cuts), tree, len(jax.tree.leaves(inputs)), parts)
-
-    def blocks(self, batch: Batch) -> Callable[[Array], list[Array]]:
-        """On a device: its blocks of microbatch `i`, which holds the examples `i, i+m, i+2m, ...`."""
-        first = self.cuts[-1][0]
-        mine = jax.tree.leaves(batch.inputs)[0].shape[0]
-        index = (lax.axis_index(first) * mine if first else 0) + jnp.arange(mine, dtype=jnp.int32)
-        leaves = jax.tree.leaves((batch.inputs, batch.targets, batch.real, index))
-
-        def part(i: Array) -> list[Array]:
-            rows = [x.reshape(mine // self.parts, self.parts, *x.shape[1:]) for x in leaves]
-            return [lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in rows]
-
-        return part
 
 
 @dataclass(frozen=True)
@@ -162,8 +118,8 @@ class Pipelined:
         plan: Plan,
     ) -> None:
         self.program, self.named_shapes, self.specs, self.mesh = program, named, specs, mesh
-        self.outer = compat.with_manual(mesh, [AXIS])
-        self.sizes = {n: s for n, s in mesh.shape.items() if n != AXIS}
+        self.outer = compat.with_manual(mesh, [AXIS, REPLICA])
+        self.sizes = {n: s for n, s in mesh.shape.items() if n not in (AXIS, REPLICA)}
         self.plan = plan
         # Everything is listed by sorted names, as jax flattens dictionaries.
         self.names = {"params": sorted(named.params), "model_state": sorted(named.model_state)}
@@ -175,7 +131,9 @@ class Pipelined:
         micro = Microbatch.of(batch, program.accumulate)
         traced, self.sums, _ = self._trace(micro, train=True)
         flow = Flow(traced)
-        stages = flow.cut(balance(flow, plan.schedule.stages))
+        self.layers = Layers(flow, allowed(flow), arriving(flow))
+        self.positions = positions(flow, plan.schedule.stages, plan.stages)
+        stages = flow.cut(self.positions)
         self.stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
         self.programs = self._localize(stages, micro, remat=plan.remat)
         self.costs = costs_of(self.programs)
@@ -209,7 +167,9 @@ class Pipelined:
         with jax.sharding.use_abstract_mesh(self.outer):
             closed = jax.make_jaxpr(run)(values, variables, *micro.shapes)
         results = len(closed.jaxpr.outvars) - len(state) - 1
-        traced = Traced(closed, tuple(params), tuple(state), micro.inputs, results)
+        traced = Traced(
+            closed, tuple(params), tuple(state), micro.inputs, results, self.program.variables.layers
+        )
         return traced, found["sums"], found["tree"]
 
     def _localize(
@@ -231,7 +191,9 @@ class Pipelined:
             for names, held in zip(self.names.values(), (self.params, self.state), strict=True)
         ]
         lengths = self.params.rows.lengths
-        return Machine(table, schedule.ranks_of, tuple(programs), *places, lengths, sums, self.plan.bubble)
+        params, state = places
+        ranks_of, bubble = schedule.ranks_of, self.plan.bubble
+        return Machine(table, ranks_of, tuple(programs), params, state, lengths, sums, bubble)
 
     def _hold(self) -> None:
         """Decides where every array of the state lives."""
@@ -301,43 +263,40 @@ class Pipelined:
             jax.tree.unflatten(self.opt_tree, opt),
         )
 
+    def one_replica(self, values: Any, number: int) -> Any:
+        """Parameters and variables of one of the replicas in `named`."""
+        return tuple(
+            {key: x[number] if x.ndim > len(shapes[key].shape) else x for key, x in group.items()}
+            for group, shapes in zip(
+                values, (self.named_shapes.params, self.named_shapes.model_state), strict=True
+            )
+        )
+
     def table(self) -> Table:
         """The stages in a table: what they hold, do and send, and how evenly."""
+        named = self.layers.names(self.positions)
         table = Table(
-            title=f"{self.schedule.name} on {text(self.mesh)}, {self.schedule.microbatches} microbatches"
+            title=f"{self.schedule.name} on {text(self.mesh)}, {self.schedule.microbatches} microbatches",
+            caption="cost: of F, I and W by the costliest of all; kept: for one microbatch until its backward",
+            width=100,
         )
-        for column in (
-            "stage",
-            "rank",
-            "parameters KiB",
-            "F",
-            "I",
-            "W",
-            "kept KiB",
-            "in flight",
-            "sends KiB",
-        ):
-            table.add_column(column, justify="right")
-        table.add_column("first and last layer", no_wrap=True, overflow="ellipsis")
-        costliest = max(max(row) for row in (self.costs.forward, self.costs.input, self.costs.weight))
+        table.add_column("stage", justify="right", no_wrap=True)
+        table.add_column("rank", justify="right", no_wrap=True)
+        table.add_column("layers", overflow="fold", ratio=1)
+        for column in ("weights", "cost F I W", "kept", "in flight", "sends"):
+            table.add_column(column, justify="right", no_wrap=True)
+        rows = (self.costs.forward, self.costs.input, self.costs.weight)
+        costliest = max(map(max, rows))
         for k, program in enumerate(self.programs):
-            stage = program.stage
-            held = sum(place.size * jnp.dtype(place.dtype).itemsize for place in self._places(k))
-            cost = [
-                100 * float(row[k] / costliest)
-                for row in (self.costs.forward, self.costs.input, self.costs.weight)
-            ]
-            sends = _kib(program.outs) if k < len(self.programs) - 1 else 0.0
-            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in stage.params))
             table.add_row(
                 str(k),
                 str(self.schedule.ranks_of[k]),
-                f"{held / 1024:,.1f}",
-                *(f"{c:.0f} %" for c in cost),
-                f"{_kib((*program.saved, *program.lasting)):,.1f}",
+                ", ".join(named[k]),
+                _kib(Shape(place.shape, place.dtype) for place in self._places(k)),
+                " ".join(f"{float(row[k] / costliest):.2f}" for row in rows),
+                _kib((*program.saved, *program.lasting)),
                 str(self.ticks.peak_of_stage[k]),
-                f"{sends:,.1f}",
-                " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else "",
+                _kib(program.outs) if k < len(self.programs) - 1 else "",
             )
         return table
 
@@ -383,10 +342,16 @@ class Pipelined:
                     packed[:3], self.holds.values(), self._starts[1:4], strict=True
                 )
             ]
-            reported = {key: free[self._starts[4] + i] for i, key in enumerate(self.reported)}
+            reported = {
+                key: self._over_replicas(free[self._starts[4] + i]) for i, key in enumerate(self.reported)
+            }
             return TrainState(free[0], *parts), reported
 
         return self._on_devices(step, like, (self.state_specs, P()))
+
+    def _over_replicas(self, sums: Any) -> Any:
+        """Sums over all examples, those of every replica."""
+        return lax.psum(sums, REPLICA) if REPLICA in self.mesh.shape else sums
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -449,7 +414,7 @@ class Pipelined:
 
     def eval_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Array]]]:
         """Outputs and sums in evaluation mode, for batches that lie as `like` does."""
-        rows = like.rows // math.prod(self.mesh.shape[a] for a in Microbatch.of(like, 1).cuts[-1][0])
+        rows = like.rows // size(self.mesh, Microbatch.of(like, 1).rows)
         micro = Microbatch.of(like, math.gcd(self.program.accumulate, rows))
         traced, names, tree = self._trace(micro, train=False)
         flow = Flow(traced)
@@ -464,9 +429,10 @@ class Pipelined:
             _, _, sums, outputs = machine.run(params, variables, known, micro.blocks(batch))
             # Row j of microbatch i is example i + j * m of the batch.
             rows = [y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in outputs]
-            return lax.psum((rows, sums[1:]), AXIS)
+            rows, sums = lax.psum((rows, sums[1:]), AXIS)
+            return rows, self._over_replicas(sums)
 
-        manual = self._on_devices(step, like, ([spec(cut) for cut in cuts], P()))
+        manual = self._on_devices(step, like, ([spec((micro.rows, *cut[1:])) for cut in cuts], P()))
 
         def evaluate(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
             outputs, sums = manual(state, batch)
@@ -488,8 +454,8 @@ def following(flow: Flow, stage_of: Mapping[str, int], stages: int) -> list[int]
     return positions + [len(flow.main)] * (stages - 1 - len(positions))
 
 
-def _kib(shapes: Sequence[Any]) -> float:
-    return sum(s.size * s.dtype.itemsize for s in shapes) / 1024
+def _kib(shapes: Iterable[Any]) -> str:
+    return f"{sum(s.size * s.dtype.itemsize for s in shapes) / 1024:,.1f} KiB"
 
 
 def _rows(part: Any) -> Any:

@@ -45,6 +45,7 @@ class Variables:
     """
 
     def __init__(self, model: nnx.Module) -> None:
+        self.layers = tuple(partition.leaves(model))
         model.train()
         self.train_graph, self._params, self._state = _split(model)
         model.eval()

@@ -18,13 +18,14 @@ from rich.table import Table
 
 from shardtrain import pipeline
 from shardtrain.errors import UserError
-from shardtrain.layout import Axes, Layout
+from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
 from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
+from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import TrainState, Variables, opt_state_specs, shardings
 from shardtrain.train.step import REMAT, Batch, PerExample, Program
@@ -99,8 +100,16 @@ class Trainer:
         if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
             raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
-        within = without(self.mesh, AXIS)
+        within = without(without(self.mesh, AXIS), REPLICA)
         self.layout = partition.assign(model, within, Layout(parameters=parameters), layout or {})
+        # Each replica has examples of its own.
+        several = (REPLICA,) if REPLICA in self.mesh.shape else ()
+        self._rows = dataclasses.replace(self.layout, batch=(*several, *axes_of(self.layout.batch)))
+        if several and size(self.mesh, AXIS) == 1:
+            raise UserError(
+                f"mesh {text(self.mesh)}: replicas are for pipelines, of two stages or more; add pipe=2, "
+                f"or use data={size(self.mesh, REPLICA)} to train one model"
+            )
         if metrics is None:
             metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
         if clip_norm is not None:
@@ -139,7 +148,7 @@ class Trainer:
         if self._plan is not None:  # where each array is to lie is known when the first batch is seen
             values = jax.tree.map(np.array, self._variables.values())
             opt = jax.tree.map(np.asarray, optimizer.init(values[0]))
-            return TrainState(np.zeros((), np.int32), *values, opt)
+            return TrainState(np.zeros((), np.int32), values[0], values[1], opt)
         where = shardings(self.mesh, self._specs)
         # A copy: the step donates its state, and the caller's model keeps its own arrays.
         params, model_state = jax.tree.map(
@@ -154,8 +163,22 @@ class Trainer:
     @property
     def model(self) -> nnx.Module:
         """The model with the weights of now, in evaluation mode."""
+        return self.replica(0)
+
+    def replica(self, number: int) -> nnx.Module:
+        """One of the models that a mesh with `replica` trains, in evaluation mode; elsewhere there is just 0.
+
+        Raises:
+            UserError: a number that there is not.
+        """
+        copies = size(self.mesh, REPLICA)
+        if not 0 <= number < copies:
+            raise UserError(f"replica {number}: there are {copies}, numbered from 0")
         named = self._named()
-        return self._variables.model(named.params, named.model_state, train=False)
+        values = named.params, named.model_state
+        if self.pipeline is not None and REPLICA in self.mesh.shape:
+            values = self.pipeline.one_replica(values, number)
+        return self._variables.model(*values, train=False)
 
     def _named(self) -> TrainState:
         """The state as ordinary named arrays."""
@@ -163,7 +186,7 @@ class Trainer:
 
     def rows(self, batch_size: int) -> range:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
-        return place.local_rows(self.mesh, self.layout, batch_size)
+        return place.local_rows(self.mesh, self._rows, batch_size)
 
     def place(self, inputs: Any, targets: Any) -> Batch:
         """A host batch on the mesh; the first batch says how large the others may be at most.
@@ -175,7 +198,7 @@ class Trainer:
         if not rows:
             raise UserError("fit: a batch has no rows; leave empty batches out")
         if self._batch_size is None:
-            size = place.global_batch_size(rows, self.mesh, self.layout)
+            size = place.global_batch_size(rows, self.mesh, self._rows)
             mine = len(self.rows(size))
             if mine != rows or (size // self._shards()) % self.accumulate:
                 step = self._shards() * self.accumulate
@@ -194,10 +217,10 @@ class Trainer:
         return batch
 
     def _shards(self) -> int:
-        return place.global_batch_size(1, self.mesh, self.layout)
+        return place.global_batch_size(1, self.mesh, self._rows)
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
-        return place.place(inputs, targets, batch_size, self.mesh, self.layout, batch_only=self._batch_only)
+        return place.place(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
 
     def compiled_step(self, batch: Batch) -> Any:
         """The compiled training step for batches of this shape; its `as_text()` is what `census` reads."""
@@ -286,7 +309,7 @@ class Trainer:
         totals: dict[str, Array] = {}
         size: int | None = None
         for inputs, targets in batches:
-            size = size or place.global_batch_size(place.rows_of(inputs), self.mesh, self.layout)
+            size = size or place.global_batch_size(place.rows_of(inputs), self.mesh, self._rows)
             _, sums = self._evaluated(self._placed(inputs, targets, size))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         values = {key: float(value) for key, value in jax.device_get(totals).items()}
@@ -304,9 +327,9 @@ class Trainer:
             >>> trainer.predict(images).argmax(-1)
         """
         rows = place.rows_of(inputs)
-        size = place.global_batch_size(rows, self.mesh, self.layout)
+        size = place.global_batch_size(rows, self.mesh, self._rows)
         outputs, _ = self._evaluated(self._placed(inputs, None, size))
-        return place.fetch(outputs, rows, size, self.mesh, self.layout)
+        return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
         if self._plan is not None and self.pipeline is None:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import shardtrain as st
 from shardtrain.pipeline import Schedule, lockstep
 from shardtrain.pipeline.table import COLUMNS, Table, build
-from shardtrain.train.pipelined import Microbatch, Pipelined, Plan, _back, _rows
+from shardtrain.train.pipelined import Microbatch, Pipelined, _back, _rows
 from shardtrain.train.state import TrainState
 
 TOLERANCE = 1e-10
