@@ -1,99 +1,164 @@
 """Where to cut: stages of equal cost, where little crosses."""
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
 
-from shardtrain import compat
+from jax.sharding import Mesh
+
 from shardtrain.errors import UserError
 from shardtrain.pipeline.cut import Flow
+from shardtrain.pipeline.layers import Layers
+from shardtrain.pipeline.work import Work, size_of, work
+from shardtrain.pipeline.work import cost as cost  # stages.py takes it from here
 
-BYTE = 8.0
-"""What moving a byte costs, in floating point operations: about what a CPU's memory takes."""
+SLACK = 1.02
+"""How much costlier than it need be the costliest stage may get for cuts between layers and fewer bytes."""
 
+INNER = 0.05
+"""What a cut inside a layer, or elsewhere than where layers meet, is charged: this part of a mean stage.
 
-def flops(equation: Any) -> float:
-    """Floating point operations of an equation of a jaxpr, what it calls included."""
-    name, p = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = p["dimension_numbers"]
-        inner = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
-        return 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
-    if name == "conv_general_dilated":
-        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-        features = p["dimension_numbers"].rhs_spec[0]
-        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[features]
-    inner = list(compat.inner_jaxprs(equation))
-    if not inner:
-        return float(sum(math.prod(v.aval.shape) for v in equation.outvars))
-    times = p.get("length", 1)
-    if name == "shard_map":  # its body is one device's part
-        newly = p.get("manual_axes") or p.get("newly_manual_axes") or ()
-        times *= math.prod(p["mesh"].shape[axis] for axis in newly)
-    return times * sum(flops(e) for body in inner for e in body.eqns)
+Counted costs are no better than that: elementwise operations around such a cut would be fused with others.
+"""
 
-
-def _bytes(variables: Any) -> int:
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in variables)
-
-
-def cost(equation: Any) -> float:
-    """What an equation costs: its operations and the bytes it writes."""
-    return flops(equation) + BYTE * _bytes(equation.outvars)
+_Ranked = tuple[tuple[int, float, int], int] | None
 
 
 def allowed(flow: Flow) -> list[int]:
     """Positions among the main operations at which a stage may begin: no parameter is used on both sides."""
-    params, state, _ = flow.traced.groups()
-    first: dict[Any, int] = {}
-    last: dict[Any, int] = {}
-    moving = flow.moving()
-    for i, uses in enumerate(flow.uses):
-        for v in uses:
-            if v in moving or v in params:
-                first.setdefault(v, i)
-                last[v] = i
-    for v, i in moving.items():
-        first.setdefault(v, i)
-        last[v] = max(last.get(v, i), i)
-    shut = {c for v in first for c in range(first[v] + 1, last[v] + 1)}
+    shut = {c for first, last in flow.spans().values() for c in range(first + 1, last + 1)}
     return [c for c in range(1, len(flow.main)) if c not in shut]
 
 
-def balance(flow: Flow, stages: int, costs: Sequence[float] | None = None) -> list[int]:
+def arriving(flow: Flow) -> list[int]:
+    """Bytes of the activations that a cut at each position among the main operations would send on."""
+    bytes_at = [0] * (len(flow.main) + 1)
+    for v, (made, used) in flow.lives().items():
+        for c in range(made + 1, min(used, len(flow.main)) + 1):
+            bytes_at[c] += size_of([v])
+    return bytes_at
+
+
+def stage_costs(flow: Flow, positions: Sequence[int], done: Work) -> list[float]:
+    """What each stage costs: its operations and the bytes that arrive at it."""
+    ends, bytes_at = [0, *positions, len(flow.main)], arriving(flow)
+    return [sum(done.costs[a:b]) + done.byte * (bytes_at[a] if a else 0) for a, b in itertools.pairwise(ends)]
+
+
+def best_positions(
+    costs: Sequence[float],
+    arrivals: Mapping[int, float],
+    inner: Mapping[int, bool],
+    stages: int,
+) -> list[int]:
+    """The positions of cuts, so that the costliest of `stages` stages costs little and the cuts are good.
+
+    Of all cuts whose costliest stage costs at most `SLACK` times what it must, those with the fewest inner
+    cuts, of these those at which least arrives, of these the latest.
+
+    Args:
+        costs: of each operation.
+        arrivals: what arrives costs, for each position at which a stage may begin.
+        inner: which of these positions lie inside a layer.
+        stages: how many; at most one more than there are positions.
+    """
+    sums = [0.0]
+    for value in costs:
+        sums.append(sums[-1] + value)
+    places = sorted(arrivals)
+    ends = [0, *places, len(costs)]
+    cost_in = [0.0, *(arrivals[c] for c in places)]
+    last = len(ends) - 1
+
+    least: list[float] = [0.0] + [float("inf")] * last  # the costliest of the stages that end here
+    for k in range(1, stages + 1):
+        row = [float("inf")] * (last + 1)
+        for j in range(k, last + 1):
+            for i in range(j - 1, k - 2, -1):
+                here = sums[ends[j]] - sums[ends[i]]
+                if here >= row[j]:
+                    break
+                row[j] = min(row[j], max(least[i], here + cost_in[i]))
+        least = row
+    limit = least[last] * SLACK
+
+    none: _Ranked = None
+    best: list[list[_Ranked]] = [[((0, 0.0, 0), 0), *([none] * last)]]
+    for k in range(1, stages + 1):
+        ranks: list[_Ranked] = [None] * (last + 1)
+        for j in range(k, last + 1):
+            for i in range(j - 1, k - 2, -1):
+                here = sums[ends[j]] - sums[ends[i]]
+                if here > limit:
+                    break
+                before = best[-1][i]
+                if before is None or here + cost_in[i] > limit:
+                    continue
+                (cuts, moved, early), _ = before
+                if i:
+                    cuts, moved = cuts + bool(inner[ends[i]]), moved + cost_in[i]
+                one = ((cuts, moved, early - ends[i]), i)
+                found = ranks[j]
+                if found is None or one < found:
+                    ranks[j] = one
+        best.append(ranks)
+    positions, j = [], last
+    for k in range(stages, 1, -1):
+        found = best[k][j]
+        assert found is not None  # the limit leaves at least the cut that gave it
+        j = found[1]
+        positions.append(ends[j])
+    return positions[::-1]
+
+
+def balance(flow: Flow, stages: int, done: Work | None = None) -> list[int]:
     """The positions at which `stages` stages begin (but the first), so that the costliest costs least.
 
-    A stage costs its operations and the bytes that arrive at it.
+    A pipeline in lockstep waits for its costliest stage, so that one counts. A stage costs its operations
+    and the bytes that arrive at it, and 5 % of a mean stage if it begins inside a layer. Within 2 % of the
+    best, cuts between layers are preferred, then fewer bytes.
+
+    Args:
+        flow: what is cut.
+        stages: how many.
+        done: what its operations cost; counted by default.
 
     Raises:
         UserError: fewer places to cut than stages.
     """
+    if stages < 1:
+        raise UserError(f"pipeline: {stages} stages; use 1 or more")
     places = allowed(flow)
     if len(places) < stages - 1:
+        most = len(places) + 1
         raise UserError(
-            f"pipeline: the model can be cut into {len(places) + 1} stages at most, not {stages}; "
-            f"use pipe={len(places) + 1} or a deeper model"
+            f"pipeline: the model can be cut into {most} stages at most, not {stages}, since a parameter "
+            f"stays in one stage with all of its uses; use {most} stages (pipe={most}) or a deeper model"
         )
-    sums = [0.0]
-    for value in costs or [cost(e) for e in flow.main]:
-        sums.append(sums[-1] + value)
-    arriving = {c: BYTE * _bytes(flow.crossing(c)) for c in places} | {0: 0.0}
-    ends = [0, *places, len(flow.main)]
-    # best[k][j]: (costliest stage, bytes) of the first k stages that end at ends[j], and where the last began
-    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
-    for k in range(1, stages + 1):
-        row: dict[int, tuple[float, float, int]] = {}
-        for j in range(k, len(ends)):
-            if (j == len(ends) - 1) != (k == stages):
-                continue
-            for i, (most, total, _) in best[-1].items():
-                if i < j:
-                    here = sums[ends[j]] - sums[ends[i]] + arriving[ends[i]]
-                    one = (max(most, here), total + arriving[ends[i]], i)
-                    row[j] = min(row.get(j, one), one)
-        best.append(row)
-    positions, j = [], len(ends) - 1
-    for k in range(stages, 1, -1):
-        j = best[k][j][2]
-        positions.append(ends[j])
-    return positions[::-1]
+    done = done or work(flow)
+    bytes_at, between = arriving(flow), Layers(flow, places, arriving(flow)).begins
+    return best_positions(
+        done.costs,
+        {c: done.byte * bytes_at[c] for c in places},
+        {c: c not in between for c in places},
+        stages,
+    )
+
+
+def positions(
+    flow: Flow, stages: int, layout: str | None = None, costs: str = "counted", mesh: Mesh | None = None
+) -> list[int]:
+    """Where `stages` stages begin (but the first): as a layout says, or balanced without one.
+
+    Args:
+        flow: what is cut.
+        stages: how many.
+        layout: which layers each stage has, see `split`.
+        costs: `"counted"` or `"measured"`, see `split`.
+        mesh: the mesh that the flow was traced on, if it was; only measuring needs it.
+
+    Raises:
+        UserError: a layout that the model does not have, or fewer places to cut than stages.
+    """
+    if layout is not None:
+        return Layers(flow, allowed(flow), arriving(flow)).positions(layout, stages)
+    return balance(flow, stages, work(flow, costs, mesh))

@@ -1,5 +1,7 @@
 """Where a traced model is cut into stages, and each stage as a function of its own."""
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +18,13 @@ class Traced:
 
     Attributes:
         closed: its jaxpr. Arguments in this order: parameters, other variables of the model, sides (what a
-            microbatch is: inputs, targets, ...). Results: the loss, sums to report, new values of the variables.
+            microbatch is: inputs, targets, ...). Results: the loss, sums to report, new values of the
+            variables.
         params, state: names of the first two groups of arguments.
         inputs: how many of the sides are the model's inputs; they come first.
         sums: how many sums are reported.
+        layers: paths of the model's layers, which layouts and tables name; without them those that have
+            parameters.
     """
 
     closed: ClosedJaxpr
@@ -27,6 +32,7 @@ class Traced:
     state: tuple[str, ...]
     inputs: int
     sums: int
+    layers: tuple[str, ...] = ()
 
     def groups(self) -> tuple[list[Var], list[Var], list[Var]]:
         """Arguments: parameters, other variables, sides."""
@@ -63,23 +69,23 @@ class Flow:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         jaxpr = traced.closed.jaxpr
-        params, state, sides = traced.groups()
+        sides = traced.groups()[2]
         self.makers = {v: e for e in jaxpr.eqns for v in e.outvars}
         active = set(sides[: traced.inputs])
         # Operations that the model's inputs reach are cut into stages; all others (casts of weights, masks
         # of dropout, counts of examples) cost little and are repeated in each stage that needs them.
         self.main = []
         for equation in jaxpr.eqns:
-            if any(v in active for v in _variables(equation.invars)):
+            if any(v in active for v in variables(equation.invars)):
                 active |= set(equation.outvars)
                 self.main.append(equation)
         self.active = active - set(sides[: traced.inputs])
-        self.uses: list[frozenset[Var]] = [self.support(_variables(e.invars)) for e in self.main]
+        self.uses: list[frozenset[Var]] = [self.support(variables(e.invars)) for e in self.main]
 
-    def support(self, variables: Sequence[Var]) -> frozenset[Var]:
-        """The activations and arguments that `variables` are computed from by repeated operations."""
+    def support(self, values: Sequence[Var]) -> frozenset[Var]:
+        """The activations and arguments that `values` are computed from by repeated operations."""
         found: set[Var] = set()
-        todo, seen = list(variables), set()
+        todo, seen = list(values), set()
         while todo:
             v = todo.pop()
             if v in seen:
@@ -88,19 +94,19 @@ class Flow:
             if v in self.active or v not in self.makers:
                 found.add(v)
             else:
-                todo += _variables(self.makers[v].invars)
+                todo += variables(self.makers[v].invars)
         return frozenset(found)
 
-    def repeated(self, variables: Sequence[Var]) -> list[Any]:
-        """The repeated operations behind `variables`."""
+    def repeated(self, values: Sequence[Var]) -> list[Any]:
+        """The repeated operations behind `values`."""
         needed: set[int] = set()
-        todo = list(variables)
+        todo = list(values)
         while todo:
             v = todo.pop()
             if v in self.active or v not in self.makers or id(self.makers[v]) in needed:
                 continue
             needed.add(id(self.makers[v]))
-            todo += _variables(self.makers[v].invars)
+            todo += variables(self.makers[v].invars)
         return [e for e in self.traced.closed.jaxpr.eqns if id(e) in needed]
 
     def moving(self) -> dict[Var, int]:
@@ -110,35 +116,62 @@ class Flow:
         news = traced.closed.jaxpr.outvars[1 + traced.sums :]
         return {v: at[n] for v, n in zip(traced.groups()[1], news, strict=True) if n in at}
 
+    def results(self) -> frozenset[Var]:
+        """What the loss and the sums need of activations and arguments; the last stage computes them."""
+        return self.support(variables(self.traced.closed.jaxpr.outvars[: 1 + self.traced.sums]))
+
     def crossing(self, position: int) -> list[Var]:
         """The activations that a cut at a position among the main operations would send on."""
-        before = {v for e in self.main[:position] for v in e.outvars}
-        results = self.support(_variables(self.traced.closed.jaxpr.outvars[: 1 + self.traced.sums]))
-        behind = frozenset().union(results, *self.uses[position:])
-        return [v for v in before if v in behind]
+        return [v for v, (made, used) in self.lives().items() if made < position <= used]
 
-    def owners(self, positions: Sequence[int]) -> dict[Var, list[int]]:
-        """The stages that use each parameter, when `positions` say where the stages but the first begin."""
-        params = set(self.traced.groups()[0])
-        found: dict[Var, list[int]] = {}
-        for stage, uses in enumerate(_parts(self.uses, positions)):
-            for v in frozenset().union(*uses) & params:
-                found.setdefault(v, []).append(stage)
+    def lives(self) -> dict[Var, tuple[int, int]]:
+        """The main operations that make and last use each activation; results are used behind the last."""
+        at = {v: i for i, e in enumerate(self.main) for v in e.outvars}
+        last = {v: i for i, uses in enumerate(self.uses) for v in uses if v in at}
+        last |= dict.fromkeys((v for v in self.results() if v in at), len(self.main))
+        return {v: (at[v], last[v]) for v in at if v in last}
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """The first and the last main operation that use each parameter or variable with one home.
+
+        Those are the parameters, whose gradients are made where they are used, and the variables that
+        activations change. Operations between the two must be in one stage. What the loss and the sums use
+        by themselves is used behind the last operation, in the last stage.
+        """
+        params, state, _ = self.traced.groups()
+        moving = self.moving()
+        names = dict(zip(params, self.traced.params, strict=True))
+        names |= {v: n for v, n in zip(state, self.traced.state, strict=True) if v in moving}
+        found: dict[str, tuple[int, int]] = {}
+
+        def add(v: Var, i: int) -> None:
+            if v in names:
+                first, last = found.get(names[v], (i, i))
+                found[names[v]] = min(first, i), max(last, i)
+
+        for i, uses in enumerate(self.uses):
+            for v in uses:
+                add(v, i)
+        for v in self.results():
+            add(v, len(self.main))
+        for v, i in moving.items():
+            add(v, i)
         return found
 
     def cut(self, positions: Sequence[int]) -> list[Stage]:
         """The stages, of which each but the first begins at one of `positions` among the main operations.
 
         Raises:
-            UserError: a parameter that two stages use.
+            UserError: a parameter, or a variable that activations change, that two stages use.
         """
         traced, jaxpr = self.traced, self.traced.closed.jaxpr
         params, state, sides = traced.groups()
         names = dict(zip(params, traced.params, strict=True))
-        for v, stages in self.owners(positions).items():
-            if len(stages) > 1:
+        for name, (first, last) in self.spans().items():
+            a, b = bisect_right(positions, first), bisect_right(positions, last)
+            if a != b:
                 raise UserError(
-                    f"pipeline: {names[v]!r} is used in the stages {stages}, which would each need it; "
+                    f"pipeline: {name!r} is used in the stages {a} and {b}, which would each need it; "
                     f"cut the model so that one stage has all of its uses"
                 )
         stages = _parts(self.main, positions)
@@ -147,17 +180,17 @@ class Flow:
         news = dict(zip(traced.state, jaxpr.outvars[1 + traced.sums :], strict=True))
         last = len(stages) - 1
         needed = [set(frozenset().union(*uses)) for uses in _parts(self.uses, positions)]
-        needed[last] |= self.support(_variables(results))
+        needed[last] |= self.results()
         out = []
         for k, part in enumerate(stages):
             moving = [n for n, v in news.items() if isinstance(v, Var) and at.get(v) == k]
             ins = self._crossing(at, needed, k)
             outs = self._crossing(at, needed, k + 1) if k < last else ()
             ends = list(outs) if k < last else list(results)
-            inner = [v for e in part for v in _variables(e.invars)]
-            inner += _variables(ends) + [news[n] for n in moving]
+            inner = [v for e in part for v in variables(e.invars)]
+            inner += variables(ends) + [news[n] for n in moving]
             eqns = self.repeated(inner)
-            used = self.support(inner) | {v for e in eqns for v in _variables(e.invars)}
+            used = self.support(inner) | {v for e in eqns for v in variables(e.invars)}
             mine = [v for v in params if v in used]
             read = [n for n, v in zip(traced.state, state, strict=True) if v in used or n in moving]
             own = dict(zip(traced.state, state, strict=True))
@@ -177,10 +210,11 @@ class Flow:
         return tuple(v for v, stage in at.items() if stage < k and v in behind)
 
 
-def _variables(atoms: Sequence[Any]) -> list[Var]:
+def variables(atoms: Sequence[Any]) -> list[Var]:
+    """The variables among the operands of an equation, without literals."""
     return [a for a in atoms if isinstance(a, Var)]
 
 
 def _parts(items: Sequence[Any], positions: Sequence[int]) -> list[list[Any]]:
     ends = [0, *positions, len(items)]
-    return [list(items[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
