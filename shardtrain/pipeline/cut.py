@@ -48,8 +48,7 @@ class Stage:
     Attributes:
         closed: its jaxpr. Arguments: `params`, `state`, all sides, `ins`. Results: `outs` (of the last stage
             the loss and the sums), new values of `moving`.
-        params: names of the parameters it uses; no other stage does. The first stage has those that the
-            model never uses.
+        params: names of the parameters it uses; no other stage does.
         state: names of the other variables it reads.
         moving: names of those it gives new values.
         ins, outs: what arrives from the stage before and leaves for the one behind, skip connections that
@@ -136,7 +135,8 @@ class Flow:
         """The first and the last main operation that use each parameter or variable with one home.
 
         Those are the parameters, whose gradients are made where they are used, and the variables that
-        activations change. Operations between the two must be in one stage.
+        activations change. Operations between the two must be in one stage. What the loss and the sums use
+        by themselves is used behind the last operation, in the last stage.
         """
         params, state, _ = self.traced.groups()
         moving = self.moving()
@@ -153,7 +153,7 @@ class Flow:
             for v in uses:
                 add(v, i)
         for v in self.results():
-            add(v, len(self.main) - 1)
+            add(v, len(self.main))
         for v, i in moving.items():
             add(v, i)
         return found
@@ -167,8 +167,7 @@ class Flow:
         traced, jaxpr = self.traced, self.traced.closed.jaxpr
         params, state, sides = traced.groups()
         names = dict(zip(params, traced.params, strict=True))
-        spans = self.spans()
-        for name, (first, last) in spans.items():
+        for name, (first, last) in self.spans().items():
             a, b = bisect_right(positions, first), bisect_right(positions, last)
             if a != b:
                 raise UserError(
@@ -192,7 +191,7 @@ class Flow:
             inner += variables(ends) + [news[n] for n in moving]
             eqns = self.repeated(inner)
             used = self.support(inner) | {v for e in eqns for v in variables(e.invars)}
-            mine = [v for v in params if v in used or (k == 0 and names[v] not in spans)]
+            mine = [v for v in params if v in used]
             read = [n for n, v in zip(traced.state, state, strict=True) if v in used or n in moving]
             own = dict(zip(traced.state, state, strict=True))
             closed = compat.subprogram(

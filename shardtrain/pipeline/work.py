@@ -162,11 +162,11 @@ def counted(flow: Flow) -> Work:
         fused = len(reading) == 1 and reading[0] is not None and _single(reading[0]) and _single(equation)
         return bool(reading) and not fused
 
-    def cost(equation: Any) -> float:
+    def spent(equation: Any) -> float:
         moved = size_of(v for v in equation.outvars if written(equation, v))
         return _again(equation) * flops(equation) + BYTE * moved
 
-    return Work(tuple(sum(map(cost, group)) for group in _groups(flow)), BYTE)
+    return Work(tuple(sum(map(spent, group)) for group in _groups(flow)), BYTE)
 
 
 def _single(equation: Any) -> bool:
@@ -192,7 +192,7 @@ def measured(flow: Flow, mesh: Mesh | None = None) -> Work:
     constants = set(flow.traced.closed.jaxpr.constvars)
     idle = _seconds(lambda x: x, [jnp.zeros(())], mesh)
 
-    def cost(equation: Any) -> float:
+    def spent(equation: Any) -> float:
         used = [v for v in dict.fromkeys(variables(equation.invars)) if v not in constants]
         alone = compat.subprogram(flow.traced.closed, used, [equation], equation.outvars)
         key = re.sub(r"0x[0-9a-f]+", "", str(alone.jaxpr.replace(constvars=())))
@@ -201,7 +201,7 @@ def measured(flow: Flow, mesh: Mesh | None = None) -> Work:
             known[key] = max(0.0, _seconds(run, [_filled(v.aval) for v in used], mesh) - idle)
         return _again(equation) * known[key]
 
-    costs = tuple(sum(map(cost, group)) for group in _groups(flow))
+    costs = tuple(sum(map(spent, group)) for group in _groups(flow))
     return Work(costs, BYTE * sum(costs) / max(1.0, sum(map(flops, flow.main))))
 
 

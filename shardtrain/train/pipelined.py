@@ -277,7 +277,7 @@ class Pipelined:
         named = self.layers.names(self.positions)
         table = Table(
             title=f"{self.schedule.name} on {text(self.mesh)}, {self.schedule.microbatches} microbatches",
-            caption="cost: of F, I and W by the costliest of all; kept: for one microbatch until its backward",
+            caption="cost: of F, I and W, the costliest is 1; kept: for one microbatch until its backward",
             width=100,
         )
         table.add_column("stage", justify="right", no_wrap=True)
