@@ -32,6 +32,7 @@ class Flags(cli.RunFlags):
     data: str = "digits"
     out: cli.Folder = Path("runs/pipeline")
     steps: int = 120
+    lr: float = 0.05
     model: str = "resnet18"
     """resnet8, resnet18, resnet34 (all for small images, 16 features at first), lenet."""
     schedule: str = "1f1b"
@@ -42,6 +43,8 @@ class Flags(cli.RunFlags):
     """Layers of each stage, such as 'stem,norm,blocks.0|blocks.1,...'; of equal cost by default."""
     in_flight: int | None = None
     """Microbatches whose activations a rank may hold at most."""
+    overlap: bool = False
+    """What a stage sends travels while the next tick computes, and is used one tick later."""
     statistics: Literal["microbatch", "batch"] = "microbatch"
     """What moves running statistics of batch norms: each microbatch, or the whole batch, once."""
 
@@ -60,6 +63,7 @@ def make_task(flags: Flags) -> cli.Task:
     trainer: dict[str, Any] = {"statistics": flags.statistics}
     if flags.schedule != "none":
         trainer |= {"schedule": flags.schedule, "stages": flags.stages, "in_flight": flags.in_flight}
+        trainer["overlap"] = flags.overlap
     return cli.Task(
         name=flags.model,
         model=nnx.jit(make)(),

@@ -164,15 +164,20 @@ def localize(
     split = _Split(
         straight, len(avals), np_, ne + nm, len(stage.state), [p.rpartition(".")[0] for p in stage.params]
     )
-    programs = split.cut(first_in, remat)
+    f, i, w, saved, lasting, between = split.cut(first_in, remat)
     return Programs(
         stage,
-        *programs[:3],
+        f,
+        i,
+        w,
         tuple(mine(avals[first_in:], ins_cut)),
         tuple(boundary),
         tuple(ins_cut),
         tuple(outs_cut),
-        *programs[3:],
+        saved,
+        lasting,
+        between,
+        split.sums,
     )
 
 
@@ -297,7 +302,7 @@ class _Split:
         shapes = [
             tuple(Shape(v.aval.shape, v.aval.dtype) for v in group) for group in (saved, lasting, between)
         ]
-        return (f, i, w, *shapes, self.sums)
+        return (f, i, w, *shapes)
 
     def _chain(self, backward: set[int]) -> set[int]:
         """What `I` runs: all that the inputs' gradients need, and all that several layers' gradients share.

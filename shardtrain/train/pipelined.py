@@ -59,6 +59,7 @@ class Plan:
     stages: str | None
     in_flight: int | None
     remat: bool
+    hop: int = 1
     bubble: float = 0.0
 
     @classmethod
@@ -70,6 +71,7 @@ class Plan:
         stages: str | None,
         in_flight: int | None,
         remat: str | Callable[..., bool] | None,
+        overlap: bool,
     ) -> "Plan":
         """The plan that a user asked for.
 
@@ -90,7 +92,7 @@ class Plan:
                 f"schedule {schedule.name!r} is of {schedule.ranks} ranks and {schedule.microbatches} "
                 f"microbatches, the mesh has pipe={ranks} and accumulate is {microbatches}; make them equal"
             )
-        return cls(schedule, stages, in_flight, remat is not None)
+        return cls(schedule, stages, in_flight, remat is not None, 2 if overlap else 1)
 
 
 class Pipelined:
@@ -138,7 +140,7 @@ class Pipelined:
         self.programs = self._localize(stages, micro, remat=plan.remat)
         self.costs = costs_of(self.programs)
         self.schedule = fastest(plan.schedule, self.costs, plan.in_flight)
-        self.ticks = lockstep(self.schedule, self.costs)
+        self.ticks = lockstep(self.schedule, self.costs, plan.hop)
         self._hold()
         self.update = self._spread()
 
@@ -185,7 +187,8 @@ class Pipelined:
         return tuple(found)
 
     def _machine(self, schedule: Schedule, programs: Sequence[Programs], sums: int) -> Machine:
-        table = build(schedule, lockstep(schedule))
+        hop = self.plan.hop
+        table = build(schedule, lockstep(schedule, hop=hop), hop)
         places = [
             {names[i]: place for i, place in held.places.items()}
             for names, held in zip(self.names.values(), (self.params, self.state), strict=True)

@@ -53,6 +53,7 @@ class Trainer:
             `pipeline.Schedule`. Stages are as many as it has, one or more for each rank.
         stages: which layers make up each stage, see `pipeline.split`; of equal cost by default.
         in_flight: microbatches whose activations a rank may hold at most; what the schedule holds by default.
+        overlap: let what a stage sends travel while the next tick computes, and be used one tick later.
         statistics: what running statistics of batch norms are moved by: each `"microbatch"`, one after the
             other, or the whole `"batch"`, once.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
@@ -84,6 +85,7 @@ class Trainer:
         schedule: str | pipeline.Schedule = "1f1b",
         stages: str | None = None,
         in_flight: int | None = None,
+        overlap: bool = False,
         statistics: Literal["microbatch", "batch"] = "microbatch",
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
@@ -123,7 +125,7 @@ class Trainer:
         )
         self._plan: Plan | None = None
         if size(self.mesh, AXIS) > 1:
-            self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat)
+            self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
         plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
         masks = [name(path) for path, m in plain if isinstance(m, nnx.Dropout)]
