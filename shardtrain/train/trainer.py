@@ -23,6 +23,7 @@ from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
+from shardtrain.pipeline.branches import refuse_divergent
 from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
@@ -285,6 +286,8 @@ class Trainer:
                 traced = jitted.trace(*shapes)
                 check.refuse_outside_islands(traced.jaxpr, self.mesh)
                 self._steps[key] = traced.lower().compile()
+            if self.pipeline is not None:
+                refuse_divergent(self._steps[key].as_text(), self.mesh, [AXIS])
         return self._steps[key]
 
     def compiled_text(self) -> str:
