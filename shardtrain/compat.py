@@ -202,11 +202,37 @@ def rebind(equation: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
     stack = source_info_util.current_name_stack() + equation.source_info.name_stack
     # Shardings name the mesh that the equation was traced under, which is not the one it runs under now.
     shardings = {key: None for key in ("sharding", "out_sharding") if key in equation.params}
-    found = equation.primitive.get_bind_params({**equation.params, **shardings, **changed})
+    params = {**equation.params, **shardings, **_combiner(equation.params), **changed}
+    found = equation.primitive.get_bind_params(params)
     subfuns, params = found if isinstance(found, tuple) else ((), found)
     with source_info_util.user_context(equation.source_info.traceback, name_stack=stack):
         out = equation.primitive.bind(*subfuns, *values, **params)
     return list(out) if equation.primitive.multiple_results else [out]
+
+
+def _combiner(params: dict[str, Any]) -> dict[str, Any]:
+    """What a scatter combines by, traced under the mesh of now.
+
+    Under one that is manual over some axes only, jax lowers the sum of two numbers with a sharding of its
+    own, a custom call, which XLA's compiler for GPUs fails to evaluate ("unhandled HLO ops").
+    """
+    old = params.get("update_jaxpr")
+    if old is None or params["update_consts"]:
+        return {}
+
+    def run(*numbers: Any) -> list[Any]:
+        known = dict(zip(old.invars, numbers, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if hasattr(atom, "val") else known[atom]
+
+        for equation in old.eqns:
+            outs = rebind(equation, [read(atom) for atom in equation.invars])
+            known.update(zip(equation.outvars, outs, strict=True))
+        return [read(atom) for atom in old.outvars]
+
+    new = jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct((), v.aval.dtype) for v in old.invars))
+    return {"update_jaxpr": new.jaxpr, "update_consts": ()}
 
 
 def with_manual(mesh: Mesh | AbstractMesh, manual: Collection[str]) -> AbstractMesh:

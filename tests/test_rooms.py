@@ -8,6 +8,7 @@ import shardtrain
 ROOT = Path(shardtrain.__file__).parent
 FLOORS = [
     "errors",
+    "hlo",
     "compat",
     "mesh",
     "layout",

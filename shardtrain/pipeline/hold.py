@@ -71,6 +71,14 @@ class Held:
         """How the buffers and the shared arrays lie on the mesh."""
         return {d: P(*self.mesh.axis_names) for d in self.rows.lengths}, {i: P() for i in self.shared}
 
+    @property
+    def at_rest(self) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Shapes of what `pack` returns."""
+        sizes = tuple(self.mesh.shape.values())
+        buffers = {d: jax.ShapeDtypeStruct((*sizes, n), d) for d, n in self.rows.lengths.items()}
+        shared = {i: jax.ShapeDtypeStruct(self.shapes[i].shape, self.shapes[i].dtype) for i in self.shared}
+        return buffers, shared
+
     def pack(self, arrays: Sequence[Any]) -> tuple[dict[str, Any], dict[int, Any]]:
         """Arrays from anywhere as one row of buffers for every device, and the shared ones.
 

@@ -6,22 +6,21 @@ holds for the backend that compiled it: XLA on CPUs, for one, sends a bf16 sum o
 
 import json
 import logging
-import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from rich.table import Table
 
+from shardtrain import hlo
 from shardtrain.errors import UserError
+from shardtrain.hlo import KINDS
 
 log = logging.getLogger(__name__)
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+__all__ = ["KINDS", "Collective", "census", "ring", "summary", "table"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,6 @@ class Collective:
     source: str
 
 
-@dataclass
-class _Computation:
-    sends: list[tuple[str, str, str, str]] = field(default_factory=list)  # opcode, shape, code, source
-    calls: list[tuple[str, int | None]] = field(default_factory=list)  # callee, runs (None: unknown)
-
-
 def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None = None) -> list[Collective]:
     """The collectives of a compiled program, or of its HLO text.
 
@@ -73,14 +66,15 @@ def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None
         >>> [c.bytes for c in census(step.lower(state, batch).compile(), mesh)]  # doctest: +SKIP
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
-    head = text.strip().partition("\n")[0]
-    devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
+    devices = hlo.devices(text)
     if mesh is not None and mesh.size != devices:
         raise UserError(
             f"the mesh has {mesh.size} devices, the program {devices}; give the mesh it was compiled for"
         )
 
-    entry, computations = _parse(text)
+    entry, computations = hlo.parse(text)
+    sends = {name: [i for i in body if i.collective] for name, body in computations.items()}
+    calls = {name: [call for i in body for call in i.calls] for name, body in computations.items()}
     runs: Counter[str] = Counter()
     unsure = set()
 
@@ -88,75 +82,43 @@ def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None
         runs[name] += times
         if not sure:
             unsure.add(name)
-        for callee, trips in computations[name].calls:
-            if callee in computations:
-                visit(callee, times * (1 if trips is None else trips), sure and trips is not None)
+        for call in calls[name]:
+            if call.name in computations:
+                visit(
+                    call.name, times * (1 if call.runs is None else call.runs), sure and call.runs is not None
+                )
 
     if entry:
         visit(entry, 1, True)
-    if any(computations[name].sends for name in unsure):
+    if any(sends[name] for name in unsure):
         log.warning("collectives run in a loop of unknown length: the census counts one trip of it")
     return [
         row
         for name, times in runs.items()
-        for send in computations[name].sends
-        for row in _rows(*send, times, devices, mesh)
+        for send in sends[name]
+        for row in _rows(send, times, devices, mesh)
     ]
 
 
-_STRING = r'"(?:\\.|[^"\\])*"'
-_TRIPS = re.compile(r'"known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
-_CALLS = re.compile(
-    r"\b(calls|to_apply|body|condition|(?:true|false)_computation|branch_computations|called_computations)"
-    r"=(\{[^}]*\}|%?[\w.\-]+)"
-)
-
-
-def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
-    """Name of the entry, and every computation with what it sends and calls."""
-    entry, current = "", _Computation()
-    computations: dict[str, _Computation] = {}
-    for line in text.splitlines():
-        if header := re.match(r"\s*(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$", line):
-            current = computations[header[2]] = _Computation()
-            entry = header[2] if header[1] else entry
-        elif instruction := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)", line):
-            code = re.sub(_STRING, '""', instruction[1])  # a name in the metadata must not look like code
-            shape = next(_cut(code, " "))
-            op = code[len(shape) + 1 :].partition("(")[0]
-            if op.removesuffix("-start") in KINDS:
-                current.sends.append((op, shape, code, _source(line)))
-            elif not op.endswith(("-done", "-update")):  # those name what their -start calls once more
-                known = _TRIPS.search(line)
-                trips = 1 if op != "while" else int(known[1]) if known else None
-                for role, names in _CALLS.findall(code):
-                    # a loop asks its condition once more than it runs its body
-                    times = trips + 1 if role == "condition" and trips is not None else trips
-                    current.calls += [(name, times) for name in re.findall(r"[\w.\-]+", names)]
-    return entry, computations
-
-
 def _rows(
-    op: str, shape: str, code: str, source: str, times: int, devices: int, mesh: Mesh | AbstractMesh | None
+    send: hlo.Instruction, times: int, devices: int, mesh: Mesh | AbstractMesh | None
 ) -> Iterator[Collective]:
-    kind = op.removesuffix("-start")
-    if kind == "collective-permute":
-        groups = [pair for pair in _lists(code, "source_target_pairs") if pair[0] != pair[1]]
-        n = len(groups)
-    else:
-        groups = [group for group in _groups(code, devices) if len(group) > 1]
-        n = max(map(len, groups), default=0)
+    kind, shape = send.collective or "", send.shape
+    groups = hlo.groups(send, devices)
     if not groups or not times:
         return
-    if op != kind and kind != "all-reduce":  # (operands, results, ...); all-reduce-start has only results
-        shape = list(_cut(shape[1:-1], ","))[1]
-    arrays = [(f"{dtype}[{dims}]", _size(dtype, dims)) for dtype, dims in _ARRAY.findall(shape)]
+    n = len(groups) if kind == "collective-permute" else max(map(len, groups))
+    if (
+        send.op != kind and kind != "all-reduce"
+    ):  # (operands, results, ...); all-reduce-start has only results
+        shape = list(hlo.pieces(shape[1:-1], ","))[1]
+    arrays = hlo.arrays(shape)
     if kind == "all-to-all" and len(arrays) > 1:
         arrays = [(f"{len(arrays)}*{arrays[0][0]}", sum(size for _, size in arrays))]
-    axes = None if mesh is None else _axes(groups, mesh)
+    axes = None if mesh is None else hlo.crossed(groups, mesh)
     for array, size in arrays:
         payload = {"all-gather": size // n, "reduce-scatter": size * n}.get(kind, size)
-        yield Collective(kind, array, n, axes, times, payload, ring(kind, n, payload * times), source)
+        yield Collective(kind, array, n, axes, times, payload, ring(kind, n, payload * times), send.source)
 
 
 def ring(kind: str, n: int, payload: int) -> int:
@@ -166,83 +128,6 @@ def ring(kind: str, n: int, payload: int) -> int:
     if kind == "all-gather":
         return (n - 1) * payload
     return -(-(2 if kind == "all-reduce" else 1) * (n - 1) * payload // n)
-
-
-def _groups(code: str, devices: int) -> list[list[int]]:
-    """The replica groups; XLA writes them as lists, as a reshaped iota, or as axes of a mesh of its own."""
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", code):
-        return _iota(iota[2]).reshape(_ints(iota[1])).tolist()
-    if own := re.search(r"replica_groups=mesh\[(.+?)\](?:, device_ids=\((.+?)\))? \{(.*?)\}", code):
-        sizes = dict(re.findall(r"([^,=]+)=(\d+)", own[1]))
-        names, shape = list(sizes), [int(size) for size in sizes.values()]
-        ids = _iota(own[2] or f"[{math.prod(shape)}]")
-        coords = np.indices(shape).reshape(len(shape), -1)
-        for name, before, part in re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?", own[3]):
-            k = names.index(name)
-            # 'a':(2)4 is the part of size 4 that has parts of 2 in all before it
-            size = int(part or shape[k])
-            stride = shape[k] // (int(before or 1) * size)
-            coords[k] -= coords[k] // stride % size * stride
-        same = np.ravel_multi_index(tuple(coords), shape)
-        return [ids[same == key].tolist() for key in np.unique(same)]
-    if "replica_groups=" in code and not re.search(r"replica_groups=\{[{}]", code):
-        raise ValueError(f"replica_groups in an unknown form: {code}")
-    return _lists(code, "replica_groups") or [list(range(devices))]  # {} means all
-
-
-def _lists(code: str, attribute: str) -> list[list[int]]:
-    """`attribute={{0,1},{2,3}}` as lists."""
-    found = re.search(attribute + r"=\{((?:\{[\d,]*\},?)*)\}", code)
-    return [_ints(group) for group in re.findall(r"\{([\d,]*)\}", found[1])] if found else []
-
-
-def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0 to 7 as 4x2, transposed, flat; or the plain numbers `3,1,0,2`."""
-    form = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not form:
-        return np.array(_ints(text))
-    shape = _ints(form[1])
-    grid = np.arange(math.prod(shape)).reshape(shape)
-    return (grid.transpose(_ints(form[2])) if form[2] else grid).ravel()
-
-
-def _axes(groups: Iterable[list[int]], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    shape = tuple(mesh.shape.values())
-    spans = np.zeros(len(shape), bool)
-    for group in groups:
-        coords = np.array(np.unravel_index(group, shape))
-        spans |= (coords != coords[:, :1]).any(axis=1)
-    return tuple(name for name, spanned in zip(mesh.axis_names, spans, strict=True) if spanned)
-
-
-_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\]")
-
-
-def _size(dtype: str, dims: str) -> int:
-    bits = re.search(r"\d+", "pred8" if dtype == "pred" else dtype)  # bf16, f8e4m3fn, c64: the first number
-    return -(-int(bits[0] if bits else 0) * math.prod(_ints(dims.replace("<=", ""))) // 8)
-
-
-def _ints(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
-
-
-def _cut(text: str, at: str) -> Iterator[str]:
-    """Pieces of `text` between those `at` that are outside all brackets."""
-    depth = begin = 0
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if c == at and depth == 0:
-            yield text[begin:i]
-            begin = i + 1
-    yield text[begin:]
-
-
-def _source(line: str) -> str:
-    if name := re.search(rf"op_name=({_STRING})", line):
-        return "/".join(name[1][1:-1].split("/")[-3:])
-    place = re.search(r'source_file="(?:[^"]*/)?([^"/]+)" source_line=(\d+)', line)
-    return f"{place[1]}:{place[2]}" if place else ""
 
 
 def summary(collectives: Iterable[Collective]) -> list[dict]:

@@ -36,7 +36,7 @@ from shardtrain.pipeline.spread import Spread
 from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
 from shardtrain.train.microbatch import REPLICA, Microbatch
-from shardtrain.train.state import TrainState
+from shardtrain.train.state import TrainState, is_shapes, lying, shardings
 from shardtrain.train.step import Batch, Program
 
 Shape = jax.ShapeDtypeStruct
@@ -252,7 +252,10 @@ class Pipelined:
         return TrainState(P(), *(held.specs for held in self.holds.values()))
 
     def packed(self, named: TrainState) -> TrainState:
-        """A state of named arrays, each stage's packed on its devices."""
+        """A state of named arrays, each stage's packed on its devices; of shapes, the shapes of that."""
+        if is_shapes(named):
+            shapes = TrainState(named.step, *(held.at_rest for held in self.holds.values()))
+            return lying(shapes, shardings(self.mesh, self.state_specs))
         step = jax.device_put(named.step, jax.NamedSharding(self.mesh, P()))
         return TrainState(step, *(h.pack(jax.tree.leaves(getattr(named, g))) for g, h in self.holds.items()))
 

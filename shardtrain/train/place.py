@@ -1,7 +1,7 @@
 """Host arrays to the mesh: each process brings the rows that its devices hold."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from shardtrain.layout import Layout, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops.island import even
 from shardtrain.train.step import Batch
+
+Cuts = Sequence[tuple[str, ...]]
 
 
 def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
@@ -69,15 +71,14 @@ def place(
             f"a batch of {rows} rows came after batches of {len(share)}; keep the first batch the largest"
         )
 
-    def put(x: Any, cuts: Sequence[tuple[str, ...]]) -> jax.Array:
+    def put(x: Any, cut: Cuts) -> jax.Array:
         x = np.asarray(x)
-        extents = [even(n, cut, mesh) for n, cut in zip(x.shape[1:], cuts[1:], strict=True)]
+        sharding, extents = _lies(x.shape, cut, mesh)
         widths = [
             (0, len(share) - x.shape[0]),
             *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
         ]
         x = np.pad(x, widths) if any(high for _, high in widths) else x
-        sharding = NamedSharding(mesh, spec(cuts))
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
 
@@ -88,7 +89,42 @@ def place(
 
         return jax.make_array_from_callback((batch_size, *extents), sharding, block)
 
-    def put_input(x: Any) -> jax.Array:
+    # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
+    full = rows == len(share) and jax.process_count() == 1
+    real = None if full else put(np.arange(len(share)) < rows, [layout.cut("batch", mesh)])
+    return _batch(inputs, targets, real, mesh, layout, batch_only, put)
+
+
+def shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, *, batch_only: bool) -> Batch:
+    """What `place` returns for a batch as large as these, as shapes that say where arrays would lie.
+
+    Args:
+        inputs, targets: as for `place`, of the global batch; only their shapes and dtypes are read.
+        mesh, layout, batch_only: as for `place`. On a mesh of several processes' devices there is a mask.
+    """
+
+    def put(x: Any, cut: Cuts) -> jax.ShapeDtypeStruct:
+        sharding, extents = _lies(x.shape, cut, mesh)
+        return jax.ShapeDtypeStruct((x.shape[0], *extents), x.dtype, sharding=sharding)
+
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    several = len({device.process_index for device in mesh.devices.flat}) > 1
+    mask = put(jax.ShapeDtypeStruct((rows,), bool), [layout.cut("batch", mesh)]) if several else None
+    return _batch(inputs, targets, mask, mesh, layout, batch_only, put)
+
+
+def _lies(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
+    """Where an array lies that is cut so, and its extents after the batch, filled up to whole blocks."""
+    return NamedSharding(mesh, spec(cut)), [even(n, c, mesh) for n, c in zip(shape[1:], cut[1:], strict=True)]
+
+
+def _batch(
+    inputs: Any, targets: Any, real: Any, mesh: Mesh, layout: Layout, batch_only: bool, put: Callable
+) -> Batch:
+    """A batch whose arrays `put(array, cut)` places."""
+    batch = layout.cut("batch", mesh)
+
+    def put_input(x: Any) -> Any:
         shape = np.shape(x)
         if batch_only or not 3 <= len(shape) <= 5:
             return put(x, [batch] + [()] * (len(shape) - 1))
@@ -98,17 +134,13 @@ def place(
     images = [np.shape(x) for x in jax.tree.leaves(inputs)]
     dense = images[0][1:-1] if len(images) == 1 and not batch_only and 3 <= len(images[0]) <= 5 else ()
 
-    def put_target(x: Any) -> jax.Array:
+    def put_target(x: Any) -> Any:
         shape = np.shape(x)
         if dense and shape[1 : len(dense) + 1] == dense:
             space = [layout.cut(name, mesh) for name in spatial_names(len(dense))]
             return put(x, [batch, *space, *[()] * (len(shape) - len(dense) - 1)])
         return put(x, [batch] + [()] * (len(shape) - 1))
 
-    batch = layout.cut("batch", mesh)
-    # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
-    full = rows == len(share) and jax.process_count() == 1
-    real = None if full else put(np.arange(len(share)) < rows, [batch])
     return Batch(
         jax.tree.map(put_input, inputs),
         jax.tree.map(put_target, targets),

@@ -52,8 +52,8 @@ class Variables:
         self.eval_graph, _, _ = _split(model)
         model.train()
 
-    def values(self) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Parameters and other variables by name; random keys as their raw words."""
+    def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters and other variables by name, arrays or shapes; random keys as their raw words."""
         return _flatten(self._params), _flatten(self._state)
 
     def model(
@@ -87,16 +87,16 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
 
 
-def _flatten(state: nnx.State) -> dict[str, Array]:
+def _flatten(state: nnx.State) -> dict[str, Any]:
     values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    return {key: jax.random.key_data(v) if _is_key(v) else v for key, v in values.items()}
+    return {key: _words(v) if _is_key(v) else v for key, v in values.items()}
 
 
 def _fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
     def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         old, new = variable.get_value(), values[name(path)]
         return variable.replace(
-            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+            jax.random.wrap_key_data(new, impl=_implementation(old)) if _is_key(old) else new
         )
 
     return nnx.from_flat_state([(path, filled(path, v)) for path, v in nnx.to_flat_state(template)])
@@ -106,8 +106,20 @@ def _is_key(value: Any) -> bool:
     return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
+def _words(key: Any) -> Any:
+    """A random key's raw words, or their shape."""
+    words = jax.random.key_data
+    return jax.eval_shape(words, key) if isinstance(key, jax.ShapeDtypeStruct) else words(key)
+
+
+def _implementation(key: Any) -> Any:
+    found: list[Any] = []
+    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)  # a shape has one, too
+    return found[0]
+
+
 def opt_state_specs(
-    optimizer: optax.GradientTransformation, params: Mapping[str, Array], specs: Mapping[str, P]
+    optimizer: optax.GradientTransformation, params: Mapping[str, Any], specs: Mapping[str, P]
 ) -> Any:
     """How the optimizer's state lies on the mesh: like the parameter where it has its shape, else whole."""
     shapes = jax.eval_shape(optimizer.init, dict(params))
@@ -119,6 +131,16 @@ def opt_state_specs(
         dict(specs),
         transform_non_params=lambda leaf: P(),
     )
+
+
+def is_shapes(tree: Any) -> bool:
+    """Whether a tree holds shapes in the arrays' places."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def lying(shapes: Any, where: Any) -> Any:
+    """Shapes that also say where the arrays are to lie."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:

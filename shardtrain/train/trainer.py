@@ -23,11 +23,12 @@ from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
+from shardtrain.pipeline.branches import refuse_divergent
 from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
-from shardtrain.train.state import TrainState, Variables, opt_state_specs, shardings
+from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
 from shardtrain.train.step import REMAT, Batch, PerExample, Program
 
 
@@ -39,7 +40,8 @@ class Trainer:
 
     Args:
         model: any `nnx.Module` that maps inputs to outputs. Plain `nnx` layers train data parallel and with
-            sharded parameters; for cut pixels and channels use the layers of `shardtrain.nn`.
+            sharded parameters; for cut pixels and channels use the layers of `shardtrain.nn`. One of shapes
+            alone, from `nnx.eval_shape`, compiles for any mesh and does not train.
         optimizer: any optax transformation.
         mesh: from `make_mesh`; all devices data parallel by default.
         loss: `(outputs, targets) -> one value per example`; the mean over real examples is taken here.
@@ -147,15 +149,20 @@ class Trainer:
         return TrainState(P(), param_specs, state_specs, opt_state_specs(optimizer, params, param_specs))  # type: ignore[arg-type]
 
     def _initial_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+        params, model_state = self._variables.values()
+        if is_shapes(params):
+            opt = jax.eval_shape(optimizer.init, params)
+            shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, model_state, opt)
+            return shapes if self._plan is not None else lying(shapes, shardings(self.mesh, self._specs))
         if self._plan is not None:  # where each array is to lie is known when the first batch is seen
-            values = jax.tree.map(np.array, self._variables.values())
-            opt = jax.tree.map(np.asarray, optimizer.init(values[0]))
-            return TrainState(np.zeros((), np.int32), values[0], values[1], opt)
+            params, model_state = jax.tree.map(np.array, (params, model_state))
+            opt = jax.tree.map(np.asarray, optimizer.init(params))
+            return TrainState(np.zeros((), np.int32), params, model_state, opt)
         where = shardings(self.mesh, self._specs)
         # A copy: the step donates its state, and the caller's model keeps its own arrays.
         params, model_state = jax.tree.map(
             lambda x, s: jax.device_put(np.array(x), s),
-            self._variables.values(),
+            (params, model_state),
             (where.params, where.model_state),
         )
         opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
@@ -184,7 +191,16 @@ class Trainer:
 
     def _named(self) -> TrainState:
         """The state as ordinary named arrays."""
-        return self.state if self.pipeline is None else self.pipeline.named(self.state)
+        return self._arrays() if self.pipeline is None else self.pipeline.named(self._arrays())
+
+    def _arrays(self) -> TrainState:
+        """The state, for what needs more than its shapes."""
+        if is_shapes(self.state):
+            raise UserError(
+                "the model is one of shapes (nnx.eval_shape), which compiles but has no numbers to train or "
+                "save; build it with arrays"
+            )
+        return self.state
 
     def rows(self, batch_size: int) -> range:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
@@ -203,12 +219,7 @@ class Trainer:
             size = place.global_batch_size(rows, self.mesh, self._rows)
             mine = len(self.rows(size))
             if mine != rows or (size // self._shards()) % self.accumulate:
-                step = self._shards() * self.accumulate
-                near = max(1, round(rows * size / mine / step)) * step
-                raise UserError(
-                    f"a batch of {rows} does not divide by the {self._shards()} shards of the batch "
-                    f"on mesh {text(self.mesh)} times accumulate={self.accumulate}; use {near}"
-                )
+                raise self._indivisible(rows, rows * size / mine)
             self._batch_size = size
         batch = self._placed(inputs, targets, self._batch_size)
         if self._plain_norms and rows < len(self.rows(self._batch_size)):
@@ -218,14 +229,40 @@ class Trainer:
             )
         return batch
 
+    def shapes_of(self, inputs: Any, targets: Any) -> Batch:
+        """What a global batch is on the mesh, as shapes; `compiled_step` takes it in place of a batch.
+
+        Args:
+            inputs, targets: trees of `jax.ShapeDtypeStruct`, or arrays, whose values are not read.
+
+        Raises:
+            UserError: a batch that does not divide by the mesh and `accumulate`.
+        """
+        rows = place.rows_of(inputs)
+        if rows % (self._shards() * self.accumulate):
+            raise self._indivisible(rows, rows)
+        return place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+
+    def _indivisible(self, rows: int, size: int | float) -> UserError:
+        step = self._shards() * self.accumulate
+        near = max(1, round(size / step)) * step
+        return UserError(
+            f"a batch of {rows} does not divide by the {self._shards()} shards of the batch "
+            f"on mesh {text(self.mesh)} times accumulate={self.accumulate}; use {near}"
+        )
+
     def _shards(self) -> int:
-        return place.global_batch_size(1, self.mesh, self._rows)
+        return size(self.mesh, self._rows.cut("batch", self.mesh))
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
         return place.place(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
 
     def compiled_step(self, batch: Batch) -> Any:
-        """The compiled training step for batches of this shape; its `as_text()` is what `census` reads."""
+        """The compiled training step for batches of this shape; its `as_text()` is what `census` reads.
+
+        Args:
+            batch: from `place`, or from `shapes_of`.
+        """
         if self._plan is not None and self.pipeline is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
             self.pipeline = Pipelined(self._program, shapes, self._specs, self.mesh, batch, self._plan)
@@ -251,6 +288,8 @@ class Trainer:
                 traced = jitted.trace(*shapes)
                 check.refuse_outside_islands(traced.jaxpr, self.mesh)
                 self._steps[key] = traced.lower().compile()
+            if self.pipeline is not None:
+                refuse_divergent(self._steps[key].as_text(), self.mesh, [AXIS])
         return self._steps[key]
 
     def compiled_text(self) -> str:
@@ -293,7 +332,7 @@ class Trainer:
         Example:
             >>> losses = [row["loss"] for row in trainer.fit(batches, steps=20, progress=False)]
         """
-        done = int(self.state.step)
+        done = int(self._arrays().step)
         if not progress or jax.process_index():
             return loop.run(self, batches, steps, observers)
         with Terminal(steps, done) as terminal:
@@ -340,11 +379,12 @@ class Trainer:
                 "compiled_step(trainer.place(...))"
             )
         kind = "evaluate" if batch.targets is not None else "predict"
-        return self._compiled(kind, batch)(self.state, batch)
+        return self._compiled(kind, batch)(self._arrays(), batch)
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
-        return checkpoint.save(Path(folder), int(self.state.step), _asdict(self._named()))
+        named = self._named()
+        return checkpoint.save(Path(folder), int(named.step), _asdict(named))
 
     def restore(self, folder: str | Path) -> int:
         """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.

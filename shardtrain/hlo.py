@@ -1,0 +1,188 @@
+"""The text of a compiled program (optimized HLO), read as computations that call each other."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+"""The collectives that are looked for; on GPUs they are pairs of a `-start` and a `-done`."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A computation that an instruction runs.
+
+    Attributes:
+        role: such as `"body"`, `"condition"`, `"branch_computations"`, `"calls"`.
+        name: of the computation.
+        runs: how often, for one run of the instruction; None for a loop whose length XLA does not know.
+    """
+
+    role: str
+    name: str
+    runs: int | None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: without the `%`.
+        op: its opcode, `"all-reduce-start"`.
+        shape: of its result, as text.
+        code: all behind the `=`, with all strings empty: a name in the metadata must not look like code.
+        line: all of it.
+    """
+
+    name: str
+    op: str
+    shape: str
+    code: str
+    line: str
+
+    @property
+    def collective(self) -> str | None:
+        """The kind of collective that it begins."""
+        kind = self.op.removesuffix("-start")
+        return kind if kind in KINDS else None
+
+    @property
+    def calls(self) -> Iterator[Call]:
+        """What it runs; what its `-start` runs is not named once more."""
+        if self.collective or self.op.endswith(("-done", "-update")):
+            return
+        known = _TRIPS.search(self.line)
+        trips = 1 if self.op != "while" else int(known[1]) if known else None
+        for role, names in _CALLS.findall(self.code):
+            # a loop asks its condition once more than it runs its body
+            runs = trips + 1 if role == "condition" and trips is not None else trips
+            yield from (Call(role, name, runs) for name in re.findall(r"[\w.\-]+", names))
+
+    @property
+    def source(self) -> str:
+        """The last three parts of the op's name, or `file:line`, or `""`."""
+        if name := re.search(rf"op_name=({_STRING})", self.line):
+            return "/".join(name[1][1:-1].split("/")[-3:])
+        place = re.search(r'source_file="(?:[^"]*/)?([^"/]+)" source_line=(\d+)', self.line)
+        return f"{place[1]}:{place[2]}" if place else ""
+
+
+Computations = dict[str, list[Instruction]]
+
+_STRING = r'"(?:\\.|[^"\\])*"'
+_TRIPS = re.compile(r'"known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
+_CALLS = re.compile(
+    r"\b(calls|to_apply|body|condition|(?:true|false)_computation|branch_computations|called_computations)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+def parse(text: str) -> tuple[str, Computations]:
+    """Name of the entry, and the instructions of every computation."""
+    entry, current = "", list[Instruction]()
+    computations: Computations = {}
+    for line in text.splitlines():
+        if header := re.match(r"\s*(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{$", line):
+            current = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
+            code = re.sub(_STRING, '""', found[2])
+            shape = next(pieces(code, " "))
+            op = code[len(shape) + 1 :].partition("(")[0]
+            current.append(Instruction(found[1], op, shape, code, line))
+    return entry, computations
+
+
+def devices(text: str) -> int:
+    """How many devices the program is for."""
+    head = text.strip().partition("\n")[0]
+    return math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
+
+
+def groups(instruction: Instruction, devices: int) -> list[list[int]]:
+    """The devices that meet in a collective: groups of more than one, of a permute the pairs."""
+    if instruction.collective == "collective-permute":
+        return [pair for pair in _lists(instruction.code, "source_target_pairs") if pair[0] != pair[1]]
+    return [group for group in _groups(instruction.code, devices) if len(group) > 1]
+
+
+def _groups(code: str, devices: int) -> list[list[int]]:
+    """The replica groups; XLA writes them as lists, as a reshaped iota, or as axes of a mesh of its own."""
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", code):
+        return _iota(iota[2]).reshape(ints(iota[1])).tolist()
+    if own := re.search(r"replica_groups=mesh\[(.+?)\](?:, device_ids=\((.+?)\))? \{(.*?)\}", code):
+        sizes = dict(re.findall(r"([^,=]+)=(\d+)", own[1]))
+        names, shape = list(sizes), [int(size) for size in sizes.values()]
+        ids = _iota(own[2] or f"[{math.prod(shape)}]")
+        coords = np.indices(shape).reshape(len(shape), -1)
+        for name, before, part in re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?", own[3]):
+            k = names.index(name)
+            # 'a':(2)4 is the part of size 4 that has parts of 2 in all before it
+            size = int(part or shape[k])
+            stride = shape[k] // (int(before or 1) * size)
+            coords[k] -= coords[k] // stride % size * stride
+        same = np.ravel_multi_index(tuple(coords), shape)
+        return [ids[same == key].tolist() for key in np.unique(same)]
+    if "replica_groups=" in code and not re.search(r"replica_groups=\{[{}]", code):
+        raise ValueError(f"replica_groups in an unknown form: {code}")
+    return _lists(code, "replica_groups") or [list(range(devices))]  # {} means all
+
+
+def _lists(code: str, attribute: str) -> list[list[int]]:
+    """`attribute={{0,1},{2,3}}` as lists."""
+    found = re.search(attribute + r"=\{((?:\{[\d,]*\},?)*)\}", code)
+    return [ints(group) for group in re.findall(r"\{([\d,]*)\}", found[1])] if found else []
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: 0 to 7 as 4x2, transposed, flat; or the plain numbers `3,1,0,2`."""
+    form = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not form:
+        return np.array(ints(text))
+    shape = ints(form[1])
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return (grid.transpose(ints(form[2])) if form[2] else grid).ravel()
+
+
+def crossed(groups: Iterable[list[int]], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that groups of devices span, in mesh order; device i is `mesh.devices.flat[i]`."""
+    shape = tuple(mesh.shape.values())
+    spans = np.zeros(len(shape), bool)
+    for group in groups:
+        coords = np.array(np.unravel_index(group, shape))
+        spans |= (coords != coords[:, :1]).any(axis=1)
+    return tuple(name for name, spanned in zip(mesh.axis_names, spans, strict=True) if spanned)
+
+
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\]")
+
+
+def arrays(shape: str) -> list[tuple[str, int]]:
+    """The arrays of a shape, as `"f32[2,4]"` and bytes."""
+    return [(f"{dtype}[{dims}]", _size(dtype, dims)) for dtype, dims in _ARRAY.findall(shape)]
+
+
+def _size(dtype: str, dims: str) -> int:
+    bits = re.search(r"\d+", "pred8" if dtype == "pred" else dtype)  # bf16, f8e4m3fn, c64: the first number
+    return -(-int(bits[0] if bits else 0) * math.prod(ints(dims.replace("<=", ""))) // 8)
+
+
+def ints(text: str) -> list[int]:
+    """`"1,2"` as numbers."""
+    return [int(number) for number in text.split(",") if number]
+
+
+def pieces(text: str, at: str) -> Iterator[str]:
+    """Pieces of `text` between those `at` that are outside all brackets."""
+    depth = begin = 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == at and depth == 0:
+            yield text[begin:i]
+            begin = i + 1
+    yield text[begin:]

@@ -1,0 +1,192 @@
+"""A collective that waits for devices which take another branch is found in the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import shardtrain as st
+from shardtrain import UserError, make_mesh
+from shardtrain.pipeline.branches import in_branches, refuse_divergent
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh("pipe=2,height=4")
+
+
+def compiled(mesh, f, *, axes=P("height")):
+    """Text of `f` on one device's f32[2,4] of rows; it is never run."""
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+    return jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 4), jnp.float32)).compile().as_text()
+
+
+def shift(x):
+    return lax.ppermute(x, "height", [(i, (i + 1) % 4) for i in range(4)])
+
+
+def divergent(branch):
+    """A loop in which each stage takes its own branch, the second with `branch` inside."""
+
+    def f(x):
+        def tick(x, _):
+            return lax.switch(lax.axis_index("pipe"), [jnp.sin, branch], x), None
+
+        return lax.scan(tick, x, length=3)[0]
+
+    return f
+
+
+def looping(x):
+    return lax.fori_loop(0, 5, lambda _, x: shift(jnp.sin(x)), x)
+
+
+BAD = {
+    "in a branch": shift,
+    "in a loop in a branch": looping,
+    "in a branch in a branch": lambda x: lax.cond(x.sum() > 0, shift, jnp.cos, x),
+    "in a called function in a branch": jax.jit(lambda x: shift(jnp.sin(x))),
+}
+
+
+@pytest.mark.parametrize("branch", BAD.values(), ids=BAD)
+def test_a_permute_in_a_branch_is_refused(mesh, branch):
+    text = compiled(mesh, divergent(branch))
+    with pytest.raises(
+        UserError, match=r"collective-permute '[\w.-]*ppermute[\w.-]*' \(.*ppermute\) in a branch"
+    ):
+        refuse_divergent(text, mesh)
+
+
+def test_the_sentence_names_the_instruction_and_the_conditional(mesh):
+    text = compiled(mesh, divergent(shift))
+    ((branch, permute),) = in_branches(text)
+    with pytest.raises(UserError) as error:
+        refuse_divergent(text, mesh)
+    assert str(error.value) == (
+        f"the compiled program has the collective-permute {permute.name!r} ({permute.source}) in a branch of "
+        f"the conditional {branch.name!r} ({branch.source}): all devices must meet in it, but only some devices "
+        "take the branch, and they would wait forever; use psum, all_gather or another collective of groups "
+        "that stay inside a stage"
+    )
+    assert permute.op == "collective-permute"
+    assert branch.op == "conditional"
+
+
+GOOD = {
+    "in a loop that all run": looping,
+    "behind a conditional": lambda x: shift(divergent(jnp.cos)(x)),
+    "a sum within a stage": divergent(lambda x: lax.psum(x, "height")),
+    "a gather within a stage": divergent(lambda x: lax.all_gather(x, "height").sum(0)),
+}
+
+
+@pytest.mark.parametrize("f", GOOD.values(), ids=GOOD)
+def test_what_all_devices_run_passes(mesh, f):
+    refuse_divergent(compiled(mesh, f), mesh)
+
+
+def test_a_sum_over_stages_in_a_branch_is_refused(mesh):
+    text = compiled(mesh, divergent(lambda x: lax.psum(x, ("pipe", "height"))))
+    with pytest.raises(UserError, match=r"all-reduce .* its groups span pipe, but"):
+        refuse_divergent(text, mesh)
+    refuse_divergent(text, mesh, axes=())
+
+
+GPU = """HloModule jit_f, num_partitions=8
+
+%branch_of_no_return (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %c = f32[4]{0} copy(%p)
+}
+
+%sending (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  %cps = (f32[4]{0}, f32[4]{0}) collective-permute-start(%q), source_target_pairs={{0,4},{4,0}}
+  ROOT %done = f32[4]{0} collective-permute-done(%cps)
+}
+
+%wrapped (w: f32[4]) -> f32[4] {
+  %w = f32[4]{0} parameter(0)
+  ROOT %cp = f32[4]{0} collective-permute(%w), source_target_pairs={{0,4},{4,0}}
+}
+
+%asynchronous (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %s = ((f32[4]{0}), f32[4]{0}) async-start(%a), calls=%wrapped
+  ROOT %d = f32[4]{0} async-done(%s)
+}
+
+ENTRY %main (x: f32[4], i: s32[]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  ENTRY_LINE
+}
+"""
+CONDITIONAL = "ROOT %cond = f32[4]{0} conditional(%i, %x, %x), branch_computations={%branch_of_no_return, "
+
+PREDICATED = (
+    "ROOT %cond = f32[4]{0} conditional(%i, %x, %x), true_computation=%branch_of_no_return, "
+    "false_computation=%sending"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (CONDITIONAL + "%sending}", "cps"),
+        (CONDITIONAL + "%asynchronous}", "cp"),
+        (PREDICATED, "cps"),
+        ("ROOT %call = f32[4]{0} call(%x), to_apply=%sending", None),
+        ("ROOT %s = f32[4]{0} call(%x), to_apply=%asynchronous", None),
+    ],
+)
+def test_the_forms_of_gpus(mesh, line, name):
+    text = GPU.replace("ENTRY_LINE", line)
+    if name is None:
+        return refuse_divergent(text, mesh)
+    with pytest.raises(
+        UserError, match=f"the collective-permute '{name}' in a branch of the conditional 'cond'"
+    ):
+        refuse_divergent(text, mesh)
+
+
+class Sending(nnx.Module):
+    """A layer of a user who sends by hand."""
+
+    def __call__(self, x):
+        return jax.shard_map(
+            shift, axis_names={"height"}, in_specs=P(None, "height"), out_specs=P(None, "height")
+        )(x)
+
+
+class Net(nnx.Module):
+    def __init__(self, layer, rngs):
+        self.first = st.nn.Conv(1, 4, (3, 3), rngs=rngs)
+        self.layer, self.flatten = layer, st.nn.Flatten()
+        self.head = st.nn.Linear(8 * 4 * 4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.flatten(self.layer(nnx.relu(self.first(x)))))
+
+
+def trained_on(mesh, layer):
+    model = nnx.eval_shape(lambda: Net(layer, nnx.Rngs(0)))
+    trainer = st.Trainer(model, optax.sgd(0.1), mesh=mesh, accumulate=2)
+    batch = trainer.shapes_of(np.zeros((4, 8, 4, 1), np.float32), np.zeros(4, np.int32))
+    return trainer, trainer.compiled_step(batch)
+
+
+def test_a_pipelined_step_passes_and_one_that_sends_by_hand_does_not(mesh):
+    trainer, program = trained_on(mesh, jnp.sin)
+    text = program.as_text()
+    assert "conditional(" in text
+    assert "collective-permute" in text  # the messages between stages
+    assert list(in_branches(text))  # the halos
+    refuse_divergent(text, trainer.mesh)
+    with pytest.raises(UserError, match=r"collective-permute .* in a branch of the conditional"):
+        trained_on(mesh, Sending())
