@@ -330,7 +330,7 @@ class _Split:
         return chain | shared
 
     def _kept(self, backward: set[int], first_in: int, remat: bool) -> list[Any]:
-        """Forward values that the backward pass starts from, but no weights, no sides, nothing made of them."""
+        """What the backward pass starts from, but no weights or sides, nor what is made of weights alone."""
         consumed = [v for i in sorted(backward) for v in _vars(self.eqns[i].invars)]
         consumed += _vars([*self.inputs, *self.weights])
         frontier = dict.fromkeys(v for v in consumed if v not in self.late)

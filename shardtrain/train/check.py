@@ -1,13 +1,16 @@
-"""Finds, in a traced step, operators outside the islands that XLA would get wrong or replicate."""
+"""Refuses what cannot work: arguments, and operators outside the islands that XLA would get wrong."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from shardtrain import compat
 from shardtrain.errors import UserError
-from shardtrain.mesh import SPATIAL, size
+from shardtrain.mesh import SPATIAL, size, text
+from shardtrain.train.step import REMAT
 
 _WINDOWED = {
     "conv_general_dilated": ("convolution", "shardtrain.ops.conv or shardtrain.nn.Conv"),
@@ -17,12 +20,17 @@ _WINDOWED = {
 }
 
 
-def refuse_outside_islands(jaxpr: Any, mesh: Mesh) -> None:
+def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> None:
     """Raises for convolutions and pooling that are left to XLA on a mesh where it cannot be trusted.
 
     On cut pixels or channels XLA's partitioner returns wrong convolutions (height x output channels) and
     replicates uneven outputs; a grouped convolution gathers the whole batch on every device even on a
     data-parallel mesh (openxla/xla#47945).
+
+    Args:
+        jaxpr: of a step.
+        mesh: which it runs on.
+        staged: whether it is a pipeline's, in which XLA partitions nothing.
 
     Raises:
         UserError: names the operator, where it stands, and what to use instead.
@@ -36,7 +44,7 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh) -> None:
         grouped = equation.params.get("feature_group_count", 1) > 1
         if cut:
             reason = f"which XLA gets wrong or replicates on a mesh with {cut[0]}={size(mesh, cut[0])}"
-        elif grouped and mesh.size > 1:
+        elif grouped and mesh.size > 1 and not staged:
             reason = "with groups, for which XLA gathers the whole batch on every device"
         else:
             continue
@@ -54,3 +62,44 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for inner in compat.inner_jaxprs(equation):
             yield from _equations(inner)
+
+
+def refuse_arguments(
+    remat: Any, accumulate: int, clip_norm: float | None, dtype: DTypeLike | None, statistics: str
+) -> None:
+    """Refuses arguments of a trainer that are right for no model and no mesh.
+
+    Raises:
+        UserError: says which, and what there is.
+    """
+    if isinstance(remat, str) and remat not in REMAT:
+        raise UserError(f"remat={remat!r}; there are None, {', '.join(map(repr, REMAT))} and jax's policies")
+    if accumulate < 1:
+        raise UserError(f"accumulate={accumulate}; use 1 for no accumulation, or more")
+    if clip_norm is not None and clip_norm <= 0:
+        raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
+    if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
+        raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
+    if statistics not in ("microbatch", "batch"):
+        raise UserError(f"statistics={statistics!r}; there are 'microbatch' and 'batch'")
+
+
+def refuse_replicas_alone(mesh: Mesh) -> None:
+    """Refuses a mesh with `replica` and without a pipeline.
+
+    Raises:
+        UserError: says what to use instead.
+    """
+    if size(mesh, "replica") > 1 and size(mesh, "pipe") == 1:
+        raise UserError(
+            f"mesh {text(mesh)}: replicas are for pipelines, of two stages or more; add pipe=2, or use "
+            f"data={size(mesh, 'replica')} to train one model"
+        )
+
+
+def _dtype(name: DTypeLike) -> Any:
+    """The numpy dtype, or one that nothing computes in for a name that there is not."""
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        return jnp.dtype(bool)

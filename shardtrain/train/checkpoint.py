@@ -37,7 +37,7 @@ def restore(folder: Path, like: Any) -> Any:
 
     Args:
         folder: what `save` was given.
-        like: a state of the same names and shapes, on any mesh.
+        like: a state of the same names and shapes, on any mesh or in numpy arrays.
 
     Raises:
         UserError: no checkpoint, or one of another model or optimizer.
@@ -45,7 +45,12 @@ def restore(folder: Path, like: Any) -> Any:
     step = latest(folder)
     if step is None:
         raise UserError(f"there is no checkpoint in {folder}; start without resuming, or name another folder")
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    target = jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
+        ),
+        like,
+    )
     with _manager(folder) as manager:
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(target))

@@ -7,12 +7,10 @@ matter: in the optimizer's update, which is traced on named arrays, and in check
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -25,30 +23,21 @@ from shardtrain.mesh import size, text
 from shardtrain.pipeline.balance import allowed, arriving, positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
 from shardtrain.pipeline.generate import forward_only, make
-from shardtrain.pipeline.hold import Held
 from shardtrain.pipeline.layers import Layers
 from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
 from shardtrain.pipeline.pack import Place
 from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.schedule import Schedule, validate
 from shardtrain.pipeline.simulate import fastest, lockstep
-from shardtrain.pipeline.spread import Spread
 from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
+from shardtrain.train import check
 from shardtrain.train.microbatch import REPLICA, Microbatch
-from shardtrain.train.state import TrainState, is_shapes, lying, shardings
+from shardtrain.train.state import TrainState
 from shardtrain.train.step import Batch, Program
+from shardtrain.train.stowed import AXIS, Stowed
 
 Shape = jax.ShapeDtypeStruct
-AXIS = "pipe"
-
-
-@dataclass(frozen=True)
-class _Of:
-    """Which parameter a leaf of the optimizer's state belongs to, and whether it has its shape."""
-
-    name: str | None
-    alike: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ class Plan:
         return cls(schedule, stages, in_flight, remat is not None, 2 if overlap else 1)
 
 
-class Pipelined:
+class Pipelined(Stowed):
     """A `Program` cut into stages for batches of one shape.
 
     Args:
@@ -123,9 +112,7 @@ class Pipelined:
         self.outer = compat.with_manual(mesh, [AXIS, REPLICA])
         self.sizes = {n: s for n, s in mesh.shape.items() if n not in (AXIS, REPLICA)}
         self.plan = plan
-        # Everything is listed by sorted names, as jax flattens dictionaries.
-        self.names = {"params": sorted(named.params), "model_state": sorted(named.model_state)}
-        self.cuts = {
+        self.cuts = cuts = {
             key: cut_of(lie[key], len(shapes[key].shape))
             for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
             for key in shapes
@@ -136,13 +123,13 @@ class Pipelined:
         self.layers = Layers(flow, allowed(flow), arriving(flow))
         self.positions = positions(flow, plan.schedule.stages, plan.stages)
         stages = flow.cut(self.positions)
-        self.stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
+        stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
         self.programs = self._localize(stages, micro, remat=plan.remat)
         self.costs = costs_of(self.programs)
         self.schedule = fastest(plan.schedule, self.costs, plan.in_flight)
         self.ticks = lockstep(self.schedule, self.costs, plan.hop)
-        self._hold()
-        self.update = self._spread()
+        super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh, program.optimizer)
+        self.update = self.spread(program, dict(zip(self.sums, self.programs[-1].outs[1:], strict=False)))
 
     def _trace(self, micro: Microbatch, *, train: bool) -> tuple[Traced, list[str], Any]:
         """One microbatch as a jaxpr of global arrays, the names of its sums, the tree of its outputs."""
@@ -168,6 +155,7 @@ class Pipelined:
         values, variables = (jax.tree.leaves(getattr(self.named_shapes, g)) for g in self.names)
         with jax.sharding.use_abstract_mesh(self.outer):
             closed = jax.make_jaxpr(run)(values, variables, *micro.shapes)
+        check.refuse_outside_islands(closed.jaxpr, self.mesh, staged=True)
         results = len(closed.jaxpr.outvars) - len(state) - 1
         traced = Traced(
             closed, tuple(params), tuple(state), micro.inputs, results, self.program.variables.layers
@@ -197,86 +185,6 @@ class Pipelined:
         params, state = places
         ranks_of, bubble = schedule.ranks_of, self.plan.bubble
         return Machine(table, ranks_of, tuple(programs), params, state, lengths, sums, bubble)
-
-    def _hold(self) -> None:
-        """Decides where every array of the state lives."""
-        shapes, ranks_of = self.named_shapes, self.schedule.ranks_of
-        of_leaf = optax.tree.map_params(
-            self.program.optimizer,
-            lambda leaf, name, param: _Of(name, leaf.shape == param.shape),
-            shapes.opt_state,
-            dict(zip(shapes.params, shapes.params, strict=True)),
-            dict(shapes.params),
-            transform_non_params=lambda leaf: _Of(None, False),
-        )
-        marks = jax.tree.leaves(of_leaf)
-        opt, self.opt_tree = jax.tree.flatten(shapes.opt_state)
-
-        def held(leaves: Sequence[Any], marks: Sequence[_Of]) -> Held:
-            homes = [self.stage_of.get(mark.name) if mark.name else None for mark in marks]
-            cuts = [
-                self.cuts[mark.name] if mark.name and mark.alike else ((),) * len(x.shape)
-                for x, mark in zip(leaves, marks, strict=True)
-            ]
-            return Held(leaves, homes, cuts, ranks_of, self.mesh)
-
-        groups = [
-            (jax.tree.leaves(getattr(shapes, g)), [_Of(n, True) for n in self.names[g]]) for g in self.names
-        ]
-        self.params, self.state = (held(*group) for group in groups)
-        self.opt = held(opt, marks)
-        self.holds = {"params": self.params, "model_state": self.state, "opt_state": self.opt}
-
-    def _spread(self) -> Spread:
-        """The update, traced on named arrays, spread over the ranks that hold them."""
-        shapes, outs = self.named_shapes, self.programs[-1].outs
-        sums = {key: outs[1 + i] for i, key in enumerate(self.sums)}
-        args = (shapes, dict(shapes.params), dict(shapes.model_state), sums)
-        with jax.sharding.use_abstract_mesh(self.outer):
-            closed, (_, reported) = jax.make_jaxpr(self.program.finish, return_shape=True)(*args)
-        self.reported = sorted(reported)
-        none: list[Any] = [None]
-        kept = none + self.params.ranks + self.state.ranks + self.opt.ranks
-        lie = [(), *self.params.cuts, *self.state.cuts, *self.opt.cuts]
-        homes = kept + self.params.ranks + self.state.ranks + none * len(sums)
-        cuts = lie + self.params.cuts + self.state.cuts + [()] * len(sums)
-        # Dictionaries are flattened in the order of their sorted names, as the groups are held.
-        results = list(zip(kept, lie, strict=True)) + [(None, ())] * len(reported)
-        return Spread(closed, homes, cuts, results, self.sizes, self.schedule.ranks)
-
-    # The state at rest.
-
-    @property
-    def state_specs(self) -> TrainState:
-        """How the packed state lies on the mesh."""
-        return TrainState(P(), *(held.specs for held in self.holds.values()))
-
-    def packed(self, named: TrainState) -> TrainState:
-        """A state of named arrays, each stage's packed on its devices; of shapes, the shapes of that."""
-        if is_shapes(named):
-            shapes = TrainState(named.step, *(held.at_rest for held in self.holds.values()))
-            return lying(shapes, shardings(self.mesh, self.state_specs))
-        step = jax.device_put(named.step, jax.NamedSharding(self.mesh, P()))
-        return TrainState(step, *(h.pack(jax.tree.leaves(getattr(named, g))) for g, h in self.holds.items()))
-
-    def named(self, state: TrainState) -> TrainState:
-        """The same state as ordinary named arrays, each on the devices of its stage."""
-        params, model_state, opt = (h.unpack(*getattr(state, g)) for g, h in self.holds.items())
-        return TrainState(
-            state.step,
-            dict(zip(self.names["params"], params, strict=True)),
-            dict(zip(self.names["model_state"], model_state, strict=True)),
-            jax.tree.unflatten(self.opt_tree, opt),
-        )
-
-    def one_replica(self, values: Any, number: int) -> Any:
-        """Parameters and variables of one of the replicas in `named`."""
-        return tuple(
-            {key: x[number] if x.ndim > len(shapes[key].shape) else x for key, x in group.items()}
-            for group, shapes in zip(
-                values, (self.named_shapes.params, self.named_shapes.model_state), strict=True
-            )
-        )
 
     def table(self) -> Table:
         """The stages in a table: what they hold, do and send, and how evenly."""
@@ -358,35 +266,6 @@ class Pipelined:
     def _over_replicas(self, sums: Any) -> Any:
         """Sums over all examples, those of every replica."""
         return lax.psum(sums, REPLICA) if REPLICA in self.mesh.shape else sums
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        """Where the arguments of the update begin: step, parameters, variables, optimizer, gradients,
-        variables afterwards, sums."""
-        p, s, o = (len(held.shapes) for held in self.holds.values())
-        return [0, 1, 1 + p, 1 + p + s, 1 + p + s + o, 1 + 2 * p + s + o, 1 + 2 * p + 2 * s + o]
-
-    def _read(self, rank: int, packed: Any) -> dict[int, Array]:
-        params, before, opt, grads, moved = packed
-        held = [self.params, self.state, self.opt, self.params, self.state]
-        return {
-            start + i: block
-            for start, h, part in zip(
-                self._starts[1:6], held, (params, before, opt, grads, moved), strict=True
-            )
-            for i, block in h.read(rank, part).items()
-        }
-
-    def _write(self, rank: int, packed: Any, values: dict[int, Array]) -> Any:
-        out = []
-        for start, end, held, part in zip(
-            self._starts[1:4], self._starts[2:5], self.holds.values(), packed[:3], strict=True
-        ):
-            out.append(held.write(rank, part, {i - start: v for i, v in values.items() if start <= i < end}))
-        return (*out, *packed[3:])
-
-    def _by_name(self, group: str, shared: dict[int, Array]) -> dict[str, Array]:
-        return {self.names[group][i]: value for i, value in shared.items()}
 
     def _started(self, state: dict[str, Array]) -> dict[str, Array]:
         """The packed variables as the first microbatch finds them."""

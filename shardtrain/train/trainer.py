@@ -1,6 +1,7 @@
 """The trainer: a model, an optimizer and a mesh as one compiled program."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
-from shardtrain.train.step import REMAT, Batch, PerExample, Program
+from shardtrain.train.step import Batch, PerExample, Program
 
 
 class Trainer:
@@ -49,15 +50,13 @@ class Trainer:
         layout: patterns on layer paths to layouts that differ from the default, see `Layout`; `""` is the
             model's input.
         parameters: mesh axes over which parameters and optimizer state are spread.
-        accumulate: microbatches per update; equal to the big batch (batch norm aside, which normalizes by
-            the statistics of a microbatch). On a mesh with `pipe` they follow each other through the stages.
-        schedule: of a mesh with `pipe`: a name of `pipeline.NAMES`, the path of a `.csv` file, or a
-            `pipeline.Schedule`. Stages are as many as it has, one or more for each rank.
+        accumulate: microbatches per update, which pass through the stages on a mesh with `pipe`; equal to the
+            big batch, but batch norm normalizes by the statistics of a microbatch.
+        schedule: of a mesh with `pipe`: one of `pipeline.NAMES`, a `.csv` file, or a `pipeline.Schedule`.
         stages: which layers make up each stage, see `pipeline.split`; of equal cost by default.
-        in_flight: microbatches whose activations a rank may hold at most; what the schedule holds by default.
-        overlap: let what a stage sends travel while the next tick computes, and be used one tick later.
-        statistics: what running statistics of batch norms are moved by: each `"microbatch"`, one after the
-            other, or the whole `"batch"`, once.
+        in_flight: microbatches that a rank may hold activations of; as many as the schedule by default.
+        overlap: what a stage sends travels while the next tick computes, and is used a tick later.
+        statistics: what moves running statistics of batch norms: each `"microbatch"`, or the `"batch"`, once.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
             convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
@@ -93,27 +92,14 @@ class Trainer:
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        if isinstance(remat, str) and remat not in REMAT:
-            raise UserError(
-                f"remat={remat!r}; there are None, {', '.join(map(repr, REMAT))} and jax's policies"
-            )
-        if accumulate < 1:
-            raise UserError(f"accumulate={accumulate}; use 1 for no accumulation, or more")
-        if clip_norm is not None and clip_norm <= 0:
-            raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
-        if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
-            raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")
+        check.refuse_arguments(remat, accumulate, clip_norm, dtype, statistics)
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
         within = without(without(self.mesh, AXIS), REPLICA)
         self.layout = partition.assign(model, within, Layout(parameters=parameters), layout or {})
+        check.refuse_replicas_alone(self.mesh)
         # Each replica has examples of its own.
         several = (REPLICA,) if REPLICA in self.mesh.shape else ()
         self._rows = dataclasses.replace(self.layout, batch=(*several, *axes_of(self.layout.batch)))
-        if several and size(self.mesh, AXIS) == 1:
-            raise UserError(
-                f"mesh {text(self.mesh)}: replicas are for pipelines, of two stages or more; add pipe=2, "
-                f"or use data={size(self.mesh, REPLICA)} to train one model"
-            )
         if metrics is None:
             metrics = {"accuracy": losses.accuracy} if loss is losses.cross_entropy else {}
         if clip_norm is not None:
@@ -171,7 +157,7 @@ class Trainer:
 
     @property
     def model(self) -> nnx.Module:
-        """The model with the weights of now, in evaluation mode."""
+        """The model with the weights of now, in evaluation mode; of several replicas the first."""
         return self.replica(0)
 
     def replica(self, number: int) -> nnx.Module:
@@ -182,7 +168,7 @@ class Trainer:
         """
         copies = size(self.mesh, REPLICA)
         if not 0 <= number < copies:
-            raise UserError(f"replica {number}: there are {copies}, numbered from 0")
+            raise UserError(f"replica {number}: there are {copies}, from 0")
         named = self._named()
         values = named.params, named.model_state
         if self.pipeline is not None and REPLICA in self.mesh.shape:
@@ -194,7 +180,6 @@ class Trainer:
         return self._arrays() if self.pipeline is None else self.pipeline.named(self._arrays())
 
     def _arrays(self) -> TrainState:
-        """The state, for what needs more than its shapes."""
         if is_shapes(self.state):
             raise UserError(
                 "the model is one of shapes (nnx.eval_shape), which compiles but has no numbers to train or "
@@ -402,11 +387,10 @@ class Trainer:
     @property
     def parameter_bytes(self) -> int:
         """Bytes that parameters take on the device that has most of them."""
-        found: dict[Any, int] = {}
+        held: Counter[Any] = Counter()
         for x in jax.tree.leaves(self.state.params):
-            for shard in x.addressable_shards:
-                found[shard.device] = found.get(shard.device, 0) + shard.data.nbytes
-        return max(found.values())
+            held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
+        return max(held.values())
 
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
@@ -415,11 +399,3 @@ class Trainer:
 
 def _asdict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _dtype(name: DTypeLike) -> Any:
-    """The numpy dtype, or one that nothing computes in for a name that there is not."""
-    try:
-        return jnp.dtype(name)
-    except TypeError:
-        return jnp.dtype(bool)

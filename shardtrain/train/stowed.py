@@ -1,0 +1,171 @@
+"""Where everything of a run lives on a mesh with `pipe`: each array with its stage, packed; and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import compat
+from shardtrain.pipeline.hold import Held
+from shardtrain.pipeline.local import Cut
+from shardtrain.pipeline.spread import Spread
+from shardtrain.train.microbatch import REPLICA
+from shardtrain.train.state import TrainState, is_shapes, lying, shardings
+from shardtrain.train.step import Program
+
+AXIS = "pipe"
+
+
+@dataclass(frozen=True)
+class _Of:
+    """Which parameter a leaf of the optimizer's state belongs to, and whether it has its shape."""
+
+    name: str | None
+    alike: bool
+
+
+class Stowed:
+    """A run's state, packed, and its arrays by name.
+
+    Args:
+        shapes: of the state of ordinary named arrays.
+        cuts: how each parameter and variable lies on the mesh but for `pipe`.
+        stage_of: the stage that keeps it; what is in none is on every device.
+        ranks_of: the rank of each stage.
+        mesh: with `pipe`.
+        optimizer: whose state goes with its parameters.
+    """
+
+    def __init__(
+        self,
+        shapes: TrainState,
+        cuts: Mapping[str, Cut],
+        stage_of: Mapping[str, int],
+        ranks_of: Sequence[int],
+        mesh: Mesh,
+        optimizer: optax.GradientTransformation,
+    ) -> None:
+        self.named_shapes, self.stage_of, self.mesh = shapes, stage_of, mesh
+        of_leaf = optax.tree.map_params(
+            optimizer,
+            lambda leaf, name, param: _Of(name, leaf.shape == param.shape),
+            shapes.opt_state,
+            dict(zip(shapes.params, shapes.params, strict=True)),
+            dict(shapes.params),
+            transform_non_params=lambda leaf: _Of(None, False),
+        )
+        marks = jax.tree.leaves(of_leaf)
+        opt, self.opt_tree = jax.tree.flatten(shapes.opt_state)
+
+        def held(leaves: Sequence[Any], marks: Sequence[_Of]) -> Held:
+            homes = [stage_of.get(mark.name) if mark.name else None for mark in marks]
+            lie = [
+                cuts[mark.name] if mark.name and mark.alike else ((),) * len(x.shape)
+                for x, mark in zip(leaves, marks, strict=True)
+            ]
+            return Held(leaves, homes, lie, ranks_of, mesh)
+
+        groups = [
+            (jax.tree.leaves(getattr(shapes, g)), [_Of(n, True) for n in self.names[g]]) for g in self.names
+        ]
+        self.params, self.state = (held(*group) for group in groups)
+        self.opt = held(opt, marks)
+        self.holds = {"params": self.params, "model_state": self.state, "opt_state": self.opt}
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """Names of parameters and variables, sorted: jax flattens dictionaries so."""
+        return {group: sorted(getattr(self.named_shapes, group)) for group in ("params", "model_state")}
+
+    def spread(self, program: Program, sums: Mapping[str, Any]) -> Spread:
+        """The update, traced on named arrays, spread over the ranks that hold them.
+
+        Args:
+            program: whose `finish` it is.
+            sums: shapes of what a batch sums up to.
+
+        Raises:
+            UserError: an optimizer that joins large arrays of several stages.
+        """
+        shapes = self.named_shapes
+        args = (shapes, dict(shapes.params), dict(shapes.model_state), dict(sums))
+        outer = compat.with_manual(self.mesh, [AXIS, REPLICA])
+        with jax.sharding.use_abstract_mesh(outer):
+            closed, (_, reported) = jax.make_jaxpr(program.finish, return_shape=True)(*args)
+        self.reported = sorted(reported)
+        none: list[Any] = [None]
+        kept = none + self.params.ranks + self.state.ranks + self.opt.ranks
+        lie = [(), *self.params.cuts, *self.state.cuts, *self.opt.cuts]
+        homes = kept + self.params.ranks + self.state.ranks + none * len(sums)
+        cuts = lie + self.params.cuts + self.state.cuts + [()] * len(sums)
+        # Dictionaries are flattened in the order of their sorted names, as the groups are held.
+        results = list(zip(kept, lie, strict=True)) + [(None, ())] * len(reported)
+        sizes = {n: s for n, s in self.mesh.shape.items() if n not in (AXIS, REPLICA)}
+        return Spread(closed, homes, cuts, results, sizes, self.mesh.shape[AXIS])
+
+    @property
+    def state_specs(self) -> TrainState:
+        """How the packed state lies on the mesh."""
+        return TrainState(P(), *(held.specs for held in self.holds.values()))
+
+    def packed(self, named: TrainState) -> TrainState:
+        """A state of named arrays, each stage's packed on its devices; of shapes, the shapes of that."""
+        if is_shapes(named):
+            shapes = TrainState(named.step, *(held.at_rest for held in self.holds.values()))
+            return lying(shapes, shardings(self.mesh, self.state_specs))
+        step = jax.device_put(named.step, jax.NamedSharding(self.mesh, P()))
+        return TrainState(step, *(h.pack(jax.tree.leaves(getattr(named, g))) for g, h in self.holds.items()))
+
+    def named(self, state: TrainState) -> TrainState:
+        """The same state as ordinary named arrays, each on the devices of its stage."""
+        params, model_state, opt = (h.unpack(*getattr(state, g)) for g, h in self.holds.items())
+        return TrainState(
+            state.step,
+            dict(zip(self.names["params"], params, strict=True)),
+            dict(zip(self.names["model_state"], model_state, strict=True)),
+            jax.tree.unflatten(self.opt_tree, opt),
+        )
+
+    def one_replica(self, values: Any, number: int) -> Any:
+        """Parameters and variables of one of the replicas in `named`."""
+        return tuple(
+            {key: x[number] if x.ndim > len(shapes[key].shape) else x for key, x in group.items()}
+            for group, shapes in zip(
+                values, (self.named_shapes.params, self.named_shapes.model_state), strict=True
+            )
+        )
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where the arguments of the update begin: step, parameters, variables, optimizer, gradients,
+        variables afterwards, sums."""
+        p, s, o = (len(held.shapes) for held in self.holds.values())
+        return [0, 1, 1 + p, 1 + p + s, 1 + p + s + o, 1 + 2 * p + s + o, 1 + 2 * p + 2 * s + o]
+
+    def _read(self, rank: int, packed: Any) -> dict[int, Array]:
+        params, before, opt, grads, moved = packed
+        held = [self.params, self.state, self.opt, self.params, self.state]
+        return {
+            start + i: block
+            for start, h, part in zip(
+                self._starts[1:6], held, (params, before, opt, grads, moved), strict=True
+            )
+            for i, block in h.read(rank, part).items()
+        }
+
+    def _write(self, rank: int, packed: Any, values: dict[int, Array]) -> Any:
+        out = []
+        for start, end, held, part in zip(
+            self._starts[1:4], self._starts[2:5], self.holds.values(), packed[:3], strict=True
+        ):
+            out.append(held.write(rank, part, {i - start: v for i, v in values.items() if start <= i < end}))
+        return (*out, *packed[3:])
+
+    def _by_name(self, group: str, shared: dict[int, Array]) -> dict[str, Array]:
+        return {self.names[group][i]: value for i, value in shared.items()}
