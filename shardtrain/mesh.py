@@ -147,8 +147,8 @@ def without(mesh: Mesh, axis: str) -> Mesh:
         return mesh
     position = mesh.axis_names.index(axis)
     names = [name for name in mesh.axis_names if name != axis]
-    devices = mesh.devices.take(0, position)
-    return compat.auto_mesh(devices if names else devices.reshape(1), names or ["data"])
+    devices = mesh.devices.take([0], position)
+    return compat.auto_mesh(devices.squeeze(position) if names else devices, names or ["data"])
 
 
 def text(mesh: Mesh) -> str:
