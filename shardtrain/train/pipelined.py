@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -36,19 +35,11 @@ from shardtrain.pipeline.spread import Spread
 from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
 from shardtrain.train.microbatch import REPLICA, Microbatch
-from shardtrain.train.state import TrainState, is_shapes, lying, shardings
+from shardtrain.train.state import TrainState, is_shapes, lying, owners, shardings
 from shardtrain.train.step import Batch, Program
 
 Shape = jax.ShapeDtypeStruct
 AXIS = "pipe"
-
-
-@dataclass(frozen=True)
-class _Of:
-    """Which parameter a leaf of the optimizer's state belongs to, and whether it has its shape."""
-
-    name: str | None
-    alike: bool
 
 
 @dataclass(frozen=True)
@@ -201,30 +192,25 @@ class Pipelined:
     def _hold(self) -> None:
         """Decides where every array of the state lives."""
         shapes, ranks_of = self.named_shapes, self.schedule.ranks_of
-        of_leaf = optax.tree.map_params(
-            self.program.optimizer,
-            lambda leaf, name, param: _Of(name, leaf.shape == param.shape),
-            shapes.opt_state,
-            dict(zip(shapes.params, shapes.params, strict=True)),
-            dict(shapes.params),
-            transform_non_params=lambda leaf: _Of(None, False),
-        )
-        marks = jax.tree.leaves(of_leaf)
+        names = jax.tree.leaves(owners(shapes.opt_state, shapes.params))
         opt, self.opt_tree = jax.tree.flatten(shapes.opt_state)
 
-        def held(leaves: Sequence[Any], marks: Sequence[_Of]) -> Held:
-            homes = [self.stage_of.get(mark.name) if mark.name else None for mark in marks]
+        def held(leaves: Sequence[Any], names: Sequence[str], alike: Sequence[bool]) -> Held:
             cuts = [
-                self.cuts[mark.name] if mark.name and mark.alike else ((),) * len(x.shape)
-                for x, mark in zip(leaves, marks, strict=True)
+                self.cuts[name] if same else ((),) * len(x.shape)
+                for x, name, same in zip(leaves, names, alike, strict=True)
             ]
-            return Held(leaves, homes, cuts, ranks_of, self.mesh)
+            return Held(leaves, [self.stage_of.get(name) for name in names], cuts, ranks_of, self.mesh)
 
-        groups = [
-            (jax.tree.leaves(getattr(shapes, g)), [_Of(n, True) for n in self.names[g]]) for g in self.names
+        self.params, self.state = (
+            held(jax.tree.leaves(getattr(shapes, group)), names, [True] * len(names))
+            for group, names in self.names.items()
+        )
+        alike = [
+            bool(name) and leaf.shape == shapes.params[name].shape
+            for leaf, name in zip(opt, names, strict=True)
         ]
-        self.params, self.state = (held(*group) for group in groups)
-        self.opt = held(opt, marks)
+        self.opt = held(opt, names, alike)
         self.holds = {"params": self.params, "model_state": self.state, "opt_state": self.opt}
 
     def _spread(self) -> Spread:
