@@ -116,7 +116,9 @@ def train(flags: Flags) -> None:
     elif sizes.get("pipe", 1) == 1:
         raise UserError(f"--mesh {flags.mesh} has no pipe axis to cut the layers by; use for example pipe=2")
     elif sizes["pipe"] > 0:
-        st.pipeline.make(flags.schedule, sizes["pipe"], flags.microbatches)  # refused before anything is built
+        st.pipeline.make(
+            flags.schedule, sizes["pipe"], flags.microbatches
+        )  # refused before anything is built
     cli.run(replace(flags, accumulate=flags.microbatches), make_task)
 
 

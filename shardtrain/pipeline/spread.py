@@ -157,6 +157,7 @@ class Spread:
 
             values = lax.psum(lax.switch(rank, [part(r) for r in range(self.ranks)], packed), "pipe")
             for v, value in zip(sent, values, strict=True):
+                value = value.astype(v.aval.dtype)  # sums of truth values are whole numbers
                 known[v] = Block(value, v.aval.shape, ((),) * len(v.aval.shape), self.sizes)
 
         def finish(which: int) -> Callable[[Any], Any]:

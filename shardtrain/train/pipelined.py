@@ -128,7 +128,7 @@ class Pipelined(Stowed):
         self.costs = costs_of(self.programs)
         self.schedule = fastest(plan.schedule, self.costs, plan.in_flight)
         self.ticks = lockstep(self.schedule, self.costs, plan.hop)
-        super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh, program.optimizer)
+        super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh)
         self.update = self.spread(program, dict(zip(self.sums, self.programs[-1].outs[1:], strict=False)))
 
     def _trace(self, micro: Microbatch, *, train: bool) -> tuple[Traced, list[str], Any]:

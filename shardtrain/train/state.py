@@ -1,6 +1,6 @@
 """The state of a run in one tree of named arrays, and where each lies on the mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +118,28 @@ def _implementation(key: Any) -> Any:
     return found[0]
 
 
+def owners(opt_state: Any, params: Collection[str]) -> Any:
+    """The name of the parameter that each leaf of an optimizer's state belongs to, `""` for none.
+
+    Optimizers keep what belongs to a parameter under its name, alone, in a group of names or masked.
+    """
+
+    def owner(path: tuple, _: Any) -> str:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return next((key for key in reversed(keys) if key in params), "")
+
+    return jax.tree_util.tree_map_with_path(owner, opt_state)
+
+
 def opt_state_specs(
     optimizer: optax.GradientTransformation, params: Mapping[str, Any], specs: Mapping[str, P]
 ) -> Any:
     """How the optimizer's state lies on the mesh: like the parameter where it has its shape, else whole."""
     shapes = jax.eval_shape(optimizer.init, dict(params))
-    return optax.tree.map_params(
-        optimizer,
-        lambda leaf, param, spec: spec if leaf.shape == param.shape else P(),
+    return jax.tree.map(
+        lambda leaf, name: specs[name] if name and leaf.shape == params[name].shape else P(),
         shapes,
-        dict(params),
-        dict(specs),
-        transform_non_params=lambda leaf: P(),
+        owners(shapes, params),
     )
 
 

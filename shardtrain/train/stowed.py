@@ -1,12 +1,10 @@
 """Where everything of a run lives on a mesh with `pipe`: each array with its stage, packed; and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import optax
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -16,18 +14,10 @@ from shardtrain.pipeline.hold import Held
 from shardtrain.pipeline.local import Cut
 from shardtrain.pipeline.spread import Spread
 from shardtrain.train.microbatch import REPLICA
-from shardtrain.train.state import TrainState, is_shapes, lying, shardings
+from shardtrain.train.state import TrainState, is_shapes, lying, owners, shardings
 from shardtrain.train.step import Program
 
 AXIS = "pipe"
-
-
-@dataclass(frozen=True)
-class _Of:
-    """Which parameter a leaf of the optimizer's state belongs to, and whether it has its shape."""
-
-    name: str | None
-    alike: bool
 
 
 class Stowed:
@@ -39,7 +29,6 @@ class Stowed:
         stage_of: the stage that keeps it; what is in none is on every device.
         ranks_of: the rank of each stage.
         mesh: with `pipe`.
-        optimizer: whose state goes with its parameters.
     """
 
     def __init__(
@@ -49,33 +38,27 @@ class Stowed:
         stage_of: Mapping[str, int],
         ranks_of: Sequence[int],
         mesh: Mesh,
-        optimizer: optax.GradientTransformation,
     ) -> None:
         self.named_shapes, self.stage_of, self.mesh = shapes, stage_of, mesh
-        of_leaf = optax.tree.map_params(
-            optimizer,
-            lambda leaf, name, param: _Of(name, leaf.shape == param.shape),
-            shapes.opt_state,
-            dict(zip(shapes.params, shapes.params, strict=True)),
-            dict(shapes.params),
-            transform_non_params=lambda leaf: _Of(None, False),
-        )
-        marks = jax.tree.leaves(of_leaf)
+        names = jax.tree.leaves(owners(shapes.opt_state, shapes.params))
         opt, self.opt_tree = jax.tree.flatten(shapes.opt_state)
 
-        def held(leaves: Sequence[Any], marks: Sequence[_Of]) -> Held:
-            homes = [stage_of.get(mark.name) if mark.name else None for mark in marks]
+        def held(leaves: Sequence[Any], names: Sequence[str], alike: Sequence[bool]) -> Held:
             lie = [
-                cuts[mark.name] if mark.name and mark.alike else ((),) * len(x.shape)
-                for x, mark in zip(leaves, marks, strict=True)
+                cuts[name] if same else ((),) * len(x.shape)
+                for x, name, same in zip(leaves, names, alike, strict=True)
             ]
-            return Held(leaves, homes, lie, ranks_of, mesh)
+            return Held(leaves, [stage_of.get(name) for name in names], lie, ranks_of, mesh)
 
-        groups = [
-            (jax.tree.leaves(getattr(shapes, g)), [_Of(n, True) for n in self.names[g]]) for g in self.names
+        self.params, self.state = (
+            held(jax.tree.leaves(getattr(shapes, group)), names, [True] * len(names))
+            for group, names in self.names.items()
+        )
+        alike = [
+            bool(name) and leaf.shape == shapes.params[name].shape
+            for leaf, name in zip(opt, names, strict=True)
         ]
-        self.params, self.state = (held(*group) for group in groups)
-        self.opt = held(opt, marks)
+        self.opt = held(opt, names, alike)
         self.holds = {"params": self.params, "model_state": self.state, "opt_state": self.opt}
 
     @cached_property

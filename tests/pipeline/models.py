@@ -12,6 +12,15 @@ import shardtrain as st
 KINDS: dict[str, Any] = {"param_dtype": jnp.float64}
 
 
+def wide(model: nnx.Module) -> nnx.Module:
+    """The model with running statistics of float64, which `nnx` keeps in float32."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            for statistic in (module.mean, module.var):
+                statistic.set_value(statistic.get_value().astype(jnp.float64))
+    return model
+
+
 class Unequal(nnx.Module):
     """Nine layers of quite different cost and shape, with skips across several of them."""
 

@@ -5,7 +5,7 @@ one program whose buffers hold the most that any of them needs runs them all.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardtrain as st
 from shardtrain.pipeline import Schedule, lockstep
+from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.table import COLUMNS, Table, build
 from shardtrain.train.pipelined import Microbatch, Pipelined, _back, _rows
 from shardtrain.train.state import TrainState
@@ -83,13 +84,17 @@ class Case:
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
         return cls(trainer, pipeline, batch, pipeline.packed(trainer.state))
 
-    def program(self, table: Table) -> Any:
-        """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once."""
+    def program(self, table: Table, change: Callable[[Machine], Machine] = lambda machine: machine) -> Any:
+        """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.
+
+        Args:
+            table: whose branches, routes and slots are enough for all rows.
+            change: makes the machine a wrong one, for tests of the tests.
+        """
         pipe = self.pipeline
         micro = Microbatch.of(self.batch, table.microbatches)
-        machine = dataclasses.replace(
-            pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums)), table=table, bubble=float("nan")
-        )
+        machine = pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums))
+        machine = change(dataclasses.replace(machine, table=table, bubble=float("nan")))
 
         def step(rows: Any, state: TrainState, batch: Any) -> Any:
             (params, _), (before, shared) = map(_rows, (state.params, state.model_state))

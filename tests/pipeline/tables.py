@@ -22,12 +22,18 @@ def links(actions, stages):
     return [(a, b) for a, b in pairs if a in there and b in there]
 
 
-def legal(seed, split=None):
-    """A random placement, and a random order in which everything could be done one at a time."""
+def legal(seed, split=None, placed=None):
+    """A random placement, and a random order in which everything could be done one at a time.
+
+    With `placed`, the ranks of the stages and the number of microbatches, only the order is random.
+    """
     draw = random.Random(seed)
     ranks, chunks, microbatches = draw.randint(1, 4), draw.choice([1, 1, 2, 3]), draw.randint(1, 4)
     ranks_of = [*range(ranks), *(draw.randrange(ranks) for _ in range((chunks - 1) * ranks))]
     draw.shuffle(ranks_of)
+    if placed:
+        ranks_of, microbatches = placed
+        ranks = max(ranks_of) + 1
     halves = draw.choice(["B", "IW", "both"]) if split is None else split
     actions = []
     for s in range(len(ranks_of)):
