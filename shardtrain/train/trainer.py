@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
 from shardtrain.train.step import Batch, PerExample, Program
-
 
 class Trainer:
     """Trains one Flax NNX model on one mesh, with the numbers of one device.
@@ -87,7 +86,7 @@ class Trainer:
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
-        statistics: Literal["microbatch", "batch"] = "microbatch",
+        statistics: str = "microbatch",
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
@@ -173,6 +172,8 @@ class Trainer:
         values = named.params, named.model_state
         if self.pipeline is not None and REPLICA in self.mesh.shape:
             values = self.pipeline.one_replica(values, number)
+        if self.pipeline is not None:  # each stage's arrays are elsewhere, and a call needs them together
+            values = jax.device_put(values, self.mesh.devices.flat[0])
         return self._variables.model(*values, train=False)
 
     def _named(self) -> TrainState:
