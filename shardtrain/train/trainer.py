@@ -32,6 +32,7 @@ from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
 from shardtrain.train.step import Batch, PerExample, Program
 
+
 class Trainer:
     """Trains one Flax NNX model on one mesh, with the numbers of one device.
 
