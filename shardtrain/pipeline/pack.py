@@ -62,10 +62,10 @@ def read(buffers: Mapping[str, Array], places: Sequence[Place]) -> list[Array]:
     return [place.read(buffers) for place in places]
 
 
-def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Array]) -> Buffers:
-    """The buffers with `values` at `places`."""
+def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Any]) -> Buffers:
+    """The buffers with `values`, some of which may be constants, at `places`."""
     for place, value in zip(places, values, strict=True):
-        buffers = place.write(buffers, value)
+        buffers = place.write(buffers, jnp.asarray(value))
     return buffers
 
 

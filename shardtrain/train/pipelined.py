@@ -74,6 +74,11 @@ class Plan:
                 f"(None) or only their inputs ('nothing'); a model's own remat=True works too"
             )
         if isinstance(schedule, str):
+            if microbatches == 1:
+                raise UserError(
+                    f"mesh {text(mesh)} with accumulate=1: its stages would work one at a time; cut batches "
+                    f"into microbatches that follow each other, such as accumulate={4 * ranks}"
+                )
             schedule = make(schedule, ranks, microbatches)
         validate(schedule)
         if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):

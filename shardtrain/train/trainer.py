@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ class Trainer:
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
-        statistics: Literal["microbatch", "batch"] = "microbatch",
+        statistics: str = "microbatch",
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
@@ -173,6 +173,8 @@ class Trainer:
         values = named.params, named.model_state
         if self.pipeline is not None and REPLICA in self.mesh.shape:
             values = self.pipeline.one_replica(values, number)
+        if self.pipeline is not None:  # each stage's arrays are elsewhere, and a call needs them together
+            values = jax.device_put(values, self.mesh.devices.flat[0])
         return self._variables.model(*values, train=False)
 
     def _named(self) -> TrainState:
