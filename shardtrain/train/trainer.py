@@ -245,11 +245,7 @@ class Trainer:
         return place.place(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
 
     def compiled_step(self, batch: Batch) -> Any:
-        """The compiled training step for batches of this shape; its `as_text()` is what `census` reads.
-
-        Args:
-            batch: from `place`, or from `shapes_of`.
-        """
+        """The compiled training step for batches as `place` or `shapes_of` gives; `census` reads it."""
         if self._plan is not None and self.pipeline is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
             self.pipeline = Pipelined(self._program, shapes, self._specs, self.mesh, batch, self._plan)
