@@ -66,14 +66,14 @@ def build(schedule: Schedule, ticks: Ticks, hop: int = 1) -> Table:
     routes = _routes(schedule)
     does = {(a.stage, a.kind) for order in schedule.orders for a in order}
     branches = (None, *sorted(does))
-    rows = np.zeros((len(ticks.table) + hop - 1, ranks, len(COLUMNS) + len(routes)), np.int32)
+    rows = np.zeros((len(ticks.table), ranks, len(COLUMNS) + len(routes)), np.int32)
     nowhere = -1
     rows[:, :, len(COLUMNS) :] = nowhere
     inbox = [_Slots() for _ in range(ranks)]
     pools = {name: [_Slots() for _ in range(stages)] for name in POOLS}
     arrivals: dict[int, list[tuple[int, int, Action]]] = {}
     for tick in range(len(rows)):
-        for rank, action in enumerate(ticks.table[tick] if tick < len(ticks.table) else ()):
+        for rank, action in enumerate(ticks.table[tick]):
             if action is None:
                 continue
             stage, kind, microbatch = action

@@ -83,7 +83,7 @@ class Trainer:
         layout: partition.LayoutTable | None = None,
         parameters: str | Axes = (),
         accumulate: int = 1,
-        schedule: str | pipeline.Schedule = "1f1b",
+        schedule: str | Path | pipeline.Schedule = "1f1b",
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
@@ -358,13 +358,16 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
+        self._need_stages()
+        kind = "evaluate" if batch.targets is not None else "predict"
+        return self._compiled(kind, batch)(self._arrays(), batch)
+
+    def _need_stages(self) -> None:
         if self._plan is not None and self.pipeline is None:
             raise UserError(
                 "the pipeline is cut when the first training batch is seen; call fit first, or "
                 "compiled_step(trainer.place(...))"
             )
-        kind = "evaluate" if batch.targets is not None else "predict"
-        return self._compiled(kind, batch)(self._arrays(), batch)
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
@@ -386,7 +389,12 @@ class Trainer:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them."""
+        """Bytes that parameters take on the device that has most of them.
+
+        Raises:
+            UserError: on a mesh with `pipe`, before the first batch says which device has what.
+        """
+        self._need_stages()
         held: Counter[Any] = Counter()
         for x in jax.tree.leaves(self.state.params):
             held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})

@@ -1,6 +1,5 @@
 """Training on meshes with `pipe`: step by step what the same microbatches are on one device, in float64."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
