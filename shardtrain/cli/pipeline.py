@@ -79,7 +79,8 @@ def read_costs(text: str, schedule: Schedule) -> Costs:
     """
     try:
         row = tuple(Fraction(cell.strip()) for cell in text.split(","))
-    except (ValueError, ZeroDivisionError) as error:
+        _ = [float(value) for value in row]  # too large for one
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"--costs {text}: write a number for each stage, such as 1,1,2,1") from error
     if len(row) != schedule.stages or min(row) <= 0:
         raise UserError(

@@ -104,13 +104,14 @@ def lockstep(schedule: Schedule, costs: Costs | None = None, hop: int = 1) -> Ti
     return Ticks(tuple(map(tuple, rows)), durations, makespan, idle, *in_flight(schedule))
 
 
-def fastest(schedule: Schedule, costs: Costs, most_in_flight: int | None = None) -> Schedule:
+def fastest(schedule: Schedule, costs: Costs, most_in_flight: int | None = None, hop: int = 1) -> Schedule:
     """The schedule as it is, split, or fused: what takes the least time in lockstep with these costs.
 
     Args:
         schedule: one that ends.
         costs: of its stages.
         most_in_flight: activations that a rank can hold.
+        hop: as for `lockstep`.
 
     Raises:
         UserError: where all three hold more.
@@ -128,7 +129,7 @@ def fastest(schedule: Schedule, costs: Costs, most_in_flight: int | None = None)
             f"schedule {schedule.name!r} holds {min(held)} activations on a rank, not {limit}; "
             f"allow {min(held)}, or take a schedule that holds less"
         )
-    return min(fit, key=lambda one: lockstep(one, costs).makespan)
+    return min(fit, key=lambda one: lockstep(one, costs, hop).makespan)
 
 
 def in_flight(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:

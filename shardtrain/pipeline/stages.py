@@ -55,7 +55,8 @@ class Programs:
 
 
 def is_float(shape: Any) -> bool:
-    return jnp.issubdtype(shape.dtype, jnp.floating)
+    """Whether values have gradients: floating ones, complex ones among them."""
+    return jnp.issubdtype(shape.dtype, jnp.inexact)
 
 
 def localize(

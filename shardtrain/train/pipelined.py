@@ -5,8 +5,9 @@ matter: in the optimizer's update, which is traced on named arrays, and in check
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from shardtrain.layout import spec
 from shardtrain.mesh import size, text
 from shardtrain.pipeline.balance import allowed, arriving, positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
-from shardtrain.pipeline.generate import forward_only, make
+from shardtrain.pipeline.generate import NAMES, forward_only, make
 from shardtrain.pipeline.layers import Layers
 from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
 from shardtrain.pipeline.pack import Place
@@ -33,6 +34,7 @@ from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
 from shardtrain.train import check
 from shardtrain.train.microbatch import REPLICA, Microbatch
+from shardtrain.train.recut import recut, refuse_counters, refuse_rowless
 from shardtrain.train.state import TrainState
 from shardtrain.train.step import Batch, Program
 from shardtrain.train.stowed import AXIS, Stowed
@@ -56,7 +58,7 @@ class Plan:
         cls,
         mesh: Mesh,
         microbatches: int,
-        schedule: str | Schedule,
+        schedule: str | Path | Schedule,
         stages: str | None,
         in_flight: int | None,
         remat: str | Callable[..., bool] | None,
@@ -73,13 +75,19 @@ class Plan:
                 f"remat={remat!r} on a mesh with pipe={ranks}; stages keep all that the backward pass needs "
                 f"(None) or only their inputs ('nothing'); a model's own remat=True works too"
             )
-        if isinstance(schedule, str):
+        if isinstance(schedule, str | Path):
             if microbatches == 1:
                 raise UserError(
                     f"mesh {text(mesh)} with accumulate=1: its stages would work one at a time; cut batches "
                     f"into microbatches that follow each other, such as accumulate={4 * ranks}"
                 )
-            schedule = make(schedule, ranks, microbatches)
+            schedule = make(str(schedule), ranks, microbatches)
+        if not isinstance(schedule, Schedule):
+            raise UserError(
+                f"schedule={schedule!r}; name one of {', '.join(NAMES)} or a .csv file, or give a Schedule"
+            )
+        if not isinstance(stages, str | None):
+            raise UserError(f"stages={stages!r}; write a layout such as 'stem,...|head', or None to balance")
         validate(schedule)
         if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
             raise UserError(
@@ -129,9 +137,10 @@ class Pipelined(Stowed):
         self.positions = positions(flow, plan.schedule.stages, plan.stages)
         stages = flow.cut(self.positions)
         stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
+        refuse_counters(flow, stage_of, program.variables.is_random(), program.accumulate)
         self.programs = self._localize(stages, micro, remat=plan.remat)
         self.costs = costs_of(self.programs)
-        self.schedule = fastest(plan.schedule, self.costs, plan.in_flight)
+        self.schedule = fastest(plan.schedule, self.costs, plan.in_flight, plan.hop)
         self.ticks = lockstep(self.schedule, self.costs, plan.hop)
         super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh)
         self.update = self.spread(program, dict(zip(self.sums, self.programs[-1].outs[1:], strict=False)))
@@ -152,6 +161,7 @@ class Pipelined(Stowed):
                 outputs: Any = ()
             else:
                 outputs, sums = self.program.evaluated(*args)
+                outputs = outputs if args[3] is None else ()  # with targets, only the sums are asked for
                 loss, after = jnp.zeros(()), args[1]
             found["sums"] = sorted(sums)
             leaves, found["tree"] = jax.tree.flatten(outputs)
@@ -234,7 +244,7 @@ class Pipelined(Stowed):
         micro = Microbatch.of(like, self.program.accumulate)
         traced, _, _ = self._trace(micro, train=True)
         flow = Flow(traced)
-        stages = flow.cut(following(flow, self.stage_of, self.schedule.stages))
+        stages = recut(flow, self.stage_of, self.schedule.stages)
         programs = self._localize(stages, micro, remat=self.plan.remat)
         machine = self._machine(self.schedule, programs, 1 + len(self.sums))
 
@@ -308,7 +318,9 @@ class Pipelined(Stowed):
         micro = Microbatch.of(like, math.gcd(self.program.accumulate, rows))
         traced, names, tree = self._trace(micro, train=False)
         flow = Flow(traced)
-        stages = flow.cut(following(flow, self.stage_of, self.schedule.stages))
+        outs = traced.closed.jaxpr.outvars[1 + len(names) : 1 + traced.sums]
+        refuse_rowless([v.aval for v in outs], micro.shapes[0].shape[0])
+        stages = recut(flow, self.stage_of, self.schedule.stages)
         programs = self._localize(stages, micro, backward=False)
         machine = self._machine(forward_only(self.schedule.ranks_of, micro.parts), programs, 1 + len(names))
         cuts = programs[-1].outs_cut[1 + len(names) :]
@@ -319,7 +331,8 @@ class Pipelined(Stowed):
             _, _, sums, outputs = machine.run(params, variables, known, micro.blocks(batch))
             # Row j of microbatch i is example i + j * m of the batch.
             rows = [y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in outputs]
-            rows, sums = lax.psum((rows, sums[1:]), AXIS)
+            whole, sums = lax.psum((rows, sums[1:]), AXIS)
+            rows = [y.astype(x.dtype) for x, y in zip(rows, whole, strict=True)]  # sums of truth values
             return rows, self._over_replicas(sums)
 
         manual = self._on_devices(step, like, ([spec((micro.rows, *cut[1:])) for cut in cuts], P()))
@@ -329,19 +342,6 @@ class Pipelined(Stowed):
             return jax.tree.unflatten(tree, outputs), dict(zip(names, sums, strict=True))
 
         return evaluate
-
-
-def following(flow: Flow, stage_of: Mapping[str, int], stages: int) -> list[int]:
-    """Positions that put every parameter of a flow into the stage where `stage_of` has it."""
-    params, state, _ = flow.traced.groups()
-    names = dict(zip((*params, *state), (*flow.traced.params, *flow.traced.state), strict=True))
-    moved = {i: names[v] for v, i in flow.moving().items()}
-    positions: list[int] = []
-    for i, uses in enumerate(flow.uses):
-        mine = [names[v] for v in uses if v in names] + ([moved[i]] if i in moved else [])
-        at = max((stage_of[name] for name in mine if name in stage_of), default=0)
-        positions += [i] * (at - len(positions))
-    return positions + [len(flow.main)] * (stages - 1 - len(positions))
 
 
 def _kib(shapes: Iterable[Any]) -> str:

@@ -1,7 +1,6 @@
 """The trainer: a model, an optimizer and a mesh as one compiled program."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,15 @@ from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
-from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
+from shardtrain.train.state import (
+    TrainState,
+    Variables,
+    bytes_on_a_device,
+    is_shapes,
+    lying,
+    opt_state_specs,
+    shardings,
+)
 from shardtrain.train.step import Batch, PerExample, Program
 
 
@@ -83,7 +90,7 @@ class Trainer:
         layout: partition.LayoutTable | None = None,
         parameters: str | Axes = (),
         accumulate: int = 1,
-        schedule: str | pipeline.Schedule = "1f1b",
+        schedule: str | Path | pipeline.Schedule = "1f1b",
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
@@ -356,13 +363,15 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        if self._plan is not None and self.pipeline is None:
-            raise UserError(
-                "the pipeline is cut when the first training batch is seen; call fit first, or "
-                "compiled_step(trainer.place(...))"
-            )
+        self._need_stages()
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
+
+    def _need_stages(self) -> None:
+        if self._plan is not None and self.pipeline is None:
+            raise UserError(
+                "the pipeline is cut by the first training batch; call fit, or compiled_step, first"
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
@@ -384,11 +393,13 @@ class Trainer:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them."""
-        held: Counter[Any] = Counter()
-        for x in jax.tree.leaves(self.state.params):
-            held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
-        return max(held.values())
+        """Bytes that parameters take on the device that has most of them.
+
+        Raises:
+            UserError: on a mesh with `pipe`, before the first batch says which device has what.
+        """
+        self._need_stages()
+        return bytes_on_a_device(self.state.params)
 
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""

@@ -1,0 +1,138 @@
+"""Models that are easily wrong in stages: right, or refused with a sentence."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import shardtrain as st
+from shardtrain.errors import UserError
+from shardtrain.pipeline import Costs, Schedule, fastest, lockstep, make
+from shardtrain.pipeline.table import build
+
+
+class Deep(nnx.Module):
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        sizes = (4, 8, 8, 8, 5)
+        self.layers = nnx.List([st.nn.Linear(a, b, **kinds) for a, b in itertools.pairwise(sizes)])
+        self.drop = st.nn.Dropout(0.1, rngs=nnx.Rngs(1))
+        self.turns = nnx.BatchStat(jnp.ones(8, jnp.float64))
+
+    def __call__(self, x):
+        *first, last = self.layers
+        for layer in first:
+            x = jnp.tanh(layer(x))
+        return last(x)
+
+
+class Waves(Deep):
+    """Complex numbers cross from stage to stage, and come back as gradients."""
+
+    def __call__(self, x):
+        a, b, c, d = self.layers
+        x = jnp.tanh(a(x))
+        waves = jnp.fft.rfft(x, axis=-1)
+        return d(jnp.tanh(c(jnp.tanh(b(x)))) + jnp.fft.irfft(waves * waves, n=8, axis=-1))
+
+
+class Counting(Deep):
+    def __call__(self, x):
+        self.turns.set_value(self.turns.get_value() + 1)
+        return super().__call__(x * self.turns.get_value()[0])
+
+
+class Spectral(Deep):
+    def __call__(self, x):
+        u = self.layers[1].kernel.get_value() @ self.turns.get_value()
+        self.turns.set_value(jax.lax.stop_gradient(u))
+        return super().__call__(x)
+
+
+class Reordered(Deep):
+    """Layers in another order in evaluation mode."""
+
+    def __call__(self, x):
+        a, b, c, d = self.layers
+        b, c = (c, b) if self.drop.deterministic else (b, c)
+        return d(jnp.tanh(c(jnp.tanh(b(jnp.tanh(a(x)))))))
+
+
+class Several(Deep):
+    def __call__(self, x):
+        y = super().__call__(x)
+        return {"y": y, "positive": y > 0} | ({} if self.drop.deterministic else {"size": (y**2).mean()})
+
+
+def batch():
+    r = np.random.default_rng(0)
+    return r.standard_normal((8, 4)), r.integers(0, 5, 8).astype(np.int32)
+
+
+def fitted(make_model, mesh="pipe=4", **kwargs):
+    options = {"accumulate": 4} | kwargs
+    one = st.Trainer(make_model(), optax.sgd(0.1), mesh=st.make_mesh(mesh), **options)
+    rows = one.fit([batch()] * 2, steps=2, progress=False)
+    return one, [row["loss"] for row in rows]
+
+
+def test_complex_activations_have_gradients():
+    assert fitted(Waves)[1] == pytest.approx(fitted(Waves, "data=1")[1], rel=1e-10)
+
+
+@pytest.mark.parametrize(("model", "count"), [(Counting, 4), (Spectral, 1)])
+def test_variables_that_change_by_themselves_are_refused(model, count):
+    with pytest.raises(
+        UserError, match=r"the variable 'turns' changes in training .*; train this model without"
+    ):
+        fitted(model, accumulate=count, schedule="gpipe")
+
+
+def test_an_order_of_evaluation_that_stages_do_not_have_is_refused():
+    one, _ = fitted(Reordered)
+    with pytest.raises(UserError, match=r"'layers\.\d\.\w+' is used in evaluation.*; evaluate trainer.model"):
+        one.evaluate([batch()])
+
+
+def test_outputs_that_are_no_numbers_or_have_no_rows():
+    def loss(outputs, targets):
+        return st.losses.cross_entropy(outputs["y"], targets) + outputs.get("size", 0)
+
+    ours, theirs = (fitted(Several, mesh, loss=loss, metrics={})[0] for mesh in ("pipe=2", "data=1"))
+    assert ours.evaluate([batch()]) == pytest.approx(theirs.evaluate([batch()]), rel=1e-10)
+    positive, wanted = (one.predict(batch()[0])["positive"] for one in (ours, theirs))
+    assert positive.dtype == wanted.dtype == bool
+    np.testing.assert_array_equal(positive, wanted)
+
+
+def test_arguments_of_a_wrong_kind_are_refused():
+    for wrong, sentence in (
+        ({"schedule": 5}, "schedule=5; name one of gpipe, 1f1b, .* or a .csv file"),
+        ({"stages": ["a", "b"]}, r"stages=\['a', 'b'\]; write a layout such as"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            fitted(Deep, **wrong)
+    one = st.Trainer(Deep(), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), accumulate=2)
+    with pytest.raises(UserError, match="call fit first"):
+        _ = one.parameter_bytes
+
+
+def test_overlap_takes_the_ticks_that_the_simulator_says():
+    for name in ("gpipe", "1f1b", "zb-v"):
+        schedule = make(name, 3, 5)
+        ticks = lockstep(schedule, hop=2)
+        assert len(build(schedule, ticks, 2).rows) == len(ticks.table)
+
+
+def test_the_fastest_schedule_is_that_of_the_hop_at_hand():
+    rows = [Schedule.from_csv(make("1f1b", p, m).to_csv(), "mine") for p in (2, 4) for m in (2, 8)]
+    for one in rows:
+        costs = Costs.equal(one.stages)
+        ways = (one, one.with_split(), one.with_fused())
+        for hop in (1, 2, 3):
+            best = lockstep(fastest(one, costs, hop=hop), costs, hop).makespan
+            assert best == min(lockstep(way, costs, hop).makespan for way in ways)
