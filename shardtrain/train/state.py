@@ -1,5 +1,6 @@
 """The state of a run in one tree of named arrays, and where each lies on the mesh."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ def opt_state_specs(
         shapes,
         owners(shapes, params),
     )
+
+
+def by_field(state: TrainState) -> dict[str, Any]:
+    """A state as a dictionary, one level deep."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def bytes_on_a_device(tree: Any) -> int:

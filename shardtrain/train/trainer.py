@@ -19,7 +19,7 @@ from rich.table import Table
 from shardtrain import pipeline
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
-from shardtrain.mesh import make_mesh, size, text, without
+from shardtrain.mesh import make_mesh, size, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
@@ -31,6 +31,7 @@ from shardtrain.train.pipelined import AXIS, Pipelined, Plan
 from shardtrain.train.state import (
     TrainState,
     Variables,
+    by_field,
     bytes_on_a_device,
     is_shapes,
     lying,
@@ -213,7 +214,7 @@ class Trainer:
             size = place.global_batch_size(rows, self.mesh, self._rows)
             mine = len(self.rows(size))
             if mine != rows or (size // self._shards()) % self.accumulate:
-                raise self._indivisible(rows, rows * size / mine)
+                raise place.indivisible(rows, rows * size / mine, self.mesh, self._shards(), self.accumulate)
             self._batch_size = size
         batch = self._placed(inputs, targets, self._batch_size)
         if self._plain_norms and rows < len(self.rows(self._batch_size)):
@@ -234,16 +235,8 @@ class Trainer:
         """
         rows = place.rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
-            raise self._indivisible(rows, rows)
+            raise place.indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
         return place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
-
-    def _indivisible(self, rows: int, size: int | float) -> UserError:
-        step = self._shards() * self.accumulate
-        near = max(1, round(size / step)) * step
-        return UserError(
-            f"a batch of {rows} does not divide by the {self._shards()} shards of the batch "
-            f"on mesh {text(self.mesh)} times accumulate={self.accumulate}; use {near}"
-        )
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
@@ -387,7 +380,7 @@ class Trainer:
         Raises:
             UserError: no checkpoint there, or one of another model.
         """
-        named = TrainState(**checkpoint.restore(Path(folder), _asdict(self._named())))
+        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named())))
         self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 
@@ -404,7 +397,3 @@ class Trainer:
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
         return partition.partition_table(self.model, self.mesh, self.layout)
-
-
-def _asdict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
