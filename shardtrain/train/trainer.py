@@ -369,7 +369,7 @@ class Trainer:
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
         named = self._named()
-        return checkpoint.save(Path(folder), int(named.step), _asdict(named))
+        return checkpoint.save(Path(folder), int(named.step), by_field(named))
 
     def restore(self, folder: str | Path) -> int:
         """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
