@@ -107,7 +107,10 @@ def bad_idx(folder):
         (["--mesh", "data:2"], "'data:2' is not axis=number"),
         (["--mesh", "data=16", "--devices", "8"], "needs 16 devices, there are 8; data=8 would fit"),
         (["--mesh", "data=3"], "a batch of 128 does not divide by data=3; use 126 or 129"),
-        (["--mesh", "data=2,pipe=2"], "pipe=2 cuts nothing in this model"),
+        (
+            ["--mesh", "data=2,pipe=2"],
+            "mesh pipe=2,data=2 with accumulate=1: its stages would work one at a time",
+        ),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--data", "IDX"], "train-images-idx3-ubyte.gz"),

@@ -76,6 +76,11 @@ class Plan:
                 f"(None) or only their inputs ('nothing'); a model's own remat=True works too"
             )
         if isinstance(schedule, str | Path):
+            if microbatches == 1:
+                raise UserError(
+                    f"mesh {text(mesh)} with accumulate=1: its stages would work one at a time; cut batches "
+                    f"into microbatches that follow each other, such as accumulate={4 * ranks}"
+                )
             schedule = make(str(schedule), ranks, microbatches)
         if not isinstance(schedule, Schedule):
             raise UserError(

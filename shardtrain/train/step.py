@@ -164,7 +164,7 @@ class Program:
         model_state = dict(moved)
         for path, momentum in (self.deferred or {}).items():
             mean = moved[f"{path}.mean"] / count
-            whole = {"mean": mean, "var": moved[f"{path}.var"] / count - mean**2}
+            whole = {"mean": mean, "var": jnp.maximum(moved[f"{path}.var"] / count - mean**2, 0)}
             for which, new in whole.items():
                 old = state.model_state[key := f"{path}.{which}"]
                 model_state[key] = (momentum * old + (1 - momentum) * new).astype(old.dtype)

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
+from shardtrain.train.recut import refuse_uncut
 from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
 from shardtrain.train.step import Batch, PerExample, Program
 
@@ -87,7 +88,7 @@ class Trainer:
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
-        statistics: Literal["microbatch", "batch"] = "microbatch",
+        statistics: str = "microbatch",
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
@@ -173,6 +174,8 @@ class Trainer:
         values = named.params, named.model_state
         if self.pipeline is not None and REPLICA in self.mesh.shape:
             values = self.pipeline.one_replica(values, number)
+        if self.pipeline is not None:  # each stage's arrays are elsewhere, and a call needs them together
+            values = jax.device_put(values, self.mesh.devices.flat[0])
         return self._variables.model(*values, train=False)
 
     def _named(self) -> TrainState:
@@ -243,11 +246,7 @@ class Trainer:
         return place.place(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
 
     def compiled_step(self, batch: Batch) -> Any:
-        """The compiled training step for batches of this shape; its `as_text()` is what `census` reads.
-
-        Args:
-            batch: from `place`, or from `shapes_of`.
-        """
+        """The compiled training step for batches as `place` or `shapes_of` gives; `census` reads it."""
         if self._plan is not None and self.pipeline is None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
             self.pipeline = Pipelined(self._program, shapes, self._specs, self.mesh, batch, self._plan)
@@ -358,16 +357,9 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        self._need_stages()
+        refuse_uncut(self._plan, self.pipeline)
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
-
-    def _need_stages(self) -> None:
-        if self._plan is not None and self.pipeline is None:
-            raise UserError(
-                "the pipeline is cut when the first training batch is seen; call fit first, or "
-                "compiled_step(trainer.place(...))"
-            )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
@@ -389,12 +381,8 @@ class Trainer:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them.
-
-        Raises:
-            UserError: on a mesh with `pipe`, before the first batch says which device has what.
-        """
-        self._need_stages()
+        """Bytes that parameters take on the device that has most of them."""
+        refuse_uncut(self._plan, self.pipeline)
         held: Counter[Any] = Counter()
         for x in jax.tree.leaves(self.state.params):
             held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})

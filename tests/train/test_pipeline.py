@@ -1,113 +1,16 @@
 """Training on meshes with `pipe`: step by step what the same microbatches are on one device, in float64."""
 
-import jax
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from pipelines import Deep, Small, batches, close, fit, images, masked_adamw, same, trainer, wide
 
 import shardtrain as st
-
-MICROBATCHES = 4
-TOLERANCE = 1e-10
-
-
-def wide(model):
-    """Running statistics of float64 too, which `nnx` keeps in float32."""
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.BatchNorm):
-            for statistic in (module.mean, module.var):
-                statistic.set_value(statistic.get_value().astype(jnp.float64))
-    return model
-
-
-class Small(nnx.Module):
-    """One of everything: batch norm, dropout, a skip across stages, a parameter that nothing uses."""
-
-    def __init__(self, rate=0.25, norm=True):
-        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        self.stem = st.nn.Conv(2, 4, (3, 3), 2, **kinds)
-        self.norm = st.nn.BatchNorm(4, momentum=0.9, **kinds) if norm else None
-        self.drop = st.nn.Dropout(rate, rngs=nnx.Rngs(1))
-        self.flatten = st.nn.Flatten()
-        self.wide = st.nn.Linear(16, 12, **kinds)
-        self.deep = st.nn.Linear(12, 12, **kinds)
-        self.head = st.nn.Linear(12, 5, **kinds)
-        self.idle = st.nn.Linear(3, 3, **kinds)
-
-    def __call__(self, x):
-        x = self.stem(x)
-        x = x if self.norm is None else self.norm(x)
-        x = early = self.wide(self.flatten(self.drop(nnx.relu(x))))
-        return self.head(nnx.tanh(self.deep(x)) + early)
-
-
-class Deep(nnx.Module):
-    """Linear layers alone, which compile fast."""
-
-    def __init__(self):
-        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        self.flatten = st.nn.Flatten()
-        self.first = st.nn.Linear(32, 6, **kinds)
-        self.second = st.nn.Linear(6, 6, **kinds)
-        self.head = st.nn.Linear(6, 5, **kinds)
-
-    def __call__(self, x):
-        x = nnx.tanh(self.first(self.flatten(x)))
-        return self.head(nnx.tanh(self.second(x)) + x)
-
-
-def images(count, seed=0):
-    r = np.random.default_rng(seed)
-    return r.standard_normal((count, 4, 4, 2)), r.integers(0, 5, count).astype(np.int32)
-
-
-def batches(size=16, count=48, make=images):
-    x, y = make(count)
-    return [(x[at : at + size], y[at : at + size]) for at in range(0, count, size)]
-
-
-def trainer(mesh, optimizer=None, model=None, **kwargs):
-    options = {"accumulate": MICROBATCHES} | kwargs
-    return st.Trainer(
-        model or wide(Small()), optimizer or optax.sgd(0.1, momentum=0.9), mesh=st.make_mesh(mesh), **options
-    )
-
-
-def close(ours, theirs, tolerance=TOLERANCE):
-    """The same tree of arrays, of the same shapes and dtypes; names what differs."""
-    ours, theirs = (jax.tree_util.tree_flatten_with_path(jax.device_get(tree)) for tree in (ours, theirs))
-    assert ours[1] == theirs[1]
-    for (path, a), (_, b) in zip(ours[0], theirs[0], strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
-        scale = max(1.0, np.abs(b.astype(float)).max(initial=0))
-        np.testing.assert_allclose(
-            a.astype(float),
-            b.astype(float),
-            rtol=0,
-            atol=tolerance * scale,
-            err_msg=jax.tree_util.keystr(path),
-        )
-
-
-def fit(one, data, steps=None):
-    rows = one.fit(data, steps=int(one.state.step) + (steps or len(data)), progress=False)
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-
-
-def same(ours, theirs, data, tolerance=TOLERANCE):
-    """Both trained on the same batches: what is reported and the whole state are the same."""
-    close(fit(ours, data), fit(theirs, data), tolerance)
-    close(ours._named(), theirs._named(), tolerance)
-
-
-def masked_adamw():
-    return optax.adamw(
-        0.01, weight_decay=0.1, mask=lambda params: {name: "kernel" in name for name in params}
-    )
-
+from shardtrain.errors import UserError
 
 OPTIMIZERS = {
     "adamw with a mask by name": masked_adamw,
@@ -141,3 +44,236 @@ def test_a_step_is_that_of_one_device():
 def test_optimizers(optimizer):
     make = OPTIMIZERS[optimizer]
     same(trainer("pipe=2", make(), Deep()), trainer("data=1", make(), Deep()), batches())
+
+
+def test_an_optimizer_of_all_parameters_at_once():
+    """Its state belongs to no parameter, so that every device has it; large ones are refused."""
+    make = lambda: optax.flatten(optax.adam(0.01))  # noqa: E731
+    same(trainer("pipe=2", make(), Deep()), trainer("data=1", make(), Deep()), batches())
+
+
+def test_an_optimizer_that_joins_large_arrays_of_several_stages_is_refused(monkeypatch):
+    monkeypatch.setattr("shardtrain.pipeline.spread.LARGEST", 1000)
+    with pytest.raises(
+        UserError, match=r"the optimizer joins .* of several stages.*; use transformations that"
+    ):
+        fit(trainer("pipe=2", optax.flatten(optax.adam(0.01)), Deep()), batches())
+
+
+def test_many_stages_on_a_rank_and_sends_that_overlap():
+    ours = trainer("pipe=2,data=2", model=wide(Small(norm=True)), schedule="zb-v", overlap=True)
+    same(ours, trainer("data=1"), batches())
+    assert ours.pipeline.schedule.stages == 4
+
+
+@pytest.mark.parametrize("statistics", ["microbatch", "batch"])
+def test_ragged_batches(statistics):
+    """Rows that fill up count nowhere, be it in a microbatch of which some are real or of which none is."""
+    x, y = images(16 + 9 + 3 + 1 + 16)
+    ends = list(itertools.accumulate([0, 16, 9, 3, 1, 16]))
+    data = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)]
+    kinds = {"statistics": statistics, "metrics": {"top": st.losses.accuracy}}
+    same(trainer("pipe=2,data=2", **kinds), trainer("data=1", **kinds), data)
+
+
+def test_statistics_of_the_batch_are_those_without_microbatches():
+    """On data that drifts from row to row and thus from microbatch to microbatch: the first layer's."""
+    x, y = images(16)
+    x = x * (1 + np.arange(16) % 4)[:, None, None, None] + 3 * (np.arange(16) % 4)[:, None, None, None]
+
+    def running(mesh, **kwargs):
+        one = trainer(mesh, **kwargs)
+        fit(one, [(x, y)])
+        return {key: np.array(one._named().model_state[key]) for key in ("norm.mean", "norm.var")}
+
+    whole = running("data=1", accumulate=1)
+    close(running("pipe=2,data=2", statistics="batch"), whole)
+    for key, value in running("pipe=2,data=2").items():
+        assert np.abs(value - whole[key]).max() > 0.1
+
+
+def test_low_precision_is_sent_as_such():
+    ours, theirs = (
+        trainer(mesh, dtype="bfloat16", model=wide(Small(rate=0.0))) for mesh in ("pipe=2", "data=1")
+    )
+    rows = fit(ours, batches())
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows], [row["loss"] for row in fit(theirs, batches())], rtol=0.02
+    )
+    (sent,) = {s.dtype for program in ours.pipeline.programs[:-1] for s in program.outs}
+    assert sent == jnp.bfloat16
+    assert {p.dtype for p in ours._named().params.values()} == {jnp.dtype("float64")}
+
+
+def kept(one):
+    return sum(s.size * s.dtype.itemsize for p in one.pipeline.programs for s in (*p.saved, *p.lasting))
+
+
+def test_stages_that_keep_their_inputs_alone():
+    less, more = trainer("pipe=2", remat="nothing"), trainer("pipe=2")
+    theirs = trainer("data=1")
+    same(less, theirs, batches())
+    fit(more, batches(), 1)
+    assert kept(less) < 0.7 * kept(more)
+
+
+def test_parameters_spread_inside_stages():
+    ours = trainer("pipe=2,data=2", masked_adamw(), parameters="data")
+    same(ours, trainer("data=1", masked_adamw()), batches())
+    shapes, stage_of = ours.pipeline.named_shapes.params, ours.pipeline.stage_of
+    whole = [sum(8 * s.size for name, s in shapes.items() if stage_of[name] == k) for k in (0, 1)]
+    assert ours.parameter_bytes < 0.7 * max(whole)
+
+
+def test_layers_of_a_stage_that_are_cut_otherwise():
+    """Channels cut in the first layers, examples in the last ones."""
+    layout = {name: {"batch": ("data", "channel"), "channels": ()} for name in ("deep", "head")}
+    ours = trainer("pipe=2,channel=2,data=2", layout=layout, clip_norm=0.3)
+    same(ours, trainer("data=1", clip_norm=0.3), batches())
+
+
+def test_evaluation_and_prediction():
+    """Of a trained model: ragged, of other sizes than in training, smaller than the mesh."""
+    ours, theirs = trainer("pipe=2,data=2"), trainer("data=1")
+    x, y = images(40, seed=3)
+    with pytest.raises(UserError, match=r"call fit first"):
+        ours.predict(x)
+    for one in (ours, theirs):
+        fit(one, batches())
+    for rows in (21, 1):
+        close(ours.evaluate([(x[:rows], y[:rows])]), theirs.evaluate([(x[:rows], y[:rows])]))
+        close(ours.predict(x[:rows]), theirs.predict(x[:rows]))
+    parts = [(x[:24], y[:24]), (x[24:], y[24:])]
+    close(ours.evaluate(parts), theirs.evaluate(parts))
+    close(ours.predict(x[:5]), ours.model(jnp.asarray(x[:5])))
+    before = ours.evaluate(parts)
+    fit(ours, batches(), 1)
+    assert ours.evaluate(parts) != before
+
+
+class Pooled(nnx.Module):
+    """For images of any size."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.first = st.nn.Conv(2, 4, (3, 3), **kinds)
+        self.second = st.nn.Conv(4, 4, (3, 3), 2, **kinds)
+        self.head = st.nn.Linear(4, 5, **kinds)
+
+    def __call__(self, x):
+        x = nnx.tanh(self.first(x))
+        return self.head(nnx.tanh(self.second(x)).mean((1, 2)))
+
+
+def test_batches_of_another_shape_in_between():
+    x, y = images(48)
+    large = np.random.default_rng(1).standard_normal((16, 7, 6, 2))
+    data = [(x[:16], y[:16]), (large, y[16:32]), (x[32:], y[32:])]
+    same(trainer("pipe=2", model=Pooled()), trainer("data=1", model=Pooled()), data)
+
+
+class Plain(nnx.Module):
+    """Layers of flax alone."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.first = nnx.Linear(32, 8, **kinds)
+        self.norm = nnx.LayerNorm(8, **kinds)
+        self.second = nnx.Linear(8, 8, **kinds)
+        self.head = nnx.Linear(8, 5, **kinds)
+
+    def __call__(self, x):
+        x = self.norm(nnx.relu(self.first(x.reshape(x.shape[0], -1))))
+        return self.head(nnx.relu(self.second(x)) + x)
+
+
+def test_a_model_of_plain_layers():
+    same(trainer("pipe=2,data=2", model=Plain()), trainer("data=1", model=Plain()), batches())
+
+
+class Words(nnx.Module):
+    """Integers in, whose embeddings are averaged."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.embed = st.nn.Embed(11, 6, **kinds)
+        self.hidden = st.nn.Linear(6, 6, **kinds)
+        self.head = st.nn.Linear(6, 5, **kinds)
+
+    def __call__(self, words):
+        return self.head(nnx.tanh(self.hidden(self.embed(words).mean(1))))
+
+
+def sentences(count):
+    r = np.random.default_rng(0)
+    return r.integers(0, 11, (count, 7)).astype(np.int32), r.integers(0, 5, count).astype(np.int32)
+
+
+def test_integers_as_inputs():
+    data = batches(make=sentences)
+    same(trainer("pipe=2,data=2", model=Words()), trainer("data=1", model=Words()), data)
+
+
+class Two(nnx.Module):
+    """A tree of inputs, of which the second arrives at the last stage; two outputs."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.first = st.nn.Linear(4, 6, **kinds)
+        self.second = st.nn.Linear(6, 6, **kinds)
+        self.head = st.nn.Linear(6, 3, **kinds)
+
+    def __call__(self, inputs):
+        x = nnx.tanh(self.first(inputs["a"]))
+        x = nnx.tanh(self.second(x)) * inputs["b"]
+        return {"mean": self.head(x), "size": (x**2).sum(-1)}
+
+
+def test_trees_of_inputs_and_outputs():
+    r = np.random.default_rng(0)
+
+    def loss(outputs, targets):
+        return ((outputs["mean"] - targets["mean"]) ** 2).sum(-1) + outputs["size"] * targets["weight"]
+
+    data = [
+        (
+            {"a": r.standard_normal((rows, 4)), "b": r.standard_normal((rows, 6))},
+            {"mean": r.standard_normal((rows, 3)), "weight": r.standard_normal(rows)},
+        )
+        for rows in (16, 16, 5)
+    ]
+    ours, theirs = (trainer(mesh, model=Two(), loss=loss) for mesh in ("pipe=2,data=2", "data=1"))
+    same(ours, theirs, data)
+    close(ours.predict(data[2][0]), theirs.predict(data[2][0]))
+    close(ours.evaluate(data), theirs.evaluate(data))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: trainer("pipe=2", schedule="2f2b"), "there is no schedule '2f2b'; there are gpipe, 1f1b,"),
+        (
+            lambda: trainer("pipe=2", schedule=st.pipeline.make("1f1b", 2, 3)),
+            "'1f1b' is of 2 ranks and 3 microbatches, the mesh has pipe=2 and accumulate is 4; make them equal",
+        ),
+        (lambda: trainer("pipe=2", schedule=st.pipeline.make("1f1b", 4, 4)), "is of 4 ranks.*make them equal"),
+        (
+            lambda: trainer("pipe=2", schedule=st.pipeline.Schedule.from_csv("0F0,0B0\n1F0", "mine")),
+            r"schedule 'mine': 1I0 \(or 1B0 for both halves\) is missing; add it to rank 1",
+        ),
+        (lambda: trainer("pipe=2", schedule="mine.csv"), "schedule file mine.csv cannot be read"),
+        (lambda: trainer("pipe=2", schedule="interleaved", in_flight=1), "holds 5 activations on a rank, not 1; allow 5"),
+        (lambda: trainer("pipe=2", remat="contractions"), "stages keep all .* or only their inputs \\('nothing'\\)"),
+        (lambda: trainer("pipe=2", stages="stem|norm|drop"), "stage"),
+        (lambda: trainer("pipe=2", stages="stem|neck"), "neck"),
+        (lambda: trainer("pipe=2", schedule=st.pipeline.make("interleaved", 2, 4, 200)), "can be cut into .* stages at most, not 400"),
+        (lambda: trainer("pipe=2", accumulate=1), "with accumulate=1: .* one at a time; .* such as accumulate=8"),
+        (lambda: trainer("pipe=2", statistics="epoch"), "statistics='epoch'; there are 'microbatch' and 'batch'"),
+        (lambda: trainer("pipe=2,data=2", accumulate=16), "batch of 16 does not divide by the 2 shards .* use 32"),
+        (lambda: trainer("pipe=2", stages="0F0"), "stages"),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_do_is_said_in_one_sentence(make, message):
+    with pytest.raises(UserError, match=message) as caught:
+        fit(make(), batches(), 1)
+    assert "\n" not in str(caught.value)

@@ -89,7 +89,7 @@ def test_variables_that_change_by_themselves_are_refused(model, count):
     with pytest.raises(
         UserError, match=r"the variable 'turns' changes in training .*; train this model without"
     ):
-        fitted(model, accumulate=count, schedule="gpipe")
+        fitted(model, accumulate=count, schedule=make("gpipe", 4, count))
 
 
 def test_an_order_of_evaluation_that_stages_do_not_have_is_refused():
@@ -109,16 +109,16 @@ def test_outputs_that_are_no_numbers_or_have_no_rows():
     np.testing.assert_array_equal(positive, wanted)
 
 
-def test_arguments_of_a_wrong_kind_are_refused():
-    for wrong, sentence in (
-        ({"schedule": 5}, "schedule=5; name one of gpipe, 1f1b, .* or a .csv file"),
-        ({"stages": ["a", "b"]}, r"stages=\['a', 'b'\]; write a layout such as"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            fitted(Deep, **wrong)
-    one = st.Trainer(Deep(), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), accumulate=2)
+def test_schedules_by_path_and_what_is_not_known_yet(tmp_path):
+    make("zb-h1", 2, 4).save(tmp_path / "mine.csv")
+    one = st.Trainer(
+        Deep(), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), accumulate=4, schedule=tmp_path / "mine.csv"
+    )
     with pytest.raises(UserError, match="call fit first"):
         _ = one.parameter_bytes
+    one.compiled_step(one.place(*batch()))
+    assert one.pipeline.plan.schedule.orders == make("zb-h1", 2, 4).orders
+    assert one.parameter_bytes > 0
 
 
 def test_overlap_takes_the_ticks_that_the_simulator_says():

@@ -1,0 +1,173 @@
+"""A compiled pipeline: what it needs, what it sends beside what it should, what it copies."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shardtrain import hlo
+from shardtrain.errors import UserError
+from shardtrain.pipeline.run import message
+from shardtrain.pipeline.table import build
+from shardtrain.plan.census import Collective, census
+from shardtrain.plan.trace import sent
+from shardtrain.train.pipelined import Pipelined
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind and purpose, in one call of the program.
+
+    A loop's collectives are those of all branches at every tick, as the census counts them; a device takes
+    one branch in a tick.
+
+    Attributes:
+        what: `"messages"` between stages, `"in stages"` at every tick, `"gradients"`, or `"others"` (sums of
+            losses, norms) once a step.
+        kind, axes: as in the census.
+        count: arrays that are moved, one for each run.
+        payload: bytes of all operands on one device.
+        expected: the same by the schedule and the traced stages; None where there is no closed form.
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    payload: int
+    expected: int | None
+
+    @property
+    def right(self) -> bool:
+        """Whether it is what was expected; XLA may merge equal collectives of one stage."""
+        if self.what == "in stages" and self.expected is not None:
+            return self.payload <= self.expected
+        return self.expected in (None, self.payload)
+
+
+def ticks(pipeline: Pipelined) -> int:
+    """Trips of the compiled loop."""
+    return len(build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop).rows)
+
+
+def traffic(pipeline: Pipelined, compiled: jax.stages.Compiled | str) -> list[Traffic]:
+    """What a compiled training step sends, beside its closed form.
+
+    Messages: at every tick, one along each route that the schedule has, as large as the largest. In stages:
+    the collectives of the traced `F`, `I` and `W`. Gradients: every parameter's, once a step, over the axes
+    over which the ranks of its stage hold parts of the sum.
+    """
+    table = build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop)
+    trips, mesh = len(table.rows), pipeline.mesh
+    found: dict[tuple[str, str, tuple[str, ...]], Counter[str]] = {}
+
+    def add(what: str, kind: str, axes: tuple[str, ...], **numbers: int) -> None:
+        found.setdefault((what, kind, axes), Counter()).update(numbers)
+
+    for row in census(compiled, mesh):
+        what = _what(row, trips)
+        add(what, row.kind, row.axes or (), count=row.count, payload=row.count * row.payload)
+    size = sum(n * jnp.dtype(d).itemsize for d, n in message(pipeline.programs).items())
+    routes = [distance for distance in table.routes if distance]
+    add("messages", "collective-permute", ("pipe",), expected=trips * len(routes) * size)
+    kinds = {doing for doing in table.branches if doing is not None}
+    for k, kind in kinds:
+        program = pipeline.programs[k]
+        bodies = {"F": [program.forward], "I": [program.input_gradient], "W": [program.weight_gradient]}
+        bodies["B"] = bodies["I"] + bodies["W"]
+        for body in bodies[kind]:
+            for one in sent(body.jaxpr, mesh):
+                add("in stages", one.kind, one.axes, expected=trips * one.payload)
+    for k, program in enumerate(pipeline.programs):
+        places = {pipeline.names["params"][i]: pipeline.params.places[i] for i in pipeline.params.at_stage[k]}
+        for name, axes in zip(program.stage.params, program.sums, strict=True):
+            over = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
+            if over:
+                place = places[name]
+                add("gradients", "all-reduce", over, expected=place.size * jnp.dtype(place.dtype).itemsize)
+    _move_others(found)
+    return [
+        Traffic(what, kind, axes, n["count"], n["payload"], n["expected"] if what != "others" else None)
+        for (what, kind, axes), n in sorted(found.items(), key=lambda item: _ORDER.index(item[0][0]))
+    ]
+
+
+_ORDER = ("messages", "in stages", "gradients", "others")
+
+
+def _what(row: Collective, trips: int) -> str:
+    if row.count == 1:
+        return "gradients" if row.kind == "all-reduce" and "pipe" not in (row.axes or ()) else "others"
+    return "messages" if row.kind == "collective-permute" and row.axes == ("pipe",) else "in stages"
+
+
+def _move_others(found: dict[tuple[str, str, tuple[str, ...]], Counter[str]]) -> None:
+    """Sums once a step over axes that no gradient is summed over are others."""
+    for (what, kind, axes), numbers in list(found.items()):
+        if what == "gradients" and not numbers["expected"]:
+            found.setdefault(("others", kind, axes), Counter()).update(numbers)
+            del found[what, kind, axes]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as the compiler planned them.
+
+    Attributes:
+        arguments: the state and the batch.
+        temporary: all else, what waits between `F`, `I` and `W` among it.
+        peak: the most at once; 0 if the compiler does not say.
+    """
+
+    arguments: int
+    temporary: int
+    peak: int
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """What a compiled program needs on each device."""
+    found: Any = compiled.memory_analysis()
+    peak = getattr(found, "peak_memory_in_bytes", 0)
+    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, peak)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Bytes that one tick copies from one buffer into another of the same shape, and computes nothing.
+
+    Attributes:
+        loop: behind the conditional, at every tick.
+        branch: in the branch that copies most.
+        carried: of all arrays that the loop carries, for comparison.
+    """
+
+    loop: int
+    branch: int
+    carried: int
+
+
+def copies(text: str) -> Copies:
+    """What the loop over ticks of a compiled pipeline copies at every tick.
+
+    Raises:
+        UserError: a program without a loop that has a conditional in it.
+    """
+    _, computations = hlo.parse(text)
+
+    def copied(name: str) -> int:
+        return sum(_size(i) for i in computations[name] if i.op in ("copy", "copy-start"))
+
+    for body in computations.values():
+        for loop in (i for i in body if i.op == "while"):
+            inner = next((c.name for c in loop.calls if c.role == "body"), "")
+            switches = [i for i in computations.get(inner, ()) if i.op == "conditional"]
+            if switches:
+                branches = [copied(call.name) for i in switches for call in i.calls]
+                return Copies(copied(inner), max(branches), _size(loop))
+    raise UserError("the program has no loop with a conditional in it; give the text of a pipelined step")
+
+
+def _size(instruction: hlo.Instruction) -> int:
+    return sum(size for _, size in hlo.arrays(instruction.shape))
