@@ -130,9 +130,9 @@ class Pipelined(Stowed):
             for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
             for key in shapes
         }
-        micro = Microbatch.of(batch, program.accumulate)
+        self.first = micro = Microbatch.of(batch, program.accumulate)
         traced, self.sums, _ = self._trace(micro, train=True)
-        flow = Flow(traced)
+        self.flow = flow = Flow(traced)
         self.layers = Layers(flow, allowed(flow), arriving(flow))
         self.positions = positions(flow, plan.schedule.stages, plan.stages)
         stages = flow.cut(self.positions)
@@ -242,10 +242,11 @@ class Pipelined(Stowed):
     def train_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
         """One update, for batches that lie as `like` does; see `Program.train_step`."""
         micro = Microbatch.of(like, self.program.accumulate)
-        traced, _, _ = self._trace(micro, train=True)
-        flow = Flow(traced)
-        stages = recut(flow, self.stage_of, self.schedule.stages)
-        programs = self._localize(stages, micro, remat=self.plan.remat)
+        flow, programs = self.flow, self.programs
+        if micro != self.first:
+            flow = Flow(self._trace(micro, train=True)[0])
+            stages = recut(flow, self.stage_of, self.schedule.stages)
+            programs = self._localize(stages, micro, remat=self.plan.remat)
         machine = self._machine(self.schedule, programs, 1 + len(self.sums))
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
