@@ -28,6 +28,7 @@ from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
+from shardtrain.train.recut import refuse_uncut
 from shardtrain.train.state import (
     TrainState,
     Variables,
@@ -356,15 +357,9 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        self._need_stages()
+        refuse_uncut(self._plan, self.pipeline)
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
-
-    def _need_stages(self) -> None:
-        if self._plan is not None and self.pipeline is None:
-            raise UserError(
-                "the pipeline is cut by the first training batch; call fit, or compiled_step, first"
-            )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
@@ -386,12 +381,8 @@ class Trainer:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them.
-
-        Raises:
-            UserError: on a mesh with `pipe`, before the first batch says which device has what.
-        """
-        self._need_stages()
+        """Bytes that parameters take on the device that has most of them."""
+        refuse_uncut(self._plan, self.pipeline)
         return bytes_on_a_device(self.state.params)
 
     def partition_table(self) -> Table:
