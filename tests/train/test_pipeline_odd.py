@@ -178,5 +178,5 @@ def test_replicas_resume_on_as_many_replicas_only(tmp_path):
     losses = [[row["loss"] for row in t.fit([batch()], steps=2, progress=False)] for t in (one, again)]
     assert losses[0] == losses[1]
     for mesh in ("data=1", "pipe=2", "pipe=2,replica=4"):
-        with pytest.raises(UserError, match="does not fit this model and optimizer .*resume with the flags"):
+        with pytest.raises(UserError, match=r"does not fit this model and optimizer .*resume with the flags"):
             replicas(mesh).restore(tmp_path)
