@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, spatial_names, spec
-from shardtrain.mesh import size
+from shardtrain.mesh import size, text
 from shardtrain.ops.island import even
 from shardtrain.train.step import Batch
 
@@ -174,3 +174,12 @@ def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
     shards = size(mesh, layout.cut("batch", mesh))
     mine = len(local_rows(mesh, layout, shards))
     return max(1, math.ceil(rows / mine)) * shards
+
+
+def indivisible(rows: int, size: int | float, mesh: Mesh, shards: int, parts: int) -> UserError:
+    """What to say of a batch of `rows`, `size` over all processes, that `shards * parts` does not divide."""
+    near = max(1, round(size / (shards * parts))) * shards * parts
+    return UserError(
+        f"a batch of {rows} does not divide by the {shards} shards of the batch on mesh {text(mesh)} times "
+        f"accumulate={parts}; use {near}"
+    )

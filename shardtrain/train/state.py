@@ -1,5 +1,7 @@
 """The state of a run in one tree of named arrays, and where each lies on the mesh."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +143,19 @@ def opt_state_specs(
         shapes,
         owners(shapes, params),
     )
+
+
+def by_field(state: TrainState) -> dict[str, Any]:
+    """A state as a dictionary, one level deep."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """What arrays take on the device, of this process, that has most of them."""
+    held: Counter[Any] = Counter()
+    for x in jax.tree.leaves(tree):
+        held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
+    return max(held.values())
 
 
 def is_shapes(tree: Any) -> bool:

@@ -1,7 +1,6 @@
 """The trainer: a model, an optimizer and a mesh as one compiled program."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.table import Table
 from shardtrain import pipeline
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
-from shardtrain.mesh import make_mesh, size, text, without
+from shardtrain.mesh import make_mesh, size, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
@@ -29,8 +28,16 @@ from shardtrain.train import check, checkpoint, loop, losses, place
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
-from shardtrain.train.recut import refuse_uncut
-from shardtrain.train.state import TrainState, Variables, is_shapes, lying, opt_state_specs, shardings
+from shardtrain.train.state import (
+    TrainState,
+    Variables,
+    by_field,
+    bytes_on_a_device,
+    is_shapes,
+    lying,
+    opt_state_specs,
+    shardings,
+)
 from shardtrain.train.step import Batch, PerExample, Program
 
 
@@ -208,7 +215,7 @@ class Trainer:
             size = place.global_batch_size(rows, self.mesh, self._rows)
             mine = len(self.rows(size))
             if mine != rows or (size // self._shards()) % self.accumulate:
-                raise self._indivisible(rows, rows * size / mine)
+                raise place.indivisible(rows, rows * size / mine, self.mesh, self._shards(), self.accumulate)
             self._batch_size = size
         batch = self._placed(inputs, targets, self._batch_size)
         if self._plain_norms and rows < len(self.rows(self._batch_size)):
@@ -229,16 +236,8 @@ class Trainer:
         """
         rows = place.rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
-            raise self._indivisible(rows, rows)
+            raise place.indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
         return place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
-
-    def _indivisible(self, rows: int, size: int | float) -> UserError:
-        step = self._shards() * self.accumulate
-        near = max(1, round(size / step)) * step
-        return UserError(
-            f"a batch of {rows} does not divide by the {self._shards()} shards of the batch "
-            f"on mesh {text(self.mesh)} times accumulate={self.accumulate}; use {near}"
-        )
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
@@ -357,14 +356,20 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        refuse_uncut(self._plan, self.pipeline)
+        self._need_stages()
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
+
+    def _need_stages(self) -> None:
+        if self._plan is not None and self.pipeline is None:
+            raise UserError(
+                "the pipeline is cut by the first training batch; call fit, or compiled_step, first"
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
         named = self._named()
-        return checkpoint.save(Path(folder), int(named.step), _asdict(named))
+        return checkpoint.save(Path(folder), int(named.step), by_field(named))
 
     def restore(self, folder: str | Path) -> int:
         """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
@@ -376,23 +381,20 @@ class Trainer:
             UserError: no checkpoint there, or one of another model.
         """
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        named = TrainState(**checkpoint.restore(Path(folder), _asdict(self._named()), several))
+        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named()), several))
         self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them."""
-        refuse_uncut(self._plan, self.pipeline)
-        held: Counter[Any] = Counter()
-        for x in jax.tree.leaves(self.state.params):
-            held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
-        return max(held.values())
+        """Bytes that parameters take on the device that has most of them.
+
+        Raises:
+            UserError: on a mesh with `pipe`, before the first batch says which device has what.
+        """
+        self._need_stages()
+        return bytes_on_a_device(self.state.params)
 
     def partition_table(self) -> Table:
         """What lies where: a table of the parameters, their cuts and their bytes on each device."""
         return partition.partition_table(self.model, self.mesh, self.layout)
-
-
-def _asdict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

@@ -31,6 +31,15 @@ OPTIMIZERS = {
 }
 
 
+QUICK = [
+    "adamw with a mask by name",
+    "lamb",
+    "adafactor, factored",
+    "by groups of names",
+    "skipping what is not finite",
+]
+
+
 def test_a_step_is_that_of_one_device():
     """Momentum, clipping, batch norm, dropout by example, metrics, a parameter that nothing uses."""
     ours = trainer("pipe=2,data=2", clip_norm=0.5)
@@ -40,7 +49,12 @@ def test_a_step_is_that_of_one_device():
     np.testing.assert_array_equal(ours.model.idle.kernel[...], Small().idle.kernel[...])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def some(cases, quick):
+    """All cases, of which those that are not `quick` are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("optimizer", some(OPTIMIZERS, QUICK))
 def test_optimizers(optimizer):
     make = OPTIMIZERS[optimizer]
     same(trainer("pipe=2", make(), Deep()), trainer("data=1", make(), Deep()), batches())
@@ -66,7 +80,7 @@ def test_many_stages_on_a_rank_and_sends_that_overlap():
     assert ours.pipeline.schedule.stages == 4
 
 
-@pytest.mark.parametrize("statistics", ["microbatch", "batch"])
+@pytest.mark.parametrize("statistics", some(["microbatch", "batch"], ["microbatch"]))
 def test_ragged_batches(statistics):
     """Rows that fill up count nowhere, be it in a microbatch of which some are real or of which none is."""
     x, y = images(16 + 9 + 3 + 1 + 16)
@@ -118,8 +132,12 @@ def test_stages_that_keep_their_inputs_alone():
 
 
 def test_parameters_spread_inside_stages():
-    ours = trainer("pipe=2,data=2", masked_adamw(), parameters="data")
-    same(ours, trainer("data=1", masked_adamw()), batches())
+    # Without batch norm, behind which the gradient of a bias is zero, and Adam makes steps of its rounding.
+    ours, theirs = (
+        trainer(mesh, masked_adamw(), Small(norm=False), parameters=spread)
+        for mesh, spread in (("pipe=2,data=2", "data"), ("data=1", ()))
+    )
+    same(ours, theirs, batches())
     shapes, stage_of = ours.pipeline.named_shapes.params, ours.pipeline.stage_of
     whole = [sum(8 * s.size for name, s in shapes.items() if stage_of[name] == k) for k in (0, 1)]
     assert ours.parameter_bytes < 0.7 * max(whole)

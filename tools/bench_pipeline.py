@@ -1,0 +1,532 @@
+"""Times pipeline schedules on two devices, over the ideal that their bubbles leave, and beside PyTorch's.
+
+    python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
+
+The network is a row of equal convolutions, so the stages are balanced, in float32. A device is one core:
+XLA's threads inside an operation are turned off, and a line of the table shows that two devices which have
+nothing to do with each other take the time of one. The unpipelined run is the same model with the same
+microbatches, accumulated on one device, in T; the ideal is T / (devices * (1 - idle)), where idle is the
+schedule's bubble if F, I and W take equally long and messages no time. All that is compared takes turns, one
+step each, and ratios are medians over the rounds, so that other work on the machine hits all alike.
+
+PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
+one thread, over an ideal from its own unpipelined time on one thread. It is needed by nothing else: `pip
+install torch` in any environment and name its python, without it those rows are left out.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_step import free_port, has_torch, machine, markdown, show, show_table
+
+# Only the standard library here: the PyTorch workers import this file in an environment without jax.
+
+MARKERS = ("bench_pipeline", "bench_pipeline_torch")
+LAYERS, FEATURES, EXTENT, ROWS, CLASSES, RATE = 8, 64, 32, 4, 10, 0.01
+DEVICES = 2
+ALONE, APART = "unpipelined", "two apart"
+TORCH = {
+    "gpipe": ("ScheduleGPipe", 1),
+    "1f1b": ("Schedule1F1B", 1),
+    "interleaved": ("ScheduleInterleaved1F1B", 2),
+    "zb-h1": ("ScheduleInterleavedZeroBubble", 1),
+    "zb-v": ("ScheduleZBVZeroBubble", 2),
+}
+"""PyTorch's class for each of our schedules, and how many stages a rank holds there."""
+
+Step = Callable[[], float]
+"""Does one step and returns its seconds."""
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of one step of each, a number for every round, in alternating order."""
+    for step in steps.values():
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            taken[name].append(steps[name]())
+    return taken
+
+
+# --- shardtrain ---
+
+
+def batch_of(microbatches: int) -> tuple[Any, Any]:
+    """Random images and labels on the host."""
+    import numpy as np
+
+    random, rows = np.random.default_rng(0), ROWS * microbatches
+    images = random.standard_normal((rows, EXTENT, EXTENT, 3), np.float32)
+    return images, random.integers(0, CLASSES, rows, np.int32)
+
+
+def model() -> Any:
+    """A convolution of three channels, then equal ones, so that every equal one has both gradients."""
+    from flax import nnx
+
+    import shardtrain as st
+
+    class Row(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            channels = [3] + [FEATURES] * (LAYERS + 1)
+            self.convs = nnx.List(
+                st.nn.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
+            )
+            self.pool, self.head = st.nn.GlobalAvgPool(), st.nn.Linear(FEATURES, CLASSES, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            for conv in self.convs:
+                x = nnx.relu(conv(x))
+            return self.head(self.pool(x))
+
+    return Row(nnx.Rngs(0))
+
+
+class Ours:
+    """A trainer and its compiled step."""
+
+    def __init__(self, mesh: Any, microbatches: int, schedule: str = "1f1b") -> None:
+        import optax
+
+        import shardtrain as st
+
+        self.trainer = st.Trainer(
+            model(), optax.sgd(RATE), mesh=mesh, accumulate=microbatches, schedule=schedule
+        )
+        self.batch = self.trainer.place(*batch_of(microbatches))
+        self.compiled = self.trainer.compiled_step(self.batch)
+
+    def start(self) -> Any:
+        self.trainer.state, sums = self.compiled(self.trainer.state, self.batch)
+        return self.trainer.state, sums
+
+    def step(self) -> float:
+        import jax
+
+        clock = time.perf_counter()
+        jax.block_until_ready(self.start())
+        return time.perf_counter() - clock
+
+
+def apart(one: Ours, other: Ours) -> Step:
+    """The unpipelined step of two devices at once."""
+    import jax
+
+    def step() -> float:
+        clock = time.perf_counter()
+        jax.block_until_ready((one.start(), other.start()))
+        return time.perf_counter() - clock
+
+    return step
+
+
+def action_times(programs: Sequence[Any], calls: int) -> Any:
+    """What `F`, `I` and `W` of each stage take alone on one device, as `Costs` in seconds."""
+    import jax
+    import numpy as np
+
+    from shardtrain.pipeline import Costs
+
+    random = np.random.default_rng(0)
+
+    def given(aval: Any) -> Any:
+        floating = np.issubdtype(aval.dtype, np.floating)
+        return jax.device_put(
+            random.standard_normal(aval.shape, np.float32) if floating else np.zeros(aval.shape, aval.dtype)
+        )
+
+    def step(closed: Any) -> Step:
+        compiled = jax.jit(functools.partial(jax.core.eval_jaxpr, closed.jaxpr, closed.consts))
+        arguments = [given(aval) for aval in closed.in_avals]
+
+        def run() -> float:
+            clock = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            return time.perf_counter() - clock
+
+        return run
+
+    kinds = ("forward", "input_gradient", "weight_gradient")
+    steps = {f"{k} {kind}": step(getattr(p, kind)) for k, p in enumerate(programs) for kind in kinds}
+    taken = in_turns(steps, calls)
+    rows = [tuple(statistics.median(taken[f"{k} {kind}"]) for k in range(len(programs))) for kind in kinds]
+    return Costs(*rows)
+
+
+# --- PyTorch ---
+
+
+def torch_worker(rank: int, port: int) -> None:
+    """A rank: `[schedule, microbatches]` comes in on stdin, the seconds of a step go out on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # gloo prints
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch: Any = importlib.import_module("torch")
+    pipelining: Any = importlib.import_module("torch.distributed.pipelining")
+    nn, functional = torch.nn, torch.nn.functional
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=DEVICES
+    )
+    print(json.dumps({"version": f"PyTorch {torch.__version__}"}), file=answers, flush=True)
+
+    def stages(count: int) -> list[Any]:
+        """The network, cut into so many parts."""
+        torch.manual_seed(0)
+        parts: list[list[Any]] = [[] for _ in range(count)]
+        parts[0] += [nn.Conv2d(3, FEATURES, 3, padding=1), nn.ReLU()]
+        for i in range(LAYERS):
+            parts[i * count // LAYERS] += [nn.Conv2d(FEATURES, FEATURES, 3, padding=1), nn.ReLU()]
+        parts[-1] += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(FEATURES, CLASSES)]
+        return [nn.Sequential(*part).to(memory_format=torch.channels_last) for part in parts]
+
+    def batch(microbatches: int) -> tuple[Any, Any]:
+        images = torch.randn(ROWS * microbatches, 3, EXTENT, EXTENT).to(memory_format=torch.channels_last)
+        return images, torch.randint(0, CLASSES, (ROWS * microbatches,))
+
+    def alone(microbatches: int) -> Callable[[], None]:
+        (network,) = stages(1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+        images, labels = batch(microbatches)
+        parts = list(zip(images.chunk(microbatches), labels.chunk(microbatches), strict=True))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            for x, y in parts:
+                (functional.cross_entropy(network(x), y) / microbatches).backward()
+            optimizer.step()
+
+        return step
+
+    def pipelined(name: str, microbatches: int) -> Callable[[], None]:
+        kind, chunks = TORCH[name]
+        count = chunks * DEVICES
+        ours = [rank, count - 1 - rank] if name == "zb-v" else list(range(rank, count, DEVICES))
+        networks = stages(count)
+        held = [pipelining.PipelineStage(networks[s], s, count, torch.device("cpu")) for s in ours]
+        single = name in ("gpipe", "1f1b")
+        schedule = getattr(pipelining, kind)(
+            held[0] if single else held, microbatches, loss_fn=functional.cross_entropy
+        )
+        optimizer = torch.optim.SGD([p for s in ours for p in networks[s].parameters()], lr=RATE)
+        images, labels = batch(microbatches)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            last = {"target": labels, "losses": []} if count - 1 in ours else {}
+            schedule.step(*([images] if 0 in ours else []), **last)
+            optimizer.step()
+
+        return step
+
+    known: dict[tuple[str, int], Callable[[], None]] = {}
+    for line in sys.stdin:
+        name, microbatches = json.loads(line)
+        try:
+            if (name, microbatches) not in known:
+                make = alone if name == ALONE else lambda m, name=name: pipelined(name, m)
+                known[name, microbatches] = make(microbatches)
+            clock = time.perf_counter()
+            known[name, microbatches]()
+            answer: dict[str, Any] = {"seconds": time.perf_counter() - clock}
+        except Exception as error:  # a schedule that does not work here is a line of the table
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"}
+        print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # no shutdown barrier: the other rank ends by itself
+
+
+class Team:
+    """PyTorch's processes."""
+
+    def __init__(self, python: str) -> None:
+        port = free_port()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the team)
+        self.workers = [
+            subprocess.Popen(
+                [python, __file__, "--worker", json.dumps([rank, port])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+            )
+            for rank in range(DEVICES)
+        ]
+        self.version: str = self._answers(self.workers)[0]["version"]
+
+    def _answers(self, workers: Sequence[Any]) -> list[dict[str, Any]]:
+        lines = [worker.stdout.readline() for worker in workers]
+        if not all(lines):
+            self.stop()
+            self.log.seek(0)
+            raise RuntimeError("PyTorch ended early:\n" + "".join(self.log.readlines()[-12:]))
+        return [json.loads(line) for line in lines]
+
+    def step(self, name: str, microbatches: int) -> Step:
+        """A step of all ranks, or of one that has the machine for itself.
+
+        Raises:
+            RuntimeError: from the step, with PyTorch's own reason.
+        """
+        workers = self.workers[:1] if name == ALONE else self.workers
+
+        def run() -> float:
+            for worker in workers:
+                assert worker.stdin is not None
+                worker.stdin.write(json.dumps([name, microbatches]) + "\n")
+                worker.stdin.flush()
+            answers = self._answers(workers)
+            if errors := [answer["error"] for answer in answers if "error" in answer]:
+                raise RuntimeError(errors[0])
+            return float(max(answer["seconds"] for answer in answers))
+
+        return run
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            if worker.stdin:
+                worker.stdin.close()
+            try:
+                worker.wait(5)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+
+
+# --- tables ---
+
+
+@dataclasses.dataclass
+class Found:
+    """What was measured with one number of microbatches.
+
+    Attributes:
+        microbatches: of the batch.
+        taken: seconds by name, a number for every round; PyTorch's names have `torch ` in front.
+        idle: of our schedules by name: classical, and in lockstep, with equal actions.
+        lockstep: of our schedules by name, seconds of all ticks by the measured times of the actions.
+        runs: the schedule that was run, which may be a split one.
+        failed: PyTorch's reason for each schedule that does not work.
+    """
+
+    microbatches: int
+    taken: dict[str, list[float]]
+    idle: dict[str, float]
+    lockstep: dict[str, float]
+    runs: dict[str, str]
+    failed: dict[str, str]
+
+    def milliseconds(self, name: str) -> str:
+        return f"{1000 * statistics.median(self.taken[name]):.0f}"
+
+    def over(self, name: str, alone: str, idle: float) -> list[float]:
+        """Times over the ideal, round by round."""
+        share = DEVICES * (1 - idle)
+        return sorted(t * share / a for t, a in zip(self.taken[name], self.taken[alone], strict=True))
+
+
+def half(values: Sequence[float]) -> str:
+    """The middle half."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{low:.2f} to {high:.2f}"
+
+
+def measure(
+    schedules: Sequence[str], microbatches: int, rounds: int, team: Team | None, costs: dict[int, Any]
+) -> Found:
+    """All schedules with so many microbatches, in turns."""
+    import jax
+
+    import shardtrain as st
+    from shardtrain.pipeline import classical, lockstep, make
+
+    devices = jax.devices()
+    ones = [Ours(st.make_mesh("data=1", devices=[d]), microbatches) for d in devices]
+    ours = {
+        name: Ours(st.make_mesh(f"pipe={DEVICES}", devices=devices), microbatches, name) for name in schedules
+    }
+    steps: dict[str, Step] = {ALONE: ones[0].step, APART: apart(ones[0], ones[1])}
+    steps |= {name: one.step for name, one in ours.items()}
+    failed = {}
+    for name in (ALONE, *schedules) if team else ():
+        assert team is not None
+        step = team.step(name, microbatches)
+        try:
+            step()
+        except RuntimeError as error:
+            failed[name] = str(error)
+        else:
+            steps[f"torch {name}"] = step
+    taken = in_turns(steps, rounds)
+    idle, ticks, runs = {}, {}, {}
+    for name, one in ours.items():
+        pipeline = one.trainer.pipeline
+        assert pipeline is not None
+        stages = pipeline.schedule.stages
+        if stages not in costs:
+            costs[stages] = action_times(pipeline.programs, rounds)
+        idle[name] = float(classical(make(name, DEVICES, microbatches)).idle)
+        ticks[name] = float(lockstep(pipeline.schedule, costs[stages]).makespan)
+        runs[name] = pipeline.schedule.name
+    return Found(microbatches, taken, idle, ticks, runs, failed)
+
+
+def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    header = ["schedule", "microbatches", "runs as", "idle", "ideal, ms", "time, ms", "time / ideal"]
+    header += ["middle half", "ticks, ms", "time / ticks"]
+    rows = []
+    for row in found:
+        for name in (ALONE, APART, *row.idle):
+            count, time_ = str(row.microbatches), row.milliseconds(name)
+            if name == ALONE:
+                rows.append([name, count, "", "", "", time_, "", "", "", ""])
+                continue
+            if name == APART:
+                ratios = row.over(name, ALONE, 0.5)
+                ratio = f"{statistics.median(ratios):.2f}"
+                rows.append(
+                    [name, count, "", "", row.milliseconds(ALONE), time_, ratio, half(ratios), "", ""]
+                )
+                continue
+            idle = row.idle[name]
+            ratios = row.over(name, ALONE, idle)
+            ideal = 1000 * statistics.median(row.taken[ALONE]) / (DEVICES * (1 - idle))
+            over = statistics.median(row.taken[name]) / row.lockstep[name]
+            cells = [name, count, row.runs[name], f"{idle:.1%}", f"{ideal:.0f}", time_]
+            cells += [f"{statistics.median(ratios):.2f}", half(ratios)]
+            rows.append([*cells, f"{1000 * row.lockstep[name]:.0f}", f"{over:.2f}"])
+    return header, rows
+
+
+def torch_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    header = ["schedule", "microbatches", "PyTorch, ms", "over its ideal", "middle half"]
+    header += ["shardtrain, ms", "over its ideal", "shardtrain / PyTorch"]
+    rows = []
+    for row in found:
+        for name in (ALONE, *row.idle):
+            theirs, count = f"torch {name}", str(row.microbatches)
+            if theirs not in row.taken:
+                rows.append([name, count, "fails", "", "", row.milliseconds(name), "", ""])
+                continue
+            pairs = zip(row.taken[name], row.taken[theirs], strict=True)
+            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+            cells = [row.milliseconds(theirs), "", "", row.milliseconds(name), ""]
+            if name != ALONE:
+                over = row.over(theirs, f"torch {ALONE}", row.idle[name])
+                cells[1:3] = f"{statistics.median(over):.2f}", half(over)
+                cells[4] = f"{statistics.median(row.over(name, ALONE, row.idle[name])):.2f}"
+            rows.append([name, count, *cells, ratio])
+    return header, rows
+
+
+def our_caption(found: Sequence[Found], costs: dict[int, Any]) -> str:
+    """What was timed, where."""
+    import jax
+
+    rounds = len(found[0].taken[ALONE])
+    times = "; ".join(
+        f"{stages} stages F {_all(cost.forward)}, I {_all(cost.input)}, W {_all(cost.weight)} ms"
+        for stages, cost in costs.items()
+    )
+    return (
+        f"Median of a step over {rounds} rounds in turns: {LAYERS} convolutions 3x3 of {FEATURES} channels "
+        f"on {EXTENT}x{EXTENT} behind one of 3 channels, microbatches of {ROWS} images, float32, SGD; "
+        f"{DEVICES} simulated devices of one core each. {APART.capitalize()}: the unpipelined step on both "
+        f"devices at once. Idle: the schedule's bubble with equal F, I, W. Ideal: the unpipelined time / "
+        f"({DEVICES} (1 - idle)). Time / ideal: median and middle half over the rounds. Ticks: every tick as "
+        f"long as its slowest action, by their times alone: {times}. {machine()}, jax {jax.__version__}."
+    )
+
+
+def _all(seconds: Sequence[Any]) -> str:
+    return " ".join(f"{1000 * float(s):.1f}" for s in seconds)
+
+
+def torch_caption(found: Sequence[Found], version: str) -> str:
+    """What was timed, where."""
+    text = (
+        f"The same network and microbatches, in turns with the table before. PyTorch: "
+        f"torch.distributed.pipelining, {DEVICES} processes of one thread on a core each, gloo, channels "
+        f"last; its ideal is from its own unpipelined time on one thread. {version}."
+    )
+    reasons = {name: reason for row in found for name, reason in row.failed.items()}
+    lines = [f"{name} (`{TORCH[name][0]}`) fails: {reason}." for name, reason in reasons.items()]
+    return " ".join([text, *lines])
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--schedule", action="append", choices=tuple(TORCH), help="only these schedules")
+    parser.add_argument(
+        "--microbatches", type=int, action="append", metavar="M", help="of a batch (8 and 16)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="steps of each (9)")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, metavar="PATH", help="a python that has PyTorch (this one)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--markdown", action="store_true", help="write the tables into docs/measurements.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return torch_worker(*json.loads(args.worker))
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: use 2 or more")
+    # One core for a device: no threads inside an operation. It must be said before jax starts.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    import jax
+    from census_conv import write_between
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if cores < DEVICES or load > 0.5:
+        show(f"{cores} cores, load {load:.1f}: with other work on them, devices do not have a core each")
+    team = None
+    if has_torch(args.torch_python):
+        team = Team(args.torch_python)
+    else:
+        show("PyTorch is not there, so its table is left out; pip install torch, or give --torch-python")
+    costs: dict[int, Any] = {}
+    schedules = args.schedule or list(TORCH)
+    try:
+        found = [measure(schedules, m, args.rounds, team, costs) for m in args.microbatches or (8, 16)]
+    finally:
+        if team:
+            team.stop()
+    caption = our_caption(found, costs)
+    show_table(f"a training step in a pipeline of {DEVICES}", our_cells(found), caption)
+    texts = [markdown(our_cells(found), caption)]
+    if team:
+        caption = torch_caption(found, team.version)
+        show_table("beside PyTorch", torch_cells(found), caption)
+        texts.append(markdown(torch_cells(found), caption))
+    if args.markdown:
+        for marker, text in zip(MARKERS, texts, strict=False):
+            write_between(marker, text)
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
