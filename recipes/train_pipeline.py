@@ -19,7 +19,7 @@ from flax import nnx
 import shardtrain as st
 from shardtrain import cli
 from shardtrain.errors import UserError
-from shardtrain.mesh import parse
+from shardtrain.mesh import parse, size
 
 MODELS = ("resnet8", "resnet18", "resnet34", "lenet")
 
@@ -42,7 +42,7 @@ class Flags(cli.RunFlags):
     stages: str | None = None
     """Layers of each stage, such as 'stem,norm,blocks.0|blocks.1,...'; of equal cost by default."""
     in_flight: int | None = None
-    """Microbatches whose activations a rank may hold at most."""
+    """Activations (of one microbatch in one stage) that a rank may hold at most."""
     overlap: bool = False
     """What a stage sends travels while the next tick computes, and is used one tick later."""
     statistics: Literal["microbatch", "batch"] = "microbatch"
@@ -51,6 +51,10 @@ class Flags(cli.RunFlags):
 
 def make_task(flags: Flags) -> cli.Task:
     """The network that --model names, on the data that --data names, cut as the flags say."""
+    if parse(flags.mesh).get("pipe") == -1 and size(st.make_mesh(flags.mesh), "pipe") == 1:
+        raise UserError(
+            f"--mesh {flags.mesh} leaves one device to pipe; use for example pipe=2, or more --devices"
+        )
     dataset = st.data.load(flags.data)
     image = dataset.train.images.shape[1:]
 
@@ -108,6 +112,8 @@ def train(flags: Flags) -> None:
     cli.at_least_1("microbatches", flags.microbatches)
     if flags.accumulate != 1:
         raise UserError(f"--accumulate {flags.accumulate}: here it is --microbatches {flags.accumulate}")
+    if flags.microbatches == 1 and flags.schedule in st.pipeline.NAMES:
+        raise UserError("--microbatches 1: stages would work one at a time; use for example --microbatches 8")
     sizes = parse(flags.mesh)
     if flags.schedule == "none":
         sizes.pop("pipe", None)

@@ -90,6 +90,8 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--mesh", "data=2"], "--mesh data=2 has no pipe axis to cut the layers by"),
         (["--schedule", "2f2b"], "there is no schedule '2f2b'"),
         (["--microbatches", "0"], "--microbatches 0: use 1 or more"),
+        (["--microbatches", "1"], "use for example --microbatches 8"),
+        (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (["--model", "lenet", "--microbatches", "7"], "does not divide by"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from shardtrain.errors import UserError
@@ -32,12 +33,13 @@ def latest(folder: Path) -> int | None:
         return manager.latest_step()
 
 
-def restore(folder: Path, like: Any) -> Any:
+def restore(folder: Path, like: Any, several: tuple[int, ...] = ()) -> Any:
     """The newest checkpoint in `folder`, laid out as `like`.
 
     Args:
         folder: what `save` was given.
         like: a state of the same names and shapes, on any mesh or in numpy arrays.
+        several: what may stand before the shapes of numpy arrays in `like`: the number of replicas.
 
     Raises:
         UserError: no checkpoint, or one of another model or optimizer.
@@ -59,6 +61,14 @@ def restore(folder: Path, like: Any) -> Any:
                 f"the checkpoint {folder / str(step)} does not fit this model and optimizer "
                 f"({str(error).splitlines()[0][:200]}); resume with the flags that it was made with"
             ) from error
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    for (path, x), y in zip(leaves, jax.tree.leaves(state), strict=True):
+        if np.shape(y) not in (np.shape(x), (*several, *np.shape(x))):
+            raise UserError(
+                f"the checkpoint {folder / str(step)} does not fit this model and optimizer "
+                f"({jax.tree_util.keystr(path)} is {np.shape(y)} there and {np.shape(x)} here); resume with "
+                f"the flags that it was made with"
+            )
     log.info("restored step %d from %s", step, folder)
     return state
 

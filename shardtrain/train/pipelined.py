@@ -130,7 +130,7 @@ class Pipelined(Stowed):
             for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
             for key in shapes
         }
-        self.first = micro = Microbatch.of(batch, program.accumulate)
+        self.micro = micro = Microbatch.of(batch, program.accumulate)
         traced, self.sums, _ = self._trace(micro, train=True)
         self.flow = flow = Flow(traced)
         self.layers = Layers(flow, allowed(flow), arriving(flow))
@@ -243,10 +243,13 @@ class Pipelined(Stowed):
         """One update, for batches that lie as `like` does; see `Program.train_step`."""
         micro = Microbatch.of(like, self.program.accumulate)
         flow, programs = self.flow, self.programs
-        if micro != self.first:
+        if micro != self.micro:
             flow = Flow(self._trace(micro, train=True)[0])
-            stages = recut(flow, self.stage_of, self.schedule.stages)
-            programs = self._localize(stages, micro, remat=self.plan.remat)
+            alike = [e.primitive for e in flow.main] == [e.primitive for e in self.flow.main]
+            again = (
+                recut(flow, self.stage_of, self.schedule.stages) if not alike else flow.cut(self.positions)
+            )
+            programs = self._localize(again, micro, remat=self.plan.remat)
         machine = self._machine(self.schedule, programs, 1 + len(self.sums))
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:

@@ -63,7 +63,7 @@ class Trainer:
             big batch, but batch norm normalizes by the statistics of a microbatch.
         schedule: of a mesh with `pipe`: one of `pipeline.NAMES`, a `.csv` file, or a `pipeline.Schedule`.
         stages: which layers make up each stage, see `pipeline.split`; of equal cost by default.
-        in_flight: microbatches that a rank may hold activations of; as many as the schedule by default.
+        in_flight: activations, of a microbatch in a stage, that a rank may hold; the schedule's by default.
         overlap: what a stage sends travels while the next tick computes, and is used a tick later.
         statistics: what moves running statistics of batch norms: each `"microbatch"`, or the `"batch"`, once.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
@@ -137,6 +137,7 @@ class Trainer:
         self._steps: dict[Any, Any] = {}
         self._specs = self._state_specs(model, optimizer)
         self.state = self._initial_state(optimizer)
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
 
     def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
         params, _ = self._variables.values()
@@ -248,8 +249,7 @@ class Trainer:
     def compiled_step(self, batch: Batch) -> Any:
         """The compiled training step for batches as `place` or `shapes_of` gives; `census` reads it."""
         if self._plan is not None and self.pipeline is None:
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
-            self.pipeline = Pipelined(self._program, shapes, self._specs, self.mesh, batch, self._plan)
+            self.pipeline = Pipelined(self._program, self._shapes, self._specs, self.mesh, batch, self._plan)
             self._specs = self.pipeline.state_specs
             self.state = self.pipeline.packed(self.state)
         return self._compiled("train", batch)
@@ -357,7 +357,7 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        refuse_uncut(self._plan, self.pipeline)
+        self._need_stages()
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
 
@@ -375,7 +375,8 @@ class Trainer:
         Raises:
             UserError: no checkpoint there, or one of another model.
         """
-        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named())))
+        several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
+        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named()), several))
         self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 

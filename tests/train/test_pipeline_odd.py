@@ -164,3 +164,19 @@ def test_the_stages_that_run_are_those_that_were_asked_for(monkeypatch):
     sent = [[s.shape for s in p.outs] for p in ran[0].programs[:-1]]
     assert sent == [[(2, 4, 4, 4)], [(2, 2, 2, 4)], [(2, 16)]]
     assert sent == [[s.shape for s in p.outs] for p in trainer.pipeline.programs[:-1]]
+
+
+def test_replicas_resume_on_as_many_replicas_only(tmp_path):
+    def replicas(mesh):
+        return st.Trainer(Deep(), optax.sgd(0.1, momentum=0.9), mesh=st.make_mesh(mesh), accumulate=4)
+
+    one = replicas("pipe=2,replica=2")
+    one.fit([batch()], steps=1, progress=False)
+    one.save(tmp_path)
+    again = replicas("pipe=2,replica=2")
+    assert again.restore(tmp_path) == 1
+    losses = [[row["loss"] for row in t.fit([batch()], steps=2, progress=False)] for t in (one, again)]
+    assert losses[0] == losses[1]
+    for mesh in ("data=1", "pipe=2", "pipe=2,replica=4"):
+        with pytest.raises(UserError, match=r"does not fit this model and optimizer .*resume with the flags"):
+            replicas(mesh).restore(tmp_path)
