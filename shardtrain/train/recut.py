@@ -81,3 +81,16 @@ def refuse_rowless(outputs: Sequence[Any], rows: int) -> None:
                 f"predict: an output of shape {y.shape} for {rows} examples has no row for each of them; "
                 f"return such outputs in training mode only"
             )
+
+
+def refuse_uncut(plan: Any, pipeline: Any) -> None:
+    """Refuses what a trainer with a plan for a pipeline cannot say before it has one.
+
+    Raises:
+        UserError: says how to get it.
+    """
+    if plan is not None and pipeline is None:
+        raise UserError(
+            "the pipeline is cut when the first training batch is seen; call fit first, or "
+            "compiled_step(trainer.place(...))"
+        )

@@ -357,7 +357,7 @@ class Trainer:
         return place.fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        self._need_stages()
+        refuse_uncut(self._plan, self.pipeline)
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
 
