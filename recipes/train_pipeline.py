@@ -116,6 +116,8 @@ def train(flags: Flags) -> None:
         raise UserError("--microbatches 1: stages would work one at a time; use for example --microbatches 8")
     sizes = parse(flags.mesh)
     if flags.schedule == "none":
+        if flags.stages or flags.in_flight or flags.overlap:
+            raise UserError("--schedule none has no stages; leave out --stages, --in-flight and --overlap")
         sizes.pop("pipe", None)
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
         flags = replace(flags, mesh=mesh)

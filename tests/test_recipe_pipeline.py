@@ -93,6 +93,7 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--microbatches", "1"], "use for example --microbatches 8"),
         (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
+        (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (["--model", "lenet", "--microbatches", "7"], "does not divide by"),
         (["--model", "lenet", "--mesh", "pipe=8", "--schedule", "zb-v"], "into"),
