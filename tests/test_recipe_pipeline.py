@@ -96,7 +96,6 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (["--model", "lenet", "--microbatches", "7"], "does not divide by"),
-        (["--model", "lenet", "--mesh", "pipe=8", "--schedule", "zb-v"], "into"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
