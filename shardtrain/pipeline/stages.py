@@ -162,9 +162,7 @@ def localize(
 
     shapes = mine(avals, cuts) + mine([ends[i] for i in pulled], [outs_cut[i] for i in pulled])
     straight = traced_locally(local, shapes)
-    split = _Split(
-        straight, len(avals), np_, ne + nm, len(stage.state), [p.rpartition(".")[0] for p in stage.params]
-    )
+    split = _Split(straight, len(avals), np_, ne + nm, len(stage.state))
     f, i, w, saved, lasting, between = split.cut(first_in, remat)
     return Programs(
         stage,
@@ -205,7 +203,6 @@ class _Split:
         params: int,
         results: int,
         state: int,
-        layers: Sequence[str],
     ) -> None:
         self.closed, jaxpr = closed, closed.jaxpr
         self.eqns = list(jaxpr.eqns)
@@ -217,7 +214,6 @@ class _Split:
         self.results = list(jaxpr.outvars[:results])
         self.weights, self.sums = self._unsummed(jaxpr.outvars[results : results + params])
         self.inputs = list(jaxpr.outvars[results + params :])
-        self.layers = layers
         self.late = self._after(self.cotangents)
 
     def _after(self, roots: Sequence[Any]) -> set[Any]:
@@ -306,19 +302,20 @@ class _Split:
         return (f, i, w, *shapes)
 
     def _chain(self, backward: set[int]) -> set[int]:
-        """What `I` runs: all that the inputs' gradients need, and all that several layers' gradients share.
+        """What `I` runs: all that the inputs' gradients need, and all that several parameters' share.
 
-        The second keeps the first stage, whose inputs need no gradient, as even as the others.
+        The second keeps the first stage, whose inputs need no gradient, as even as the others: a first layer
+        with a bias leaves its kernel and its bias alone to `W`.
         """
         chain = self.needed(self.inputs) & backward
-        reaches: dict[Any, frozenset[str]] = {}
+        reaches: dict[Any, frozenset[int]] = {}
 
-        def add(v: Any, more: frozenset[str]) -> None:
+        def add(v: Any, more: frozenset[int]) -> None:
             if isinstance(v, Var):
                 reaches[v] = reaches.get(v, frozenset()) | more
 
-        for v, layer in zip(self.weights, self.layers, strict=True):
-            add(v, frozenset([layer]))
+        for number, v in enumerate(self.weights):
+            add(v, frozenset([number]))
         for i in sorted(backward, reverse=True):
             found = frozenset().union(*(reaches.get(v, frozenset()) for v in self.eqns[i].outvars))
             for v in _vars(self.eqns[i].invars):
