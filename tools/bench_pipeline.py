@@ -2,7 +2,8 @@
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
-The network is a row of equal convolutions, so the stages are balanced, in float32. A device is one core: the
+The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are slow
+inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core: the
 unpipelined run, the same model with the same microbatches accumulated on one device, is held to one core, the
 pipeline has as many as devices, and a line of the table shows that two devices which have nothing to do with
 each other take the time of one. If the unpipelined run takes T, the ideal is T / (devices * (1 - idle)),
@@ -39,7 +40,7 @@ from bench_step import free_port, has_torch, machine, markdown, show, show_table
 # Only the standard library here: the PyTorch workers import this file in an environment without jax.
 
 MARKERS = ("bench_pipeline", "bench_pipeline_torch")
-LAYERS, CLASSES, RATE = 8, 10, 0.01
+LAYERS, INPUTS, CLASSES, RATE = 8, 16, 10, 0.01
 DEVICES = 2
 QUIET = 0.08
 ALONE, APART = "unpipelined", "two apart"
@@ -58,19 +59,15 @@ Step = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A convolution of three channels, then `LAYERS` equal ones, so that every equal one has both gradients.
+    """A dense layer of few inputs, then `LAYERS` equal ones, so that every equal one has both gradients.
 
     Attributes:
-        features: channels of each; images have as many pixels as make activations equally large for all.
-        rows: images of a microbatch.
+        features: of each.
+        rows: examples of a microbatch.
     """
 
     features: int
     rows: int
-
-    @property
-    def extent(self) -> int:
-        return 2048 // self.features
 
 
 class Watch:
@@ -147,12 +144,12 @@ def on_one_core(step: Step) -> Step:
 
 
 def batch_of(network: Network, microbatches: int) -> tuple[Any, Any]:
-    """Random images and labels on the host."""
+    """Random rows and labels on the host."""
     import numpy as np
 
     random, rows = np.random.default_rng(0), network.rows * microbatches
-    images = random.standard_normal((rows, network.extent, network.extent, 3), np.float32)
-    return images, random.integers(0, CLASSES, rows, np.int32)
+    inputs = random.standard_normal((rows, INPUTS), np.float32)
+    return inputs, random.integers(0, CLASSES, rows, np.int32)
 
 
 def model(network: Network) -> Any:
@@ -162,17 +159,14 @@ def model(network: Network) -> Any:
 
     class Row(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
-            channels = [3] + [network.features] * (LAYERS + 1)
-            self.convs = nnx.List(
-                st.nn.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
-            )
-            self.pool = st.nn.GlobalAvgPool()
+            extents = [INPUTS] + [network.features] * (LAYERS + 1)
+            self.layers = nnx.List(st.nn.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(extents))
             self.head = st.nn.Linear(network.features, CLASSES, rngs=rngs)
 
         def __call__(self, x: Any) -> Any:
-            for conv in self.convs:
-                x = nnx.relu(conv(x))
-            return self.head(self.pool(x))
+            for layer in self.layers:
+                x = nnx.relu(layer(x))
+            return self.head(x)
 
     return Row(nnx.Rngs(0))
 
@@ -274,21 +268,20 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
         """The network, cut into so many parts."""
         torch.manual_seed(0)
         parts: list[list[Any]] = [[] for _ in range(count)]
-        parts[0] += [nn.Conv2d(3, features, 3, padding=1), nn.ReLU()]
+        parts[0] += [nn.Linear(INPUTS, features), nn.ReLU()]
         for i in range(LAYERS):
-            parts[i * count // LAYERS] += [nn.Conv2d(features, features, 3, padding=1), nn.ReLU()]
-        parts[-1] += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, CLASSES)]
+            parts[i * count // LAYERS] += [nn.Linear(features, features), nn.ReLU()]
+        parts[-1] += [nn.Linear(features, CLASSES)]
         return [nn.Sequential(*part) for part in parts]
 
     def batch(microbatches: int) -> tuple[Any, Any]:
-        images = torch.randn(rows * microbatches, 3, network.extent, network.extent)
-        return images, torch.randint(0, CLASSES, (rows * microbatches,))
+        return torch.randn(rows * microbatches, INPUTS), torch.randint(0, CLASSES, (rows * microbatches,))
 
     def alone(microbatches: int) -> Callable[[], None]:
         (whole,) = stages(1)
         optimizer = torch.optim.SGD(whole.parameters(), lr=RATE)
-        images, labels = batch(microbatches)
-        parts = list(zip(images.chunk(microbatches), labels.chunk(microbatches), strict=True))
+        inputs, labels = batch(microbatches)
+        parts = list(zip(inputs.chunk(microbatches), labels.chunk(microbatches), strict=True))
 
         def step() -> None:
             optimizer.zero_grad()
@@ -309,12 +302,12 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
             held[0] if single else held, microbatches, loss_fn=functional.cross_entropy
         )
         optimizer = torch.optim.SGD([p for s in ours for p in networks[s].parameters()], lr=RATE)
-        images, labels = batch(microbatches)
+        inputs, labels = batch(microbatches)
 
         def step() -> None:
             optimizer.zero_grad()
             last = {"target": labels, "losses": []} if count - 1 in ours else {}
-            schedule.step(*([images] if 0 in ours else []), **last)
+            schedule.step(*([inputs] if 0 in ours else []), **last)
             optimizer.step()
 
         return step
@@ -536,9 +529,8 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
         for stages, cost in costs.items()
     )
     return (
-        f"Median of a step over {rounds} rounds in turns: {LAYERS} convolutions 3x3 of {network.features} "
-        f"channels on {network.extent}x{network.extent} behind one of 3 channels, microbatches of "
-        f"{network.rows} images, float32, SGD; {DEVICES} simulated devices, the unpipelined run held to one "
+        f"Median of a step over {rounds} rounds in turns: {LAYERS} dense layers of {network.features} "
+        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; {DEVICES} simulated devices, the unpipelined run held to one "
         f"core. {APART.capitalize()}: the unpipelined step on both devices at once. Idle: the schedule's "
         f"bubble with equal F, I, W. Ideal: the unpipelined time / "
         f"({DEVICES} (1 - idle)). Time / ideal: median and middle half over the rounds. Ticks: every tick as "
@@ -574,8 +566,8 @@ def main() -> None:
         "--microbatches", type=int, action="append", metavar="M", help="of a batch (8 and 16)"
     )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (7)")
-    parser.add_argument("--features", type=int, default=128, metavar="C", help="channels (128)")
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="images of a microbatch (4)")
+    parser.add_argument("--features", type=int, default=1024, metavar="N", help="of a layer (1024)")
+    parser.add_argument("--rows", type=int, default=512, metavar="N", help="of a microbatch (512)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S", help="seconds for doing disturbed steps again (60)"
     )
