@@ -18,19 +18,19 @@ from jax import Array, lax
 from shardtrain.pipeline.pack import Buffers, Pack, Place, largest, read, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
 from shardtrain.pipeline.table import COLUMNS, POOLS, Table
-from shardtrain.pipeline.window import Gradients, Parts, Pool, Starts, Target, Window
+from shardtrain.pipeline.window import Pool, Starts, Window
 
-WRITES = {"F": ("saved", "lasting"), "I": ("between",), "W": ("grads",)}
-"""The buffers into which an action writes; the fused `B` is a `W` here, what is between stays in it."""
+WRITES = {"F": ("saved", "lasting"), "I": ("between",)}
+"""The buffers into which an action writes what is to wait there."""
 
-SMALL = ("state", "sums", "outputs")
-"""What a branch changes and returns whole."""
+WHOLE = ("state", "grads", "sums", "outputs")
+"""What a branch returns whole."""
 
 Numbers = Mapping[str, Array]
 """What the table says of a tick, by the names of its columns."""
 
 Done = tuple[dict[str, Any], tuple[dict[str, Starts], Buffers], Buffers]
-"""What a branch returns: small values of the carry, a window for the buffers, a message."""
+"""What a branch returns: part of the carry, a window for the buffers in which things wait, a message."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Machine:
         """
         acts = _Acts(self, params, shared, sides)
         table, window, branches = self.table, acts.window, acts.branches()
-        kinds = ["" if doing is None else doing[1].replace("B", "W") for doing in table.branches]
+        kinds = ["" if doing is None else doing[1] for doing in table.branches]
         of_kind = {kind: np.array([kind == k for k in kinds]) for kind in window.kinds}
         rank = lax.axis_index("pipe")
 
@@ -89,9 +89,9 @@ class Machine:
             at = {name: mine[i] for i, name in enumerate(COLUMNS)}
             before = c.get("sent")
             kept = {key: value for key, value in c.items() if key != "sent"}
-            small, written, made = lax.switch(at["branch"], branches, kept, at)
+            whole, written, made = lax.switch(at["branch"], branches, kept, at)
             acted = {kind: jnp.asarray(is_it)[at["branch"]] for kind, is_it in of_kind.items()}
-            kept |= small | window.put({name: kept[name] for name in window.targets}, acted, written)
+            kept |= whole | window.put({name: kept[name] for name in window.targets}, acted, written)
             for number, (distance, pairs) in enumerate(table.routes.items()):
                 sent = made if before is None or distance == 0 else before
                 if distance:
@@ -103,7 +103,7 @@ class Machine:
             return (kept if before is None else {**kept, "sent": made}), None
 
         carry, _ = lax.scan(tick, acts.carry(state), jnp.asarray(table.rows) if rows is None else rows)
-        return carry.get("grads", {}), carry["state"], carry["sums"], carry["outputs"]
+        return carry["grads"], carry["state"], carry["sums"], carry["outputs"]
 
     def summed(self, grads: Buffers) -> Buffers:
         """The gradients summed over the mesh, each over the axes over which its stage left it unsummed."""
@@ -145,12 +145,9 @@ class _Acts:
             name: Pool.of([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
             for name in POOLS
         }
-        self.gradients = Gradients.of(self.weights, machine.lengths)
-        found = {doing[1].replace("B", "W") for doing in table.branches if doing is not None}
-        kinds = {kind: names for kind, names in WRITES.items() if kind in found}
-        targets: dict[str, Target] = {**self.pools, "grads": self.gradients}
-        written = {name: targets[name] for names in kinds.values() for name in names}
-        self.window = Window(written, kinds)
+        self.kinds = {doing[1] for doing in table.branches if doing is not None}
+        writes = {kind: names for kind, names in WRITES.items() if kind in self.kinds}
+        self.window = Window({name: self.pools[name] for names in writes.values() for name in names}, writes)
 
     def carry(self, state: Buffers) -> dict[str, Any]:
         """All that waits, before the first tick."""
@@ -162,12 +159,13 @@ class _Acts:
         }
         carry: dict[str, Any] = {
             "state": state,
+            "grads": zeros(self.machine.lengths if self.kinds > {"F"} else {}),
             "inbox": inbox,
             "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[:sums]],
             "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[sums:]],
         }
         for name, target in self.window.targets.items():
-            carry[name] = zeros(target.lengths, 0.0 if target.adds else bubble)
+            carry[name] = zeros(target.lengths, bubble)
         if table.hop > 1:
             carry["sent"] = self.empty
         return carry
@@ -183,7 +181,7 @@ class _Acts:
         return [self.idle if doing is None else of(*doing) for doing in self.machine.table.branches]
 
     def idle(self, c: dict[str, Any], at: Numbers) -> Done:
-        return {name: c[name] for name in SMALL}, self.window.nothing(), self.empty
+        return {name: c[name] for name in WHOLE}, self.window.nothing(), self.empty
 
     def forward(self, k: int, c: dict[str, Any], at: Numbers) -> Done:
         program, state = self.machine.programs[k], self.machine.state
@@ -195,8 +193,8 @@ class _Acts:
         given = [*read(self.params, self.weights[k]), *variables, *self.sides(at["microbatch"]), *ins]
         results = jax.core.eval_jaxpr(program.forward.jaxpr, program.forward.consts, *given)
         a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
-        small = {name: c[name] for name in SMALL}
-        small["state"] = write(c["state"], [state[name] for name in stage.moving], results[n:a])
+        whole = {name: c[name] for name in WHOLE}
+        whole["state"] = write(c["state"], [state[name] for name in stage.moving], results[n:a])
         keeps = {"saved": results[a:b], "lasting": results[b:]}
         parts = {name: self.pools[name].part(c[name], k, at[name], values) for name, values in keeps.items()}
         message = self.empty
@@ -204,18 +202,18 @@ class _Acts:
             message = write(dict(message), self.outs[k], results[:n])
         else:
             sums = self.machine.sums
-            small["sums"] = [x + y for x, y in zip(c["sums"], results[:sums], strict=True)]
-            small["outputs"] = [
+            whole["sums"] = [x + y for x, y in zip(c["sums"], results[:sums], strict=True)]
+            whole["outputs"] = [
                 lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
                 for x, y in zip(c["outputs"], results[sums:n], strict=True)
             ]
-        return small, self.window.filled("F", parts), message
+        return whole, self.window.filled("F", parts), message
 
     def backward(self, k: int, kind: str, c: dict[str, Any], at: Numbers) -> Done:
         program = self.machine.programs[k]
         some = [*read(self.params, self.weights[k]), *self.sides(at["microbatch"])]
         lasting = read(c["lasting"], self.pools["lasting"].slot(k, at["lasting"]))
-        message, parts = self.empty, dict[str, tuple[Starts, Parts]]()
+        message, whole = self.empty, {name: c[name] for name in WHOLE}
         if kind == "W":
             between = read(c["between"], self.pools["between"].slot(k, at["between"]))
         else:
@@ -231,13 +229,13 @@ class _Acts:
             if k:
                 message = write(dict(message), self.flows[k - 1], results[:flows])
         if kind == "I":
-            parts["between"] = self.pools["between"].part(c["between"], k, at["between"], between)
-        else:
-            closed = program.weight_gradient
-            new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
-            parts["grads"] = self.gradients.part(k, new)
-        written = self.window.filled("I" if kind == "I" else "W", parts)
-        return {name: c[name] for name in SMALL}, written, message
+            part = self.pools["between"].part(c["between"], k, at["between"], between)
+            return whole, self.window.filled("I", {"between": part}), message
+        closed = program.weight_gradient
+        new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
+        sums = [a + b for a, b in zip(read(c["grads"], self.weights[k]), new, strict=True)]
+        whole["grads"] = write(c["grads"], self.weights[k], sums)
+        return whole, self.window.nothing(), message
 
     def _arrived(self, c: dict[str, Any], at: Numbers) -> Buffers:
         """The message that the tick acts on."""

@@ -30,14 +30,12 @@ class Pool:
         bases: where each stage's first slot begins.
         lengths: of the buffers.
         reach: of the part that a branch writes, the same for all stages.
-        adds: whether the part is added to what is there, or replaces it.
     """
 
     packs: tuple[Pack, ...]
     bases: tuple[dict[str, int], ...]
     lengths: dict[str, int]
     reach: dict[str, int]
-    adds: bool = False
 
     @classmethod
     def of(cls, shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> "Pool":
@@ -78,50 +76,6 @@ class Pool:
         return {d: base.get(d, 0) + number * pack.lengths.get(d, 0) for d in {*self.reach, *pack.lengths}}
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Sums of the gradients of each stage's parameters, at the parameters' own places.
-
-    Attributes:
-        places: of the parameters of each stage.
-        lengths, reach, adds: as for a `Pool`.
-    """
-
-    places: tuple[tuple[Place, ...], ...]
-    lengths: dict[str, int]
-    reach: dict[str, int]
-    adds: bool = True
-
-    @classmethod
-    def of(cls, places: Sequence[Sequence[Place]], lengths: Mapping[str, int]) -> "Gradients":
-        """For parameters that lie at `places`, of each stage, in buffers of `lengths`."""
-        spans = [
-            {d: [(p.start, p.start + p.size) for p in row if p.dtype == d] for d in {p.dtype for p in row}}
-            for row in places
-        ]
-        reach = largest([{d: max(e)[1] - min(e)[0] for d, e in span.items()} for span in spans])
-        return cls(tuple(tuple(row) for row in places), dict(lengths), reach)
-
-    def part(self, stage: int, values: Sequence[Array]) -> tuple[Starts, Parts]:
-        """One stage's gradients, zeros between them."""
-        pairs = sorted(zip(self.places[stage], values, strict=True), key=lambda pair: pair[0].start)
-        starts: Starts = {}
-        parts: Parts = {}
-        for d, n in self.reach.items():
-            mine = [(p, v) for p, v in pairs if p.dtype == d]
-            first = mine[0][0].start if mine else 0
-            end = starts[d] = min(first, self.lengths[d] - n)
-            row = parts[d] = []
-            for place, value in mine:
-                row += [jnp.zeros(place.start - end, d), value.reshape(-1)]
-                end = place.start + place.size
-            row.append(jnp.zeros(starts[d] + n - end, d))
-        return starts, parts
-
-
-Target = Pool | Gradients
-
-
 class Window:
     """One array of each dtype, in which every branch returns what it writes.
 
@@ -130,7 +84,7 @@ class Window:
         kinds: which of them a branch of each kind writes.
     """
 
-    def __init__(self, targets: Mapping[str, Target], kinds: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, targets: Mapping[str, Pool], kinds: Mapping[str, Sequence[str]]) -> None:
         self.targets, self.kinds = targets, kinds
         sums = []
         for names in kinds.values():
@@ -150,12 +104,12 @@ class Window:
         starts, _ = self.nothing()
         for name, (begins, _) in parts.items():
             starts[name] = {d: jnp.asarray(begins[d], jnp.int32) for d in starts[name]}
-        whole = {}
-        for d, n in self.lengths.items():
-            row = [v for name in self.kinds[kind] for v in parts[name][1].get(d, [])]
-            rest = n - sum(v.size for v in row)
-            row = [v for v in [*row, jnp.zeros(rest, d)] if v.size]
-            whole[d] = jnp.concatenate(row) if row else jnp.zeros(0, d)
+        whole = zeros(self.lengths)
+        for d in whole:
+            end = 0
+            for value in (v for name in self.kinds[kind] for v in parts[name][1].get(d, [])):
+                whole[d] = lax.dynamic_update_slice(whole[d], value, (end,))
+                end += value.size
         return starts, whole
 
     def put(
@@ -181,8 +135,6 @@ class Window:
                     target = self.targets[name]
                     for d, n in target.reach.items():
                         part, at = whole[d][ends[d] : ends[d] + n], (starts[name][d],)
-                        if target.adds:
-                            part += lax.dynamic_slice(old[name][d], at, (n,))
                         fresh[name][d] = lax.dynamic_update_slice(old[name][d], part, at)
                         ends[d] += n
                 return jnp.bool_(False), fresh
