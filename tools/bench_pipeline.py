@@ -2,18 +2,20 @@
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
-The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are slow
-inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core: the
-unpipelined run, the same model with the same microbatches accumulated on one device, is held to one core, the
-pipeline has as many as devices, and a line of the table shows that two devices which have nothing to do with
-each other take the time of one. If the unpipelined run takes T, the ideal is T / (devices * (1 - idle)),
-where idle is the schedule's bubble if F, I and W take equally long and messages no time.
+The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are
+slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core.
+If an unpipelined run of the same model and microbatches takes T on each of the devices at once, the ideal is
+T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W take equally long and messages
+no time. A line of the table shows the unpipelined run alone, held to one core: what it is faster by is what
+cores take from each other, whatever they do.
 
-All that is compared takes turns, one step each; ratios are medians over the rounds. A step during which other
-processes took cores is done again, while there is patience. Linux only, whose `/proc` says so.
+Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would be given back
+and every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each;
+ratios are medians over the rounds. A step during which other processes took cores is done again, while there
+is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
-one thread, over an ideal from its own unpipelined time on one thread. It is needed by nothing else: `pip
+one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
 install torch` in any environment and name its python, without it those rows are left out.
 """
 
@@ -52,6 +54,9 @@ TORCH = {
     "zb-v": ("ScheduleZBVZeroBubble", 2),
 }
 """PyTorch's class for each of our schedules, and how many stages a rank holds there."""
+
+KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+"""Keeps freed memory in the process, as the allocators of GPUs do."""
 
 Step = Callable[[], float]
 """Does one step and returns its seconds."""
@@ -253,7 +258,7 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch: Any = importlib.import_module("torch")
     pipelining: Any = importlib.import_module("torch.distributed.pipelining")
-    nn, functional, network = torch.nn, torch.nn.functional, Network(features, rows)
+    nn, functional = torch.nn, torch.nn.functional
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -356,12 +361,12 @@ class Team:
         return [json.loads(line) for line in lines]
 
     def step(self, name: str, microbatches: int) -> Step:
-        """A step of all ranks, or of one that has the machine for itself.
+        """A step of all ranks; the unpipelined one is each rank's own.
 
         Raises:
             RuntimeError: from the step, with PyTorch's own reason.
         """
-        workers = self.workers[:1] if name == ALONE else self.workers
+        workers = self.workers
 
         def run() -> float:
             for worker in workers:
@@ -487,8 +492,8 @@ def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
                 )
                 continue
             idle = row.idle[name]
-            ratios = row.over(name, ALONE, idle)
-            ideal = 1000 * statistics.median(row.taken[ALONE]) / (DEVICES * (1 - idle))
+            ratios = row.over(name, APART, idle)
+            ideal = 1000 * statistics.median(row.taken[APART]) / (DEVICES * (1 - idle))
             over = statistics.median(row.taken[name]) / row.lockstep[name]
             cells = [name, count, row.runs[name], f"{idle:.1%}", f"{ideal:.0f}", time_]
             cells += [f"{statistics.median(ratios):.2f}", half(ratios)]
@@ -504,16 +509,17 @@ def torch_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
     for row in found:
         for name in (ALONE, *row.idle):
             theirs, count = f"torch {name}", str(row.microbatches)
+            ours = APART if name == ALONE else name
             if theirs not in row.taken:
-                rows.append([name, count, "fails", "", "", row.milliseconds(name), "", ""])
+                rows.append([name, count, "fails", "", "", row.milliseconds(ours), "", ""])
                 continue
-            pairs = zip(row.taken[name], row.taken[theirs], strict=True)
+            pairs = zip(row.taken[ours], row.taken[theirs], strict=True)
             ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
-            cells = [row.milliseconds(theirs), "", "", row.milliseconds(name), ""]
+            cells = [row.milliseconds(theirs), "", "", row.milliseconds(ours), ""]
             if name != ALONE:
                 over = row.over(theirs, f"torch {ALONE}", row.idle[name])
                 cells[1:3] = f"{statistics.median(over):.2f}", half(over)
-                cells[4] = f"{statistics.median(row.over(name, ALONE, row.idle[name])):.2f}"
+                cells[4] = f"{statistics.median(row.over(name, APART, row.idle[name])):.2f}"
             rows.append([name, count, *cells, ratio])
     return header, rows
 
@@ -530,11 +536,12 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
     )
     return (
         f"Median of a step over {rounds} rounds in turns: {LAYERS} dense layers of {network.features} "
-        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; {DEVICES} simulated devices, the unpipelined run held to one "
-        f"core. {APART.capitalize()}: the unpipelined step on both devices at once. Idle: the schedule's "
-        f"bubble with equal F, I, W. Ideal: the unpipelined time / "
-        f"({DEVICES} (1 - idle)). Time / ideal: median and middle half over the rounds. Ticks: every tick as "
-        f"long as its slowest action, by their times alone: {times}. "
+        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; "
+        f"{DEVICES} simulated devices, the unpipelined run held to one core. {APART.capitalize()}: the "
+        f"unpipelined step on both devices at once, and its time over the unpipelined. Idle: the schedule's "
+        f"bubble with equal F, I, W. Ideal: the time of two apart / ({DEVICES} (1 - idle)). Time / ideal: "
+        f"median and middle half over the rounds. Ticks: every tick as long as its slowest action, by their "
+        f"times alone: {times}. "
         f"Steps with over {QUIET:.0%} of the cores taken by other processes: {loud} of {len(watch.shares)}. "
         f"{machine()}, jax {jax.__version__}."
     )
@@ -549,7 +556,7 @@ def torch_caption(found: Sequence[Found], version: str) -> str:
     text = (
         f"The same network and microbatches, in turns with the table before. PyTorch: "
         f"torch.distributed.pipelining, {DEVICES} processes of one thread on a core each, gloo; "
-        f"its ideal is from its own unpipelined time on one thread. {version}."
+        f"its ideal is from its own unpipelined step in both processes at once. {version}."
     )
     reasons = {name: reason for row in found for name, reason in row.failed.items()}
     lines = [f"{name} (`{TORCH[name][0]}`) fails: {reason}." for name, reason in reasons.items()]
@@ -562,12 +569,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--schedule", action="append", choices=tuple(TORCH), help="only these schedules")
-    parser.add_argument(
-        "--microbatches", type=int, action="append", metavar="M", help="of a batch (8 and 16)"
-    )
+    parser.add_argument("--microbatches", type=int, action="append", metavar="M", help="of a batch (8)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (7)")
     parser.add_argument("--features", type=int, default=1024, metavar="N", help="of a layer (1024)")
-    parser.add_argument("--rows", type=int, default=512, metavar="N", help="of a microbatch (512)")
+    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="of a microbatch (1024)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S", help="seconds for doing disturbed steps again (60)"
     )
@@ -582,6 +587,8 @@ def main() -> None:
         return torch_worker(*json.loads(args.worker))
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: use 2 or more")
+    if os.environ.get("GLIBC_TUNABLES") != KEEPING:  # read when a process starts, PyTorch's too
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": KEEPING})
     import jax
     from census_conv import write_between
 
@@ -599,7 +606,7 @@ def main() -> None:
     costs: dict[int, Any] = {}
     schedules = args.schedule or list(TORCH)
     try:
-        counts = args.microbatches or (8, 16)
+        counts = args.microbatches or (8,)
         found = [measure(network, schedules, m, args.rounds, team, costs, watch) for m in counts]
     finally:
         if team:
