@@ -49,6 +49,28 @@ def test_a_step_is_that_of_one_device():
     np.testing.assert_array_equal(ours.model.idle.kernel[...], Small().idle.kernel[...])
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """Three steps of SGD with momentum on one device: what is reported, and the state afterwards."""
+    one = trainer("data=1")
+    return fit(one, batches()), one._named()
+
+
+@pytest.mark.parametrize("mesh", ["pipe=2,data=2", "pipe=4"])
+@pytest.mark.parametrize("schedule", st.pipeline.NAMES)
+def test_every_schedule_trains_as_one_device(alone, schedule, mesh):
+    one = trainer(mesh, schedule=schedule)
+    close(fit(one, batches()), alone[0])
+    close(one._named(), alone[1])
+    assert one.pipeline.schedule.name.startswith(schedule)
+
+
+def test_microbatches_are_the_big_batch():
+    """Where nothing is normalized by a microbatch: masks of dropout are those of the batch, too."""
+    ours = trainer("pipe=2,data=2", model=Small(norm=False))
+    same(ours, trainer("data=1", model=Small(norm=False), accumulate=1), batches())
+
+
 def some(cases, quick):
     """All cases, of which those that are not `quick` are slow."""
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
