@@ -107,8 +107,8 @@ class _Arrays:
 
     def and_of(self, other: "_Arrays", which: Sequence[int]) -> "_Arrays":
         """These, and some of others."""
-        shapes, cuts = ([row[i] for i in which] for row in (other.shapes, other.cuts))
-        return _Arrays((*self.shapes, *shapes), (*self.cuts, *cuts))
+        shapes = *self.shapes, *(other.shapes[i] for i in which)
+        return _Arrays(shapes, (*self.cuts, *(other.cuts[i] for i in which)))
 
     def blocks(self, sizes: Sizes) -> tuple[Shape, ...]:
         """What a device has of each."""
