@@ -18,13 +18,16 @@ from rich.table import Table
 
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
-from shardtrain.mesh import make_mesh, parse
+from shardtrain.mesh import make_mesh, parse, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
 from shardtrain.train import Trainer, losses, metrics
 from shardtrain.train.step import PerExample
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
+
+OF_STAGES = ("schedule", "stages", "in_flight", "overlap")
+"""Arguments of `Trainer` that the same run on one device does without."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
@@ -264,6 +267,8 @@ def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
 
 def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
     """The trainer on `mesh`; everything that flags can get wrong is refused here."""
+    staged = size(mesh, "pipe") > 1
+    more = {name: value for name, value in task.trainer.items() if staged or name not in OF_STAGES}
     return Trainer(
         task.model,
         make_optimizer(flags),
@@ -276,7 +281,7 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         dtype=None if flags.dtype == "float32" else flags.dtype,
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
-        **task.trainer,
+        **more,
     )
 
 
