@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from shardtrain.cli.pipeline import Show
+from shardtrain.cli.runs import Runs
 from shardtrain.cli.start import one_sentence
 
 # A union makes subcommands, and needs two members; what is suppressed is not offered.
@@ -25,7 +26,11 @@ class Pipeline:
             self.command.run()
 
 
-Command = Annotated[Pipeline, tyro.conf.subcommand("pipeline")] | _Nothing
+Command = (
+    Annotated[Pipeline, tyro.conf.subcommand("pipeline")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
+    | _Nothing
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

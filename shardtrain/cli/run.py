@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from shardtrain.cli import guards
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
 from shardtrain.mesh import make_mesh, parse
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
-from shardtrain.train import Trainer, losses, metrics
+from shardtrain.train import Guard, Trainer, losses, metrics
 from shardtrain.train.step import PerExample
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
@@ -80,6 +81,16 @@ class RunFlags:
     """Simulated CPU devices where there is no accelerator; as many as the mesh needs by default."""
     resume: bool = False
     """Go on from the checkpoint in --out, on this or another mesh."""
+    watchdog: float = 600.0
+    """Seconds without a step, after which the run shows where it hangs and ends with status 75, to be run
+    again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
+    go on behind that batch."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 32 steps counts as not finite."""
+    profile: str = ""
+    """Steps to trace with jax's profiler, such as 10:20; SIGUSR1 traces the next 5 of a run at any time."""
     compare: bool = False
     """At the end, repeat the first 20 steps on one device and show both losses."""
 
@@ -181,6 +192,12 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     start_jax(flags.devices, flags.mesh, x64=flags.x64)
     mesh = make_mesh(flags.mesh)
     out = check_out(flags.out, resume=flags.resume)
+    with guards.guard(flags, out) as guard:
+        guarded(flags, make_task, mesh, out, guard)
+
+
+def guarded(flags: Flags, make_task: Callable[[Flags], Task], mesh: Mesh, out: Path, guard: Guard) -> None:
+    """The run itself."""
     task = make_task(flags)
     trainer = make_trainer(flags, task, mesh)
     start = trainer.restore(out / "checkpoints") if flags.resume else 0
@@ -195,9 +212,11 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     open_run(out, resume=flags.resume)
     if start:
         Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
+    guard.health.recall(row for row in metrics.read(out / "metrics.jsonl") if row["step"] <= start)
     with metrics.Recorder(out, start) as recorder:
-        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder])
+        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder], guard=guard)
     saved = trainer.save(out / "checkpoints")
+    guard.progress.at("evaluating")
     test = trainer.evaluate(task.test(rows_here))
     report = task.report(trainer, out)
     rows = metrics.read(out / "metrics.jsonl")
@@ -219,7 +238,7 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     metrics.plot_curves(rows, out / "curve.png", title)
     console = Console(width=100)
-    console.print(closing_table(flags, task, title, result, saved, report))
+    console.print(closing_table(flags, task, title, result, saved, report, guards.summary(rows, guard)))
     for table in report.tables:
         console.print(table)
     if flags.compare:
@@ -276,12 +295,19 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         dtype=None if flags.dtype == "float32" else flags.dtype,
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
+        skip_bad=flags.on_nan == "skip",
         **task.trainer,
     )
 
 
 def closing_table(
-    flags: RunFlags, task: Task, title: str, result: Mapping[str, Any], saved: Path, report: Report
+    flags: RunFlags,
+    task: Task,
+    title: str,
+    result: Mapping[str, Any],
+    saved: Path,
+    report: Report,
+    summary: Mapping[str, str],
 ) -> Table:
     """The run in a short table."""
     table = Table(show_header=False, title=title)
@@ -291,7 +317,7 @@ def closing_table(
     table.add_row("images/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
     moved = sum(row["bytes"] for row in result["census"])
     table.add_row("sent by each device", f"{moved / 1024:,.0f} KiB a step")
-    for name, value in report.rows.items():
+    for name, value in {**summary, **report.rows}.items():
         table.add_row(name, value)
     folder = flags.out
     table.add_row("checkpoint", str(folder / "checkpoints" / saved.name))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,7 +83,7 @@ class Guard:
         if several:
             scope = f"shardtrain/{next(_numbers)}"  # keys of an earlier guard of this job are not ours
             self._peers = Peers(client, compat.process_rank(), compat.process_count(), scope)
-        self.progress, self.events, self.health = Progress(), Events(folder), Health(spike)
+        self.progress, self.events, self.health = Progress(), Events(), Health(spike)
         self.profiler = Profiler(folder, profile)
         self._stop = Stop(self._peers)
         self._limit = SILENT if watchdog is None else watchdog
@@ -132,10 +133,12 @@ class Guard:
 
     # What the loop asks.
 
-    def start(self, done: int, steps: int) -> None:
-        """Training begins, with `done` of `steps` updates done."""
+    def start(self, done: int, steps: int, mesh: Mapping[str, int]) -> None:
+        """Training begins, with `done` of `steps` updates done; from now on there are files."""
+        self.events.folder = self.folder
         self._stop.start(done)
-        self.say("resume" if done else "start", done, f"{done} of {steps} steps are done")
+        facts = {"steps": steps, "mesh": dict(mesh)}
+        self.say("resume" if done else "start", done, f"{done} of {steps} steps are done", **facts)
 
     def stops_before(self, step: int) -> bool:
         """Whether the run was told to stop before this step."""

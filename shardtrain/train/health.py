@@ -34,8 +34,12 @@ class Health:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def remember(self, losses: Iterable[float]) -> None:
-        """Losses of good steps, oldest first; a resumed run gives those of the run before."""
+        """Losses of good steps, oldest first."""
         self._losses.extend(loss for loss in losses if math.isfinite(loss))
+
+    def recall(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """The steps of a run that is resumed, as its `metrics.jsonl` has them."""
+        self.remember(row["loss"] for row in rows if not {"skipped", "rolled_back"} & set(row))
 
     @property
     def limit(self) -> float:

@@ -41,7 +41,7 @@ def run(
     pending: tuple[int, int, dict[str, jax.Array]] | None = None
     clock = time.perf_counter()
     progress, feed = guard.progress, iter(batches)
-    guard.start(done, steps)
+    guard.start(done, steps, trainer.mesh.shape)
     _refuse(trainer, guard)
 
     def read() -> bool:
