@@ -5,7 +5,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from shardtrain import compat
 from shardtrain.errors import UserError
@@ -13,35 +13,20 @@ from shardtrain.train import Guard
 from shardtrain.train.health import OnNan
 
 
-class GuardFlags(Protocol):
-    """The flags that this module reads."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def watchdog(self) -> float: ...
-    @property
-    def on_nan(self) -> OnNan: ...
-    @property
-    def spike(self) -> float | None: ...
-    @property
-    def profile(self) -> str: ...
-
-
-def guard(flags: GuardFlags, out: Path) -> Guard:
-    """The guard of a run in the folder `out`.
+def guard(
+    out: Path, steps: int, *, watchdog: float, on_nan: OnNan, spike: float | None, profile: str
+) -> Guard:
+    """The guard of a run of so many steps in the folder `out`, by its flags.
 
     Raises:
         UserError: flags that cannot be right.
     """
-    if not 0 <= flags.watchdog < float("inf"):
-        raise UserError(f"--watchdog {flags.watchdog:g}: give seconds, or 0 for no limit")
-    if flags.spike is not None and not 1 < flags.spike < float("inf"):
-        raise UserError(f"--spike {flags.spike:g}: a spike is more than 1 times the median, such as 3")
-    profile = steps_of(flags.profile, flags.steps) if flags.profile else None
-    return Guard(
-        out, watchdog=flags.watchdog or None, on_nan=flags.on_nan, spike=flags.spike, profile=profile
-    )
+    if not 0 <= watchdog < float("inf"):
+        raise UserError(f"--watchdog {watchdog:g}: give seconds, or 0 for no limit")
+    if spike is not None and not 1 < spike < float("inf"):
+        raise UserError(f"--spike {spike:g}: a spike is more than 1 times the median, such as 3")
+    traced = steps_of(profile, steps) if profile else None
+    return Guard(out, watchdog=watchdog or None, on_nan=on_nan, spike=spike, profile=traced)
 
 
 def steps_of(text: str, steps: int) -> range:

@@ -192,7 +192,14 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     start_jax(flags.devices, flags.mesh, x64=flags.x64)
     mesh = make_mesh(flags.mesh)
     out = check_out(flags.out, resume=flags.resume)
-    with guards.guard(flags, out) as guard:
+    with guards.guard(
+        out,
+        flags.steps,
+        watchdog=flags.watchdog,
+        on_nan=flags.on_nan,
+        spike=flags.spike,
+        profile=flags.profile,
+    ) as guard:
         guarded(flags, make_task, mesh, out, guard)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -58,12 +59,10 @@ class Runs:
         """
         folder = self.folder.expanduser()
         if not folder.is_dir():
-            raise UserError(f"{self.folder} is no folder; give the one that runs were written to (--out)")
+            raise UserError(f"{self.folder} is no folder; give one that --out was in")
         found = sorted((read(place, folder) for place in places(folder)), key=lambda run: run.when)
         if not found:
-            raise UserError(
-                f"there are no runs in {self.folder}; give the folder they were written to (--out)"
-            )
+            raise UserError(f"there are no runs in {self.folder}; give a folder that --out was in")
         Console(width=100).print(table(found))
         if self.plot is not None:
             compare(found, self.plot)
@@ -82,7 +81,7 @@ def read(place: Path, folder: Path) -> Run:
     rows = [row for row in _lines(place / "metrics.jsonl") if isinstance(row.get("step"), int)]
     events = _lines(place / "events.jsonl")
     result, whole = _json(place / "result.json")
-    first = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
+    first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     mesh = result.get("mesh") or first.get("mesh")
     scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
     speeds = [s for row in rows if (s := _number(row.get("images_per_second"))) is not None]
@@ -117,10 +116,9 @@ def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, tim
 
 def table(runs: Sequence[Run]) -> Table:
     """The runs in a table of at most 100 columns."""
-    shown = Table(width=100)
-    shown.add_column("run", overflow="fold", ratio=1)
-    for name in ("model", "mesh"):
-        shown.add_column(name, overflow="fold", max_width=20)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name, least in (("run", 16), ("model", 7), ("mesh", 12)):
+        shown.add_column(name, overflow="fold", min_width=least)
     for name in ("steps", "loss", "score", "images/s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for name in ("state", "when"):
@@ -132,7 +130,7 @@ def table(runs: Sequence[Run]) -> Table:
             run.model or "",
             run.mesh or "",
             "" if run.steps is None else str(run.steps),
-            "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.loss is None else f"{run.loss:.4f}" if abs(run.loss) < 1e4 else f"{run.loss:.1e}",
             "" if run.score is None else f"{run.score:.4f}",
             "" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
             run.state,
@@ -169,7 +167,7 @@ def compare(runs: Sequence[Run], path: Path) -> None:
 def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
     from matplotlib import colormaps
 
-    positive = True
+    positive, highest, starts = True, 0.0, 0.0
     for k, run in enumerate(runs):
         points = [(row["step"], value) for row in run.rows if (value := _number(row.get(key))) is not None]
         if not points:
@@ -181,8 +179,11 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
         colour = colormaps["tab20"](k % 20) if len(runs) > 10 else colormaps["tab10"](k)
         axis.plot(middle, smooth, color=colour, label=run.name, marker="." if len(smooth) == 1 else None)
         positive = positive and (values > 0).all()
+        highest, starts = max(highest, values.max()), max(starts, values[0])
     if key == "loss" and positive:
         axis.set_yscale("log")
+        if highest > 10 * starts:  # one run that diverged is not to flatten all others
+            axis.set_ylim(top=10 * starts)
     axis.set(xlabel="step", ylabel=f"training {key}")
     axis.grid(alpha=0.3)
 

@@ -108,6 +108,9 @@ class Guard:
                 self._part(error)
             except MissingError as missing:
                 self._watch.leave(REQUEUE, str(missing))
+        elif error is not None and self.events.folder is not None and not isinstance(error, Preempted):
+            text = " ".join(str(error).split()) or type(error).__name__
+            self.events("exit", self.progress.step, text[:500])
         self._watch.end()
 
     def _part(self, error: BaseException | None) -> None:
