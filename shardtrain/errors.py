@@ -12,3 +12,7 @@ class UserError(ValueError):
         Traceback (most recent call last):
         shardtrain.errors.UserError: mesh 'data=3' needs 3 devices, there are 2; data=2 would fit
     """
+
+
+REQUEUE = 75
+"""Exit status for "run me again from the last checkpoint" (EX_TEMPFAIL)."""

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -12,12 +14,14 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
+from shardtrain.launch import Limits, connect
 from shardtrain.mesh import make_mesh, parse
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
@@ -77,11 +81,20 @@ class RunFlags:
     x64: bool = False
     """Everything in float64, to compare meshes to the last bit."""
     devices: int | None = None
-    """Simulated CPU devices where there is no accelerator; as many as the mesh needs by default."""
+    """Simulated CPU devices of each process where there is no accelerator; what the mesh needs by default."""
     resume: bool = False
     """Go on from the checkpoint in --out, on this or another mesh."""
     compare: bool = False
     """At the end, repeat the first 20 steps on one device and show both losses."""
+    coordinator: str | None = None
+    """In a job of several processes, HOST:PORT of process 0. This and the next two are known by themselves
+    under Slurm, Open MPI, Kubernetes (Indexed Job, JobSet) and `shardtrain launch`."""
+    processes: int | None = None
+    """Processes of the job."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    start_limit: float = 300
+    """Seconds to wait for all processes to be there."""
 
 
 Flags = TypeVar("Flags", bound=RunFlags)
@@ -178,7 +191,9 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
         ...     cli.run(flags, make_task)
     """
     check(flags)
-    start_jax(flags.devices, flags.mesh, x64=flags.x64)
+    cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
+    start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
+    first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     mesh = make_mesh(flags.mesh)
     out = check_out(flags.out, resume=flags.resume)
     task = make_task(flags)
@@ -192,18 +207,40 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     feed = task.train(start=start, rows=rows_here)
     first = next(feed)
     trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
-    open_run(out, resume=flags.resume)
-    if start:
+    multihost_utils.sync_global_devices("all have looked at the folder")
+    if first_process:
+        open_run(out, resume=flags.resume)
+    multihost_utils.sync_global_devices("the folder is open")
+    if start and first_process:
         Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
-    with metrics.Recorder(out, start) as recorder:
-        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder])
+    with metrics.Recorder(out, start) if first_process else nullcontext() as recorder:
+        trainer.fit(
+            itertools.chain([first], feed), steps=flags.steps, observers=[recorder] if recorder else []
+        )
     saved = trainer.save(out / "checkpoints")
     test = trainer.evaluate(task.test(rows_here))
-    report = task.report(trainer, out)
+    with tempfile.TemporaryDirectory() as aside:  # the other processes help to compute, their files go
+        report = task.report(trainer, out if first_process else Path(aside))
+    if first_process:
+        conclude(flags, task, trainer, out, saved, test, report)
+    multihost_utils.sync_global_devices("the first process is done")
+
+
+def conclude(
+    flags: RunFlags,
+    task: Task,
+    trainer: Trainer,
+    out: Path,
+    saved: Path,
+    test: Mapping[str, float],
+    report: Report,
+) -> None:
+    """Writes the files of a run that has ended, and prints its tables."""
     rows = metrics.read(out / "metrics.jsonl")
     speeds = sorted(row["images_per_second"] for row in rows)
     result = {
-        "mesh": dict(mesh.shape),
+        "mesh": dict(trainer.mesh.shape),
+        "processes": jax.process_count(),
         "model": task.name,
         "data": flags.data,
         "steps": flags.steps,
@@ -211,7 +248,7 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
         "final_loss": rows[-1]["loss"],
         f"test_{task.score}": test[task.score],
         "images_per_second": speeds[len(speeds) // 2],
-        "census": census.summary(census.census(trainer.compiled_text(), mesh)),
+        "census": census.summary(census.census(trainer.compiled_text(), trainer.mesh)),
         **report.result,
         "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items()},
     }
@@ -303,7 +340,7 @@ def closing_table(
 
 def comparison(flags: RunFlags, task: Task, losses: Sequence[float], steps: int = 20) -> Table:
     """Repeats the first steps on one device: both losses side by side."""
-    one = make_mesh("data=1", devices=jax.devices()[:1])
+    one = make_mesh("data=1", devices=jax.local_devices()[:1])
     trainer = make_trainer(flags, task, one)
     feed = task.train(start=0, rows=trainer.rows(flags.batch_size))
     rows = trainer.fit(feed, steps=min(steps, flags.steps))
