@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the exit status that means: run me again."""
+
+REQUEUE = 75
+"""Exit status (EX_TEMPFAIL) of a run that a scheduler may start again from its last checkpoint."""
 
 
 class UserError(ValueError):
@@ -12,7 +15,3 @@ class UserError(ValueError):
         Traceback (most recent call last):
         shardtrain.errors.UserError: mesh 'data=3' needs 3 devices, there are 2; data=2 would fit
     """
-
-
-REQUEUE = 75
-"""Exit status for "run me again from the last checkpoint" (EX_TEMPFAIL)."""

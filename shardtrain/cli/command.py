@@ -7,7 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from shardtrain.cli.launch import Local
+from shardtrain.cli.doctor import Doctor
+from shardtrain.cli.launch import Kubernetes, Local, Slurm
 from shardtrain.cli.pipeline import Show
 from shardtrain.cli.start import one_sentence
 from shardtrain.errors import UserError
@@ -34,17 +35,21 @@ class Pipeline:
 class Launch:
     """A command, given after --, in the processes of one job."""
 
-    command: Annotated[Local, tyro.conf.subcommand("local")] | _Nothing
+    command: (
+        Annotated[Local, tyro.conf.subcommand("local")]
+        | Annotated[Slurm, tyro.conf.subcommand("slurm")]
+        | Annotated[Kubernetes, tyro.conf.subcommand("k8s")]
+    )
 
     def run(self, rest: Sequence[str]) -> None:
         """Runs the subcommand with the command after --."""
-        if self.command is not None:
-            self.command.run(rest)
+        self.command.run(rest)
 
 
 Command = (
     Annotated[Pipeline, tyro.conf.subcommand("pipeline")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | _Nothing
 )
 

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from shardtrain.launch import kubernetes, slurm
 from shardtrain.launch.local import run_local
 
 
@@ -46,3 +48,106 @@ class Local:
                 grace=self.grace,
             )
         )
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Writes a short batch script for Slurm: `shardtrain launch slurm --nodes 2 -- python train.py`.
+
+    The script starts one process for each GPU (one for each node without), and the job again from its last
+    checkpoint when a node or a process fails, or a process ends with status 75 ("run me again").
+    """
+
+    name: str = "shardtrain"
+    """Of the job."""
+    nodes: str = "1"
+    """A number, or a range such as 2-4: as many as are free, for meshes with a size of -1."""
+    gpus_per_node: int = 0
+    """GPUs."""
+    tasks_per_node: int | None = None
+    """Processes; one for each GPU by default."""
+    cpus_per_task: int | None = None
+    """Processors of each process."""
+    time: str = "24:00:00"
+    """Time limit; 120 s before, processes are told to save."""
+    partition: str | None = None
+    """The cluster's default without."""
+    restarts: int = 3
+    """After failures of the program."""
+    log: str = "slurm-%j.out"
+    """File of the output."""
+    out: Path = Path("job.sbatch")
+    """File of the script; - prints it."""
+    submit: bool = False
+    """Hand it to Slurm at once."""
+
+    def run(self, command: Sequence[str]) -> None:
+        """Writes the script, and submits it if asked to."""
+        job = slurm.SlurmJob(
+            self.name,
+            self.nodes,
+            self.gpus_per_node,
+            self.tasks_per_node or max(1, self.gpus_per_node),
+            self.cpus_per_task,
+            self.time,
+            self.partition,
+            self.restarts,
+            self.log,
+        )
+        put(self.out, slurm.script(job, list(command)))
+        if self.submit:
+            print(slurm.submit(self.out))
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """Writes a JobSet manifest: `shardtrain launch k8s --image me/cnn:1 --pods 2 -- python train.py`.
+
+    Each pod is one process. All start again from the last checkpoint when one fails, is evicted, or ends with
+    status 75 ("run me again").
+    """
+
+    image: str
+    """Container image that has shardtrain and the recipe in it."""
+    name: str = "shardtrain"
+    """Of the JobSet."""
+    pods: int = 1
+    """Processes."""
+    gpus: int = 0
+    """NVIDIA GPUs of each pod."""
+    cpu: str = "4"
+    """Processors of each pod."""
+    memory: str = "16Gi"
+    """Of each pod."""
+    claim: str | None = None
+    """PersistentVolumeClaim (ReadWriteMany) for checkpoints, mounted at /runs."""
+    restarts: int = 3
+    """After failures of the program."""
+    grace: int = 120
+    """Seconds that pods have to save when they are to end."""
+    out: Path = Path("jobset.yaml")
+    """File of the manifest; - prints it."""
+
+    def run(self, command: Sequence[str]) -> None:
+        """Writes the manifest."""
+        job = kubernetes.KubernetesJob(
+            self.name,
+            self.image,
+            self.pods,
+            self.gpus,
+            self.cpu,
+            self.memory,
+            self.claim,
+            self.restarts,
+            self.grace,
+        )
+        put(self.out, kubernetes.manifest(job, list(command)))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a job file, or prints it."""
+    if str(path) == "-":
+        print(text, end="")
+        return
+    slurm.write(path, text)
+    print(f"wrote {path}", file=sys.stderr)

@@ -93,7 +93,7 @@ class RunFlags:
     """Processes of the job."""
     process_id: int | None = None
     """Number of this process, from 0."""
-    start_limit: float = 300
+    start_limit: float = 300.0
     """Seconds to wait for all processes to be there."""
 
 

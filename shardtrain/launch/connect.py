@@ -30,7 +30,7 @@ class Limits:
         shutdown: at the end of the program, for the others to end too.
     """
 
-    start: float = 300
+    start: float = 300.0
     heartbeat: int = 30
     shutdown: int = 300
 

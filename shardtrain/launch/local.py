@@ -281,12 +281,13 @@ def say(text: str) -> None:
 
 def pump(source: IO[bytes], target: IO[str], prefix: bytes, words: deque[bytes] | None) -> None:
     """Copies lines as they come, each with the number of its process."""
-    for line in source:
-        whole = line if line.endswith(b"\n") else line + b"\n"
-        if words is not None:
-            words.append(whole)
-        target.buffer.write(prefix + whole)  # type: ignore[attr-defined]
-        target.flush()
+    with source:
+        for line in source:
+            whole = line if line.endswith(b"\n") else line + b"\n"
+            if words is not None:
+                words.append(whole)
+            target.buffer.write(prefix + whole)  # type: ignore[attr-defined]
+            target.flush()
 
 
 def watch(job: subprocess.Popen[bytes], rank: int, ends: "queue.Queue[End]") -> None:

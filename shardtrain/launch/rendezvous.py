@@ -132,6 +132,7 @@ def _gather(
         except UserError as error:
             _send_all(peers, {"error": str(error)})
             raise
+        server.close()  # before anyone who has the answer comes again
         _send_all(peers, answer)
         return answer
 
@@ -231,8 +232,9 @@ def listen(port: int) -> socket.socket:
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
         raise UserError(
-            f"port {port} of {socket.gethostname()}, the coordinator, cannot be used ({error.strerror}); "
-            f"another job may have it: give another in --coordinator or JAX_COORDINATOR_PORT"
+            f"port {port} of {socket.gethostname()}, the coordinator, cannot be used "
+            f"({os.strerror(error.errno or 0)}); another job may have it: give another in --coordinator or "
+            f"JAX_COORDINATOR_PORT"
         ) from error
 
 
