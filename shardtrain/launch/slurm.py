@@ -65,19 +65,33 @@ def script(job: SlurmJob, command: list[str]) -> str:
         raise UserError(
             "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
         )
+    # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
+    ranged = "-" in job.nodes
+    cpus = job.cpus_per_task
     asked = [
         ("job-name", job.name, ""),
         ("partition", job.partition, ""),
-        ("nodes", job.nodes, "as many as are free" if "-" in job.nodes else ""),
-        ("ntasks-per-node", job.tasks_per_node, "processes; each finds its place by itself"),
+        ("nodes", job.nodes, "as many as are free" if ranged else ""),
+        (
+            "ntasks-per-node",
+            None if ranged else job.tasks_per_node,
+            "processes; each finds its place by itself",
+        ),
         ("gpus-per-node", job.gpus_per_node or None, ""),
-        ("cpus-per-task", job.cpus_per_task, ""),
+        (
+            "cpus-per-task",
+            (cpus or 1) * job.tasks_per_node if ranged else cpus,
+            "of a node" if ranged else "",
+        ),
         ("time", job.time, ""),
         ("requeue", True, "start again when a node fails"),
         ("signal", f"TERM@{SAVE}", f"tell the processes to save {SAVE} s before the time is over"),
         ("open-mode", "append", "one log for all starts"),
         ("output", job.output, ""),
     ]
+    tasks = f" --ntasks=$((SLURM_NNODES * {job.tasks_per_node}))" if ranged else ""
+    if ranged or cpus:
+        tasks += f" --cpus-per-task={cpus or 1}"
     lines = [
         f"#SBATCH --{flag}" + ("" if value is True else f"={value}")
         for flag, value, _ in asked
@@ -96,7 +110,7 @@ def script(job: SlurmJob, command: list[str]) -> str:
 {header}
 
 # When one process fails, all are ended: the others would wait for it for ever.
-srun --kill-on-bad-exit=1{cpus} {shlex.join(command)}
+srun --kill-on-bad-exit=1{tasks} {shlex.join(command)}
 status=$?
 
 # {REQUEUE} is "I have saved, run me again" (preempted, out of time, a hang). 2 is flags that are refused, and
