@@ -149,6 +149,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """Dead nodes are noticed in 10 s instead of 5 min, and requeued jobs start in seconds instead of 2 min."""
 
 
+def daemon(*command: str) -> subprocess.Popen[bytes]:
+    """Starts a program that goes on; it keeps its log in a file."""
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def start_node(up: Hosts, name: str) -> None:
     """Starts Slurm's daemon on a host."""
     subprocess.run(up.on(name, ["slurmd", "-f", str(up.folder / "slurm.conf")]), check=True)
@@ -187,8 +192,7 @@ def slurm(up: Hosts) -> Iterator[dict[str, str]]:
         f"--log-file={up.folder}/munge.log",
         f"--seed-file={up.folder}/munge.seed",
     ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # they keep logs in the folder
-    daemons = [subprocess.Popen(["munged", "--foreground", "--force", socket, *files], **quiet)]
+    daemons = [daemon("munged", "--foreground", "--force", socket, *files)]
     try:
         wait(lambda: (up.folder / "munge.socket").exists(), "munged")
         daemons.append(
@@ -207,9 +211,9 @@ def slurm(up: Hosts) -> Iterator[dict[str, str]]:
     finally:
         for name in up.names:
             up.end(name)
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait(20)
+        for job in reversed(daemons):
+            job.terminate()
+            job.wait(20)
 
 
 def wait(ready: Callable[[], bool], what: str, limit: float = 30.0) -> None:

@@ -105,7 +105,7 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
     jax.config.update("jax_enable_x64", x64)
 
 
-def check_out(folder: Path, *, resume: bool) -> Path:
+def check_out(folder: Path) -> Path:
     """Whether a run can be written to `folder`; leaves nothing behind.
 
     Returns:
@@ -130,8 +130,6 @@ def check_out(folder: Path, *, resume: bool) -> Path:
             f"--out {folder} holds files that are no run of ours, such as {foreign[0]}; "
             f"name a new or empty folder"
         )
-    if resume and "checkpoints" not in names:
-        raise UserError(f"--resume: there is no checkpoint in {folder}; leave --resume out to start anew")
     return folder
 
 

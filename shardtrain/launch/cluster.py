@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shardtrain.errors import UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "SHARDTRAIN_COORDINATOR", "SHARDTRAIN_PROCESSES", "SHARDTRAIN_PROCESS_ID"
-LOCAL, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_RESTARTS"
+LOCAL, JOB, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_JOB", "SHARDTRAIN_RESTARTS"
 """What `shardtrain launch` tells the processes it starts; also for starters of your own."""
 
 PORTS = range(61440, 65536)
@@ -95,6 +95,16 @@ def restarts(env: Mapping[str, str]) -> int:
         2
     """
     return int(env.get(RESTARTS) or env.get("SLURM_RESTART_COUNT") or 0)
+
+
+def job(env: Mapping[str, str]) -> str:
+    """What names this job through all its restarts; nothing where nobody restarts it.
+
+    Example:
+        >>> job({"SLURM_JOB_ID": "4711"})
+        '4711'
+    """
+    return env.get(JOB) or env.get("SLURM_JOB_ID") or ""
 
 
 def _own(env: Mapping[str, str]) -> Cluster | None:

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from shardtrain.errors import REQUEUE, UserError
-from shardtrain.launch.cluster import COORDINATOR, PORTS, PROCESSES, RESTARTS
+from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
 
 MOUNT = "/runs"
 """Where pods find the volume for --out."""
@@ -133,6 +133,8 @@ spec:
                       value: {job.name}-train-0-0.{job.name}:{PORTS[0]}
                     - name: {PROCESSES}
                       value: "{job.pods}"
+                    - name: {JOB}
+                      value: {json.dumps(job.name)}
                     - name: {RESTARTS}  # after the first start the run goes on from its checkpoint
                       valueFrom:
                         fieldRef:

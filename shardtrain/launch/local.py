@@ -7,6 +7,7 @@ what the first one said is shown. With restarts, attempts follow each other unti
 import os
 import queue
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from types import FrameType
 from typing import IO
 
 from shardtrain.errors import REQUEUE, UserError
-from shardtrain.launch.cluster import COORDINATOR, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS
+from shardtrain.launch.cluster import COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS
 
 REFUSED = 2
 """Exit status of a command that refuses its flags: starting it again would not help."""
@@ -141,6 +142,7 @@ class Attempts:
         self.command = list(command)
         self.devices = devices
         self.grace = grace
+        self.job = secrets.token_hex(8)
         self.stopped = 0
         self.deadline = float("inf")
         self.jobs: list[subprocess.Popen[bytes]] = []
@@ -215,6 +217,7 @@ class Attempts:
                 PROCESSES: str(processes),
                 PROCESS_ID: str(rank),
                 LOCAL: "1",
+                JOB: self.job,
                 RESTARTS: str(number),
                 "PYTHONUNBUFFERED": "1",
             }

@@ -68,7 +68,7 @@ def script(job: SlurmJob, command: list[str]) -> str:
     # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
     ranged = "-" in job.nodes
     cpus = job.cpus_per_task
-    asked = [
+    asked: list[tuple[str, object, str]] = [
         ("job-name", job.name, ""),
         ("partition", job.partition, ""),
         ("nodes", job.nodes, "as many as are free" if ranged else ""),
