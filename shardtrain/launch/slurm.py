@@ -68,21 +68,14 @@ def script(job: SlurmJob, command: list[str]) -> str:
     # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
     ranged = "-" in job.nodes
     cpus = job.cpus_per_task
+    per_node = (cpus or 1) * job.tasks_per_node if ranged else cpus
     asked: list[tuple[str, object, str]] = [
         ("job-name", job.name, ""),
         ("partition", job.partition, ""),
         ("nodes", job.nodes, "as many as are free" if ranged else ""),
-        (
-            "ntasks-per-node",
-            None if ranged else job.tasks_per_node,
-            "processes; each finds its place by itself",
-        ),
+        ("ntasks-per-node", None if ranged else job.tasks_per_node, "processes; each finds its own place"),
         ("gpus-per-node", job.gpus_per_node or None, ""),
-        (
-            "cpus-per-task",
-            (cpus or 1) * job.tasks_per_node if ranged else cpus,
-            "of a node" if ranged else "",
-        ),
+        ("cpus-per-task", per_node, "of a node" if ranged else ""),
         ("time", job.time, ""),
         ("requeue", True, "start again when a node fails"),
         ("signal", f"TERM@{SAVE}", f"tell the processes to save {SAVE} s before the time is over"),
@@ -102,9 +95,6 @@ def script(job: SlurmJob, command: list[str]) -> str:
     header = "\n".join(
         f"{line:<{width}}# {note}" if note else line for line, note in zip(lines, notes, strict=True)
     )
-    cpus = (
-        f" --cpus-per-task={job.cpus_per_task}" if job.cpus_per_task else ""
-    )  # srun takes no notice of above
     return f"""#!/bin/bash
 # Written by `shardtrain launch slurm`. Submit it with `sbatch`.
 {header}
