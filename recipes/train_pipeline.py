@@ -48,6 +48,8 @@ class Flags(cli.RunFlags):
     statistics: Literal["microbatch", "batch"] = "microbatch"
     """What moves running statistics of batch norms: each microbatch, or the whole batch, once."""
 
+    free = frozenset({"schedule", "microbatches", "stages", "in_flight", "overlap"})
+
 
 def make_task(flags: Flags) -> cli.Task:
     """The network that --model names, on the data that --data names, cut as the flags say."""

@@ -10,23 +10,25 @@ from typing import Any, TextIO
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.train import Guard
-from shardtrain.train.health import OnNan
 
 
-def guard(
-    out: Path, steps: int, *, watchdog: float, on_nan: OnNan, spike: float | None, profile: str
-) -> Guard:
-    """The guard of a run of so many steps in the folder `out`, by its flags.
+def guard(flags: Any, out: Path) -> Guard:
+    """The guard of a run in the folder `out`.
+
+    Args:
+        flags: of a recipe, `RunFlags`.
+        out: the run's folder.
 
     Raises:
         UserError: flags that cannot be right.
     """
+    watchdog, spike = flags.watchdog, flags.spike
     if not 0 <= watchdog < float("inf"):
         raise UserError(f"--watchdog {watchdog:g}: give seconds, or 0 for no limit")
     if spike is not None and not 1 < spike < float("inf"):
         raise UserError(f"--spike {spike:g}: a spike is more than 1 times the median, such as 3")
-    traced = steps_of(profile, steps) if profile else None
-    return Guard(out, watchdog=watchdog or None, on_nan=on_nan, spike=spike, profile=traced)
+    traced = steps_of(flags.profile, flags.steps) if flags.profile else None
+    return Guard(out, watchdog=watchdog or None, on_nan=flags.on_nan, spike=spike, profile=traced)
 
 
 def steps_of(text: str, steps: int) -> range:
@@ -47,12 +49,12 @@ def steps_of(text: str, steps: int) -> range:
     return range(int(first), int(last) + 1)
 
 
-def summary(rows: Sequence[Mapping[str, Any]], guard: Guard) -> dict[str, str]:
+def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:
     """Rows of the closing table: where the time went, memory, what was left out.
 
     Args:
         rows: of `metrics.jsonl`.
-        guard: of the run.
+        out: the run's folder.
     """
     seconds = {
         key: sum(row.get(f"{key}_seconds", 0.0) for row in rows) for key in ("compute", "data", "checkpoint")
@@ -66,8 +68,7 @@ def summary(rows: Sequence[Mapping[str, Any]], guard: Guard) -> dict[str, str]:
     for key, words in (("skipped", "left out"), ("rolled_back", "gone back from")):
         if count := sum(key in row for row in rows):
             found[f"bad steps {words}"] = str(count)
-    if guard.folder is not None:
-        found["events"] = str(guard.folder / "events.jsonl")
+    found["events"] = str(out / "events.jsonl")
     return found
 
 

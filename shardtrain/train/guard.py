@@ -38,18 +38,19 @@ class Guard:
     """Watches over a run; `Trainer.fit` takes one. As a context it also watches what is before and after.
 
     - No progress for `watchdog` seconds: all stacks on stderr, who is missing or behind, exit status 75.
-    - SIGTERM on any process: all of them save the same step and exit with 75. A second one: at once.
+    - SIGTERM on any process: all of them save the same step (where `fit` has `checkpoints`) and exit with 75.
+      A second one: at once.
     - An exception in one of several processes: its message, and all of them exit within seconds.
     - A loss or gradient that is not finite, or a spike: `on_nan`.
     - SIGUSR1: the next steps are traced by jax's profiler into `folder/profile`.
 
     Args:
-        folder: of the run, for `checkpoints/`, `events.jsonl` and `profile/`; None for a run without files.
+        folder: of the run, for `events.jsonl` and `profile/`; None for a run without files.
         watchdog: seconds without progress, five times as many for the start, compilations, the evaluation
             and the end; None: no limit.
         on_nan: after a bad step `"stop"` with a sentence; `"skip"`, its update is not applied (the trainer
             must be one with `skip_bad=True`); `"rollback"` to the last checkpoint and go on with the batch
-            behind the bad one; None: nothing.
+            behind the bad one (`fit` must have `checkpoints`); None: nothing.
         spike: a loss above this many times the median of the last 32 good steps is bad, too.
         profile: steps to be traced.
 
@@ -57,8 +58,8 @@ class Guard:
         UserError: a watchdog or a spike that is no positive number, or an unknown policy.
 
     Example:
-        >>> with Guard(Path("runs/digits"), watchdog=60) as guard:
-        ...     trainer.fit(batches, steps=500, guard=guard)
+        >>> with Guard(Path("runs/mine"), watchdog=60) as guard, Checkpoints("runs/mine/checkpoints") as kept:
+        ...     trainer.fit(batches, steps=500, checkpoints=kept, guard=guard)
     """
 
     def __init__(
@@ -205,9 +206,9 @@ class Guard:
                 f"and failed again; try a lower learning rate or clipped gradients"
             )
 
-    def preempted(self, step: int, saved: Path | None) -> Preempted:
+    def preempted(self, step: int, *, saved: bool) -> Preempted:
         """What to raise when the run stopped after `step` as it was told to."""
-        kept = f"saved {saved}" if saved is not None else "nothing new to save"
+        kept = f"step {step} is saved" if saved else "there is nothing new to save"
         self.events("preempted", step, f"{kept}; run again to go on (exit status {REQUEUE})")
         return Preempted(step)
 

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from shardtrain.errors import UserError
 from shardtrain.train import place
-from shardtrain.train.checkpoint import latest
+from shardtrain.train.checkpoint import Checkpoints
 from shardtrain.train.guard import Guard
 from shardtrain.train.metrics import Observer, Row
 from shardtrain.train.profile import peak_memory
@@ -28,27 +27,30 @@ def run(
     batches: Iterable[tuple[Any, Any]],
     steps: int,
     observers: Sequence[Observer],
+    checkpoints: Checkpoints | None = None,
     guard: Guard | None = None,
 ) -> list[Row]:
     """Trains until `trainer.state.step` is `steps` or the batches end.
 
     The order matters: the metrics of a step are read only when the next one is under way, so that the
-    devices never wait for the host.
+    devices never wait for the host, but for those of a step that is saved: its arrays are waited for anyway,
+    and what is bad is not to be saved.
     """
     guard = guard or Guard(watchdog=None, on_nan=None)
     rows: list[Row] = []
-    done = begun = int(trainer.state.step)
-    pending: tuple[int, int, dict[str, jax.Array]] | None = None
+    begun = done = int(trainer.state.step)
+    pending: tuple[int, range, dict[str, jax.Array]] | None = None
     clock = time.perf_counter()
     progress, feed = guard.progress, iter(batches)
     guard.start(done, steps, trainer.mesh.shape)
-    _refuse(trainer, guard)
+    _refuse(trainer, guard, checkpoints)
 
     def read() -> bool:
         """Reads the step that is pending; False where its update is to be undone."""
         nonlocal clock, pending
-        assert pending is not None
-        (step, size, sums), pending = pending, None
+        if pending is None:
+            return True
+        (step, which, sums), pending = pending, None
         values = {key: float(np.asarray(value)) for key, value in jax.device_get(sums).items()}
         now = time.perf_counter()
         examples = values.pop("examples")
@@ -59,12 +61,23 @@ def run(
         if (peak := peak_memory()) is not None:
             row["peak_memory"] = peak
         clock = now
-        first = (step - 1) * size
-        good = guard.good(step, row, range(first, first + int(examples)))
+        good = guard.good(step, row, which)
         rows.append(row)
         for observe in observers:
             observe(step, row)
         return good
+
+    def settle() -> None:
+        """Reads what is pending; afterwards the state is one to keep."""
+        if not read():
+            _roll_back(trainer, guard, checkpoints, done)
+
+    def save() -> None:
+        settle()
+        if checkpoints is not None:
+            progress.at("checkpoint")
+            path = trainer.save(checkpoints, rows[-1] if rows else None)
+            guard.say("checkpoint", done, f"being written to {path}", path=str(path))
 
     while done < steps and not guard.stops_before(done + 1):
         progress.at("data", done + 1)
@@ -74,58 +87,56 @@ def run(
         progress.at("compiling")
         step = trainer.compiled_step(batch)
         if guard.profiler.is_edge(done + 1):
-            if pending is not None and not read():
-                _roll_back(trainer, guard, done)
+            settle()
             guard.profile()
-        if pending is None and not rows:
+        if not rows and pending is None:
             clock = time.perf_counter()  # compiling is no step
             progress.take()
         progress.at("compute")
         with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
             trainer.state, sums = step(trainer.state, batch)
-        done += 1
-        if pending is not None and not read():
-            _roll_back(trainer, guard, done - 1)
+        if not read():
+            _roll_back(trainer, guard, checkpoints, done)
             trainer.state, sums = step(trainer.state, batch)
-        pending = done, batch.rows, sums
-    if pending is not None and not read():
-        _roll_back(trainer, guard, done)
+        size = place.rows_of(item[0]) if jax.process_count() == 1 else batch.rows
+        which = range(trainer.examples, trainer.examples + size)
+        trainer.examples += size
+        done += 1
+        pending = done, which, sums
+        if checkpoints is not None and checkpoints.due(done):
+            save()
+    stopped = done < steps and guard.stops_before(done + 1)
+    if not stopped or done > begun:
+        save()
     if guard.profiler.running:
         guard.profile()
-    if done < steps and guard.stops_before(done + 1):
-        raise guard.preempted(done, _save(trainer, guard, done) if done > begun else None)
+    if stopped:
+        if checkpoints is not None:
+            checkpoints.wait()
+        raise guard.preempted(done, saved=checkpoints is not None and done > begun)
     if done < steps:
         log.warning("the batches ended after step %d of %d", done, steps)
     guard.say("end", done, f"{done} of {steps} steps are done")
     return rows
 
 
-def _refuse(trainer: "Trainer", guard: Guard) -> None:
+def _refuse(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None) -> None:
     """Refuses policies that cannot be kept; a run that may go back has a checkpoint to go back to."""
     if guard.on_nan == "skip" and not trainer._program.skip_bad:
         raise UserError("on_nan='skip' leaves out updates within the step; give the Trainer skip_bad=True")
     if guard.on_nan == "rollback":
-        if guard.folder is None:
-            raise UserError("on_nan='rollback' goes back to checkpoints; give the Guard a folder for them")
-        if latest(guard.folder / "checkpoints") is None:
-            _save(trainer, guard, int(trainer.state.step))
+        if checkpoints is None:
+            raise UserError("on_nan='rollback' goes back to checkpoints; give fit some: checkpoints=...")
+        trainer.save(checkpoints)  # nothing happens where the run was taken up from one of them
 
 
-def _save(trainer: "Trainer", guard: Guard, step: int) -> Path | None:
-    """Saves the run where it has a folder."""
-    if guard.folder is None:
-        return None
-    guard.progress.at("checkpoint")
-    saved = trainer.save(guard.folder / "checkpoints")
-    guard.say("checkpoint", step, f"saved {saved}", path=str(saved))
-    return saved
-
-
-def _roll_back(trainer: "Trainer", guard: Guard, step: int) -> None:
+def _roll_back(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None, step: int) -> None:
     """Puts the run where it was at its last checkpoint, but for the data, which goes on behind `step`."""
-    assert guard.folder is not None  # else there was nothing to go back to
+    assert checkpoints is not None  # else it was refused
     guard.progress.at("checkpoint")
-    saved = trainer.restore(guard.folder / "checkpoints")
+    position = trainer.examples
+    saved = trainer.restore(checkpoints)
+    trainer.examples = position
     number = place.scalar(np.int32(step), trainer.state.step.sharding)
     trainer.state = dataclasses.replace(trainer.state, step=number)
     guard.rolled_back(step, saved)

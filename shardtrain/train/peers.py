@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,15 @@ class Peers:
 
 
 class Beats:
-    """Who of the other processes still answers, by a number that each says anew again and again."""
+    """Who of the other processes still answers, by a number that each says anew again and again.
 
-    def __init__(self, peers: Peers) -> None:
-        self.peers = peers
+    Args:
+        peers: the processes of the job.
+        now: a clock.
+    """
+
+    def __init__(self, peers: Peers, now: Callable[[], float]) -> None:
+        self.peers, self._now = peers, now
         self.last: dict[int, dict[str, Any]] = {}
         self._changed: dict[int, float] = {}
         self._count = 0
@@ -95,7 +100,7 @@ class Beats:
 
     def look(self) -> None:
         """Notes what the others have said."""
-        now = time.monotonic()
+        now = self._now()
         for rank, said in self.peers.told("beat").items():
             beat = json.loads(said)
             if beat != self.last.get(rank):
@@ -103,7 +108,7 @@ class Beats:
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks that have said nothing for so long; not those that never said anything, or said goodbye."""
-        now = time.monotonic()
+        now = self._now()
         return sorted(
             rank
             for rank, at in self._changed.items()

@@ -12,6 +12,27 @@ STEPS = 5
 """Steps that are profiled when a signal asks for it."""
 
 
+class Clock:
+    """Seconds that this process was awake: a job that was stopped as a whole, and goes on, did not hang.
+
+    A thread of its own calls `tick` again and again.
+    """
+
+    LONGEST = 5.0
+    """Seconds between two ticks, beyond which it was asleep."""
+
+    def __init__(self) -> None:
+        self._sum, self._last = 0.0, time.monotonic()
+
+    def tick(self) -> None:
+        """Counts the time since the last one."""
+        self._sum, self._last = self.now(), time.monotonic()
+
+    def now(self) -> float:
+        """Seconds awake so far."""
+        return self._sum + min(time.monotonic() - self._last, self.LONGEST)
+
+
 class Progress:
     """What the main thread is at, since when, and how long it was at each thing.
 
@@ -27,13 +48,14 @@ class Progress:
         self.step = 0
         self.what = "starting"
         self.since = time.monotonic()
+        self.marks = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def at(self, what: str, step: int | None = None) -> None:
         """From now on it is at `what`, which is progress."""
         now = time.monotonic()
         self._seconds[self.what] += now - self.since
-        self.what, self.since = what, now
+        self.what, self.since, self.marks = what, now, self.marks + 1
         self.step = self.step if step is None else step
 
     def take(self) -> dict[str, float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -118,6 +120,38 @@ def _implementation(key: Any) -> Any:
     found: list[Any] = []
     jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)  # a shape has one, too
     return found[0]
+
+
+def initial_state(
+    variables: Variables, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any, *, staged: bool
+) -> TrainState:
+    """The state before the first update; of a model of shapes, shapes.
+
+    Args:
+        variables: of the model.
+        optimizer: makes its own state.
+        mesh, specs: where arrays are to lie.
+        staged: where they lie is known only when the first batch is seen, and they wait on the host.
+    """
+    params, model_state = variables.values()
+    if is_shapes(params):
+        opt = jax.eval_shape(optimizer.init, params)
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, model_state, opt)
+        return shapes if staged else lying(shapes, shardings(mesh, specs))
+    if staged:
+        params, model_state = jax.tree.map(np.array, (params, model_state))
+        opt = jax.tree.map(np.asarray, optimizer.init(params))
+        return TrainState(np.zeros((), np.int32), params, model_state, opt)
+    where = shardings(mesh, specs)
+    # A copy: the step donates its state, and the caller's model keeps its own arrays.
+    params, model_state = jax.tree.map(
+        lambda x, s: jax.device_put(np.array(x), s),
+        (params, model_state),
+        (where.params, where.model_state),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
+    step = jax.device_put(np.zeros((), np.int32), where.step)
+    return TrainState(step, params, model_state, opt_state)
 
 
 def owners(opt_state: Any, params: Collection[str]) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -19,11 +20,11 @@ from shardtrain.nn.context import examples
 from shardtrain.nn.flow import resharded
 from shardtrain.ops.conv import CONTRACTION
 from shardtrain.ops.island import crop_to
+from shardtrain.pipeline.branches import refuse_divergent
+from shardtrain.train import check
 from shardtrain.train.state import TrainState, Variables
 
 PerExample = Callable[[Any, Any], Array]
-
-REMAT = ("contractions", "nothing")
 
 
 @dataclass(frozen=True)
@@ -233,3 +234,36 @@ class Program:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
         index = jnp.arange(batch.rows)
         return self.evaluated(state.params, state.model_state, *batch.cropped(), batch.real, index)
+
+
+def compiled(
+    function: Callable, state: TrainState, batch: Batch, mesh: Mesh, out: TrainState | None, *, staged: bool
+) -> Any:
+    """A step, compiled for a state and batches that lie as these do.
+
+    Args:
+        function: `(state, batch) -> two results`.
+        state, batch: arrays or shapes.
+        mesh: that they lie on.
+        out: shardings of the first result, which then takes the memory of the state.
+        staged: it has pipeline stages, which differ from rank to rank.
+
+    Raises:
+        UserError: operators that XLA cannot be trusted with.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
+    updates = out is not None
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(
+            function,
+            donate_argnums=0 if updates else (),
+            out_shardings=(out, None) if updates else None,
+        )
+        traced = jitted.trace(*shapes)
+        check.refuse_outside_islands(traced.jaxpr, mesh)
+        program = traced.lower().compile()
+    if staged:
+        refuse_divergent(program.as_text(), mesh, ["pipe"])
+    return program

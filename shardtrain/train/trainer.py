@@ -19,12 +19,12 @@ from rich.table import Table
 from shardtrain import pipeline
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
-from shardtrain.mesh import make_mesh, size, without
+from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
-from shardtrain.pipeline.branches import refuse_divergent
-from shardtrain.train import check, checkpoint, loop, losses, place
+from shardtrain.train import check, loop, losses, place
+from shardtrain.train.checkpoint import Checkpoints
 from shardtrain.train.guard import Guard
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
@@ -35,12 +35,12 @@ from shardtrain.train.state import (
     Variables,
     by_field,
     bytes_on_a_device,
+    initial_state,
     is_shapes,
-    lying,
     opt_state_specs,
     shardings,
 )
-from shardtrain.train.step import Batch, PerExample, Program
+from shardtrain.train.step import Batch, PerExample, Program, compiled
 
 
 class Trainer:
@@ -148,34 +148,16 @@ class Trainer:
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}
         self._specs = self._state_specs(model, optimizer)
-        self.state = self._initial_state(optimizer)
+        self.state = initial_state(
+            self._variables, optimizer, self.mesh, self._specs, staged=self._plan is not None
+        )
+        self.examples = 0
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
 
     def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
         params, _ = self._variables.values()
         param_specs, state_specs = self._variables.specs(model, self.mesh, self.layout)
         return TrainState(P(), param_specs, state_specs, opt_state_specs(optimizer, params, param_specs))  # type: ignore[arg-type]
-
-    def _initial_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        params, model_state = self._variables.values()
-        if is_shapes(params):
-            opt = jax.eval_shape(optimizer.init, params)
-            shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, model_state, opt)
-            return shapes if self._plan is not None else lying(shapes, shardings(self.mesh, self._specs))
-        if self._plan is not None:  # where each array is to lie is known when the first batch is seen
-            params, model_state = jax.tree.map(np.array, (params, model_state))
-            opt = jax.tree.map(np.asarray, optimizer.init(params))
-            return TrainState(np.zeros((), np.int32), params, model_state, opt)
-        where = shardings(self.mesh, self._specs)
-        # A copy: the step donates its state, and the caller's model keeps its own arrays.
-        params, model_state = jax.tree.map(
-            lambda x, s: jax.device_put(np.array(x), s),
-            (params, model_state),
-            (where.params, where.model_state),
-        )
-        opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
-        step = jax.device_put(np.zeros((), np.int32), where.step)
-        return TrainState(step, params, model_state, opt_state)
 
     @property
     def model(self) -> nnx.Module:
@@ -271,22 +253,14 @@ class Trainer:
         leaves, tree = jax.tree.flatten(batch)
         key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._steps:
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (self.state, batch)
-            )
             train = kind == "train"
             if self.pipeline is not None:
                 function = self.pipeline.train_step(batch) if train else self.pipeline.eval_step(batch)
             else:
                 function = self._program.train_step if train else self._program.eval_step
-            out = (shardings(self.mesh, self._specs), None) if train else None
-            with jax.set_mesh(self.mesh):
-                jitted = jax.jit(function, donate_argnums=0 if train else (), out_shardings=out)
-                traced = jitted.trace(*shapes)
-                check.refuse_outside_islands(traced.jaxpr, self.mesh)
-                self._steps[key] = traced.lower().compile()
-            if self.pipeline is not None:
-                refuse_divergent(self._steps[key].as_text(), self.mesh, [AXIS])
+            out = shardings(self.mesh, self._specs) if train else None
+            staged = self.pipeline is not None
+            self._steps[key] = compiled(function, self.state, batch, self.mesh, out, staged=staged)
         return self._steps[key]
 
     def compiled_text(self) -> str:
@@ -308,6 +282,7 @@ class Trainer:
         *,
         steps: int,
         observers: Sequence[Observer] = (),
+        checkpoints: Checkpoints | None = None,
         progress: bool = True,
         guard: Guard | None = None,
     ) -> list[Row]:
@@ -317,6 +292,7 @@ class Trainer:
             batches: `(inputs, targets)` of host arrays, this process's `rows`; the last may be ragged.
             steps: updates in all, those before a restore included.
             observers: called after every step with its number and metrics.
+            checkpoints: saved to as they are due, while steps go on, and at the end.
             progress: show a progress bar.
             guard: watches over the run, see `Guard`.
 
@@ -333,9 +309,9 @@ class Trainer:
         """
         done = int(self._arrays().step)
         if not progress or jax.process_index():
-            return loop.run(self, batches, steps, observers, guard)
+            return loop.run(self, batches, steps, observers, checkpoints, guard)
         with Terminal(steps, done) as terminal:
-            return loop.run(self, batches, steps, (terminal, *observers), guard)
+            return loop.run(self, batches, steps, (terminal, *observers), checkpoints, guard)
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Means of the loss and the metrics over all real examples, in evaluation mode.
@@ -370,22 +346,43 @@ class Trainer:
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
 
-    def save(self, folder: str | Path) -> Path:
-        """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
-        named = self._named()
-        return checkpoint.save(Path(folder), int(named.step), by_field(named))
+    def save(self, folder: str | Path | Checkpoints, metrics: Mapping[str, float] | None = None) -> Path:
+        """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again.
 
-    def restore(self, folder: str | Path) -> int:
-        """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
-
-        Returns:
-            The number of updates it had done.
+        Args:
+            folder: the checkpoint is there when this returns; with `Checkpoints` it is written meanwhile.
+            metrics: of this step.
 
         Raises:
-            UserError: no checkpoint there, or one of another model.
+            UserError: a folder that cannot be written.
         """
+        if not isinstance(folder, Checkpoints):
+            with Checkpoints(folder) as checkpoints:
+                return self.save(checkpoints, metrics)
+        named = self._named()
+        about = {"mesh": text(self.mesh), "examples": self.examples}
+        tree = by_field(named) | {"examples": np.int64(self.examples)}
+        return folder.save(int(named.step), tree, metrics, about)
+
+    def restore(self, folder: str | Path | Checkpoints, step: int | None = None) -> int:
+        """Takes up the newest whole checkpoint in `folder`, whatever mesh wrote it.
+
+        Args:
+            folder: what `save` or `fit` was given.
+            step: that one and no other.
+
+        Returns:
+            The number of updates it had done; batches go on from the example `trainer.examples`.
+
+        Raises:
+            UserError: no checkpoint there, none that is whole, or one of another model.
+        """
+        checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named()), several))
+        like = by_field(self._named()) | {"examples": np.int64(0)}
+        _, tree = checkpoints.restore(like, several, step)
+        self.examples = int(tree.pop("examples"))
+        named = TrainState(**tree)
         self.state = named if self.pipeline is None else self.pipeline.packed(named)
         return int(self.state.step)
 

@@ -19,7 +19,7 @@ from shardtrain import compat
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.train.events import Events
 from shardtrain.train.peers import Beats, MissingError, Peers, named
-from shardtrain.train.profile import Progress
+from shardtrain.train.profile import Clock, Progress
 from shardtrain.train.stop import Stop
 
 PATIENCE = 5
@@ -63,12 +63,13 @@ class Watch:
     ) -> None:
         self.seconds, self.progress, self.events, self.stop = seconds, progress, events, stop
         self.peers, self.profile = peers, profile
-        self.beats = None if peers is None else Beats(peers)
+        self.clock = Clock()
+        self.beats = None if peers is None else Beats(peers, self.clock.now)
         self.silence = SILENT if seconds is None else min(seconds, SILENT)
         self.why = ""
         self._ended = threading.Event()
         self._leaving = threading.Lock()
-        self._contact = time.monotonic()
+        self._contact = self.clock.now()
         self._heard: set[str] = set()
         self._stopping = False
         self._signalled: tuple[int, float] | None = None
@@ -77,7 +78,8 @@ class Watch:
 
     def start(self) -> None:
         """Starts the threads, and takes the signals where this is the main thread."""
-        self._contact = time.monotonic()
+        self.clock.tick()
+        self._contact = self.clock.now()
         self._ear, mouth = socket.socketpair()
         self._mouth = mouth
         mouth.setblocking(False)
@@ -109,14 +111,18 @@ class Watch:
     # The thread that watches this process, and never waits for another one.
 
     def _watch(self) -> None:
+        marks, since = -1, 0.0
         while not self._ended.is_set():
+            self.clock.tick()
             if select.select([self._ear], [], [], 0.1)[0]:
                 for number in self._ear.recv(64):
                     self._signal(number)
-            what, age = self.progress.what, time.monotonic() - self.progress.since
+            if marks != self.progress.marks:
+                marks, since = self.progress.marks, self.clock.now()
+            what, age = self.progress.what, self.clock.now() - since
             if self.seconds is not None and age > self.seconds * (PATIENCE if what in SLOW else 1):
                 self._hang(what, age)
-            if self.peers is not None and time.monotonic() - self._contact > self.silence:
+            if self.peers is not None and self.clock.now() - self._contact > self.silence:
                 self._dump()
                 self.leave(REQUEUE, f"the coordinator, rank 0, does not answer for {self.silence:.0f} s")
 
@@ -189,7 +195,7 @@ class Watch:
             except Exception as error:  # the other thread counts how long there is no answer
                 self.events("peers", self.progress.step, f"no answer ({_first_line(error)})")
                 continue
-            self._contact = time.monotonic()
+            self._contact = self.clock.now()
             for rank, text in notices.items():
                 if rank != beats.peers.rank and text not in self._heard:
                     self._heard.add(text)

@@ -59,14 +59,15 @@ def feed(rows, start):
 
 
 trainer = st.Trainer(Net(), optax.adam(0.01), mesh=st.make_mesh("data=2"))
-resume = (folder / "checkpoints").is_dir()
-with st.Guard(folder, watchdog=wishes.get("watchdog", 20)) as guard:
-    start = trainer.restore(folder / "checkpoints") if resume else 0
+checkpoints = st.Checkpoints(folder / "checkpoints")
+with st.Guard(folder, watchdog=wishes.get("watchdog", 20)) as guard, checkpoints:
+    start = trainer.restore(checkpoints) if checkpoints.steps() else 0
     rows = trainer.rows(8)
     history = trainer.fit(
         feed(rows, start),
         steps=wishes.get("steps", 100000),
         progress=False,
+        checkpoints=checkpoints,
         guard=guard,
         observers=[lambda step, row: print(json.dumps({"step": step, "loss": row["loss"]}), flush=True)],
     )

@@ -15,7 +15,6 @@ from pipelines import Deep, batches, close, trainer
 
 import shardtrain as st
 from shardtrain.errors import UserError
-from shardtrain.train import checkpoint
 from shardtrain.train.health import Health
 from shardtrain.train.profile import Progress
 
@@ -34,9 +33,9 @@ def poisoned(at, value=np.nan):
     return data
 
 
-def run(one, data, guard=None):
+def run(one, data, guard=None, checkpoints=None):
     steps = int(one.state.step) + len(data)
-    return one.fit(data, steps=steps, progress=False, guard=guard)
+    return one.fit(data, steps=steps, progress=False, guard=guard, checkpoints=checkpoints)
 
 
 def weights(one):
@@ -79,9 +78,9 @@ def test_a_program_that_could_skip_computes_the_same(mesh):
 @pytest.mark.parametrize("at", [4, 6])  # in the middle, and the last
 def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(mesh, at, tmp_path):
     ours, theirs = deep(mesh), deep(mesh)
-    run(ours, DATA[:2])
-    ours.save(tmp_path / "checkpoints")
-    rows = run(ours, poisoned(at)[2:], unwatched(tmp_path, on_nan="rollback"))
+    with st.Checkpoints(tmp_path / "checkpoints") as kept:
+        run(ours, DATA[:2], checkpoints=kept)
+        rows = run(ours, poisoned(at)[2:], unwatched(tmp_path, on_nan="rollback"), kept)
     run(theirs, DATA[:2] + DATA[at:])
     assert int(ours.state.step) == 6
     close(weights(ours), weights(theirs), 0)
@@ -92,10 +91,25 @@ def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(me
 
 def test_rollback_without_a_checkpoint_goes_back_to_where_the_run_began(tmp_path):
     ours, theirs = deep("data=2"), deep("data=2")
-    run(ours, poisoned(3), unwatched(tmp_path, on_nan="rollback"))
+    with st.Checkpoints(tmp_path / "checkpoints") as kept:
+        run(ours, poisoned(3), unwatched(tmp_path, on_nan="rollback"), kept)
+        assert kept.steps() == [0, 6]
     run(theirs, DATA[3:])
-    assert checkpoint.latest(tmp_path / "checkpoints") == 0
     close(weights(ours), weights(theirs), 0)
+    assert ours.examples == 96
+
+
+def test_a_bad_step_is_never_saved(tmp_path):
+    with st.Checkpoints(tmp_path / "checkpoints", every=2, keep=None) as kept:
+        one = deep("data=2")
+        run(one, poisoned(4), unwatched(tmp_path, on_nan="rollback"), kept)
+        for step in kept.steps():
+            one.restore(kept, step)
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights(one)))
+    with st.Checkpoints(tmp_path / "stopped", every=2) as kept:
+        with pytest.raises(UserError, match="step 4"):
+            run(deep("data=2"), poisoned(4), unwatched(), kept)
+        assert kept.steps() == [2]
 
 
 def test_stop_names_the_step_and_its_examples(tmp_path):
@@ -109,7 +123,7 @@ def test_bad_steps_without_end_end_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step 10, .*so are all of the last 10 steps"):
         run(deep("data=2", skip_bad=True), bad, unwatched(on_nan="skip"))
     with pytest.raises(UserError, match="went back to the checkpoint of step 0 3 times"):
-        run(deep("data=2"), bad, unwatched(tmp_path, on_nan="rollback"))
+        run(deep("data=2"), bad, unwatched(on_nan="rollback"), st.Checkpoints(tmp_path / "checkpoints"))
 
 
 @pytest.mark.parametrize("on_nan", ["skip", "rollback"])
@@ -118,7 +132,8 @@ def test_a_spike_counts_as_not_finite(on_nan, tmp_path):
     data = DATA + DATA
     data[9] = (data[9][0] * 1e4, data[9][1])
     one = deep("data=2", skip_bad=on_nan == "skip")
-    rows = run(one, data, unwatched(tmp_path, on_nan=on_nan, spike=4.0))
+    with st.Checkpoints(tmp_path / "checkpoints") as kept:
+        rows = run(one, data, unwatched(tmp_path, on_nan=on_nan, spike=4.0), kept)
     mark = {"skip": "skipped", "rollback": "rolled_back"}[on_nan]
     assert [k + 1 for k, row in enumerate(rows) if mark in row] == [10]
     assert math.isfinite(rows[9]["loss"])
@@ -145,7 +160,7 @@ def test_limits_of_spikes():
     ("arguments", "message"),
     [
         ({"on_nan": "skip"}, "give the Trainer skip_bad=True"),
-        ({"on_nan": "rollback"}, "give the Guard a folder"),
+        ({"on_nan": "rollback"}, "give fit some"),
         ({"on_nan": "sikp"}, "there are 'stop', 'skip'"),
         ({"watchdog": 0}, "watchdog=0: give seconds"),
         ({"spike": 0.5}, "spike=0.5: a spike is more"),
