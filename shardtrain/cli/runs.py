@@ -51,12 +51,14 @@ class Runs:
     plot: Path | None = None
     """File to draw their curves to, as a PNG."""
 
-    def run(self) -> None:
+    def run(self, rest: Sequence[str] = ()) -> None:
         """Prints the table, and draws the picture if one is asked for.
 
         Raises:
             UserError: a folder without runs, or a picture that cannot be written.
         """
+        if rest:
+            raise UserError(f"-- {' '.join(rest)}: runs runs no other command; leave it out")
         folder = self.folder.expanduser()
         if not folder.is_dir():
             raise UserError(f"{self.folder} is no folder; give one that --out was in")
