@@ -6,7 +6,7 @@ trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0
 trainer.fit(batches, steps=500)
 """
 
-from shardtrain import nn, ops, pipeline, plan
+from shardtrain import launch, nn, ops, pipeline, plan
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout
 from shardtrain.mesh import describe, make_mesh
@@ -25,6 +25,7 @@ __all__ = [
     "census",
     "data",
     "describe",
+    "launch",
     "losses",
     "make_mesh",
     "metrics",
