@@ -13,10 +13,11 @@ from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
 from shardtrain.plan.summary import summary
-from shardtrain.train import Checkpoints, Trainer, TrainState, data, losses, metrics, volumes
+from shardtrain.train import Checkpoints, Guard, Trainer, TrainState, data, losses, metrics, volumes
 
 __all__ = [
     "Checkpoints",
+    "Guard",
     "Layout",
     "TrainState",
     "Trainer",

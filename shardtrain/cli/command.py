@@ -10,6 +10,7 @@ import tyro
 from shardtrain.cli.doctor import Doctor
 from shardtrain.cli.launch import Kubernetes, Local, Slurm
 from shardtrain.cli.pipeline import Show
+from shardtrain.cli.runs import Runs
 from shardtrain.cli.start import one_sentence
 from shardtrain.errors import UserError
 
@@ -50,6 +51,7 @@ Command = (
     Annotated[Pipeline, tyro.conf.subcommand("pipeline")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
     | _Nothing
 )
 

@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from shardtrain.cli import resume
+from shardtrain.cli import guards, resume
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
 from shardtrain.launch import Limits, connect, job
 from shardtrain.mesh import make_mesh, parse
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
-from shardtrain.train import Checkpoints, Trainer, losses, manifest, metrics
+from shardtrain.train import Checkpoints, Guard, Trainer, losses, manifest, metrics
 from shardtrain.train.step import PerExample
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
@@ -91,6 +91,16 @@ class RunFlags:
     resume: str = "never"
     """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
     or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
+    watchdog: float = 600.0
+    """Seconds without a step, after which the run shows where it hangs and ends with status 75, to be run
+    again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
+    go on behind that batch."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 32 steps counts as not finite."""
+    profile: str = ""
+    """Steps to trace with jax's profiler, such as 10:20; SIGUSR1 traces the next 5 of a run at any time."""
     compare: bool = False
     """At the end, repeat the first 20 steps on one device and show both losses."""
     coordinator: str | None = None
@@ -203,9 +213,15 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     check(flags)
     cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
     start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
-    first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     mesh = make_mesh(flags.mesh)
     out = check_out(flags.out)
+    with guards.guard(flags, out) as guard:
+        guarded(flags, make_task, mesh, out, guard)
+
+
+def guarded(flags: Flags, make_task: Callable[[Flags], Task], mesh: Mesh, out: Path, guard: Guard) -> None:
+    """The run itself."""
+    first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
     own = Checkpoints(out / "checkpoints", every=flags.checkpoint_every, keep=flags.keep, manifest=said)
     source = (own, None) if resume.started_again(own) else resume.source(flags.resume, own)
@@ -228,13 +244,16 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     done = int(trainer.state.step)
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
+    guard.health.recall(row for row in metrics.read(out / "metrics.jsonl") if row["step"] <= done)
     with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
         trainer.fit(
             itertools.chain([first], feed),
             steps=flags.steps,
             observers=[recorder] if recorder else [],
             checkpoints=own,
+            guard=guard,
         )
+    guard.progress.at("evaluating")
     test = trainer.evaluate(task.test(rows_here))
     with tempfile.TemporaryDirectory() as aside:  # the other processes help to compute, their files go
         report = task.report(trainer, out if first_process else Path(aside))
@@ -272,7 +291,7 @@ def conclude(
     metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     metrics.plot_curves(rows, out / "curve.png", title)
     console = Console(width=100)
-    console.print(closing_table(flags, task, title, result, report))
+    console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
     for table in report.tables:
         console.print(table)
     if flags.compare:
@@ -331,12 +350,18 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         dtype=None if flags.dtype == "float32" else flags.dtype,
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
+        skip_bad=flags.on_nan == "skip",
         **task.trainer,
     )
 
 
 def closing_table(
-    flags: RunFlags, task: Task, title: str, result: Mapping[str, Any], report: Report
+    flags: RunFlags,
+    task: Task,
+    title: str,
+    result: Mapping[str, Any],
+    report: Report,
+    summary: Mapping[str, str],
 ) -> Table:
     """The run in a short table."""
     table = Table(show_header=False, title=title)
@@ -346,7 +371,7 @@ def closing_table(
     table.add_row("images/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
     moved = sum(row["bytes"] for row in result["census"])
     table.add_row("sent by each device", f"{moved / 1024:,.0f} KiB a step")
-    for name, value in report.rows.items():
+    for name, value in {**summary, **report.rows}.items():
         table.add_row(name, value)
     folder = flags.out
     table.add_row("checkpoint", str(folder / "checkpoints" / str(flags.steps)))

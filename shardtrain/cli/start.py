@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import tyro
 
+from shardtrain.cli.guards import log_to_stderr
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse
 
@@ -22,12 +23,14 @@ Flags = TypeVar("Flags")
 RUN_FILES = (
     "result.json",
     "metrics.jsonl",
+    "events.jsonl",
     "curve.png",
     "predictions.png",
     "memory.png",
     "timeline.png",
     "checkpoints",
     "tensorboard",
+    "profile",
 )
 """What a run leaves in its folder; nothing else is ever moved."""
 
@@ -45,6 +48,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         ...     main(train, Flags, __doc__)
     """
     parsed = tyro.cli(flags, description=description)
+    log_to_stderr()
     with one_sentence():
         recipe(parsed)
 

@@ -26,12 +26,13 @@ class Limits:
 
     Attributes:
         start: for all to be there, from the start of this one.
-        heartbeat: without a sign of life of a process, until the others end.
+        heartbeat: without a sign of life of a process, until jax aborts the others; longer than a `Guard`
+            waits, which says who it is.
         shutdown: at the end of the program, for the others to end too.
     """
 
     start: float = 300.0
-    heartbeat: int = 30
+    heartbeat: int = 100
     shutdown: int = 300
 
 
@@ -67,6 +68,8 @@ def connect(
         return cluster
     refuse_nameless(cluster)
     refuse_unequal(meet(cluster, own_card(), limits.start))
+    # It would take SIGTERM for itself, which a `Guard` answers, and which before that is to end a process.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.processes,

@@ -25,6 +25,7 @@ from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
 from shardtrain.train import check, loop, losses, place
 from shardtrain.train.checkpoint import Checkpoints
+from shardtrain.train.guard import Guard
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
@@ -70,6 +71,7 @@ class Trainer:
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
             convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
         clip_norm: clip gradients to this global norm.
+        skip_bad: leave out updates whose loss or gradient is not finite, or whose loss is above a limit.
 
     Raises:
         UserError: whatever this model cannot do on this mesh, at construction; operators that XLA cannot
@@ -100,6 +102,7 @@ class Trainer:
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
+        skip_bad: bool = False,
     ) -> None:
         check.refuse_arguments(remat, accumulate, clip_norm, dtype, statistics)
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
@@ -118,7 +121,16 @@ class Trainer:
         momenta = {name(path): m.momentum for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
         deferred = momenta if statistics == "batch" else None
         self._program = Program(
-            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred
+            self._variables,
+            optimizer,
+            loss,
+            metrics,
+            accumulate,
+            dtype,
+            remat,
+            self.layout,
+            deferred,
+            skip_bad,
         )
         self._plan: Plan | None = None
         if size(self.mesh, AXIS) > 1:
@@ -185,8 +197,8 @@ class Trainer:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
         return place.local_rows(self.mesh, self._rows, batch_size)
 
-    def place(self, inputs: Any, targets: Any) -> Batch:
-        """A host batch on the mesh; the first batch says how large the others may be at most.
+    def place(self, inputs: Any, targets: Any, limit: float = np.inf) -> Batch:
+        """A host batch on the mesh; the first says how large others may be. For `limit` see `skip_bad`.
 
         Raises:
             UserError: a first batch that does not divide by the mesh and `accumulate`.
@@ -206,7 +218,7 @@ class Trainer:
                 f"a batch of {rows} rows is smaller than the first, and {self._plain_norms[0]!r} is a plain "
                 f"nnx.BatchNorm, which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
             )
-        return batch
+        return place.limited(batch, limit, self.mesh) if self._program.skip_bad else batch
 
     def shapes_of(self, inputs: Any, targets: Any) -> Batch:
         """What a global batch is on the mesh, as shapes; `compiled_step` takes it in place of a batch.
@@ -220,7 +232,8 @@ class Trainer:
         rows = place.rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
             raise place.indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
-        return place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        batch = place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        return place.limited(batch, None, self.mesh) if self._program.skip_bad else batch
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
@@ -271,41 +284,40 @@ class Trainer:
         observers: Sequence[Observer] = (),
         checkpoints: Checkpoints | None = None,
         progress: bool = True,
+        guard: Guard | None = None,
     ) -> list[Row]:
         """Trains until `steps` updates are done in all.
 
         Args:
-            batches: `(inputs, targets)` of host arrays, in a job of several processes this process's
-                `rows` of each; the last may be ragged.
+            batches: `(inputs, targets)` of host arrays, this process's `rows`; the last may be ragged.
             steps: updates in all, those before a restore included.
             observers: called after every step with its number and metrics.
             checkpoints: saved to as they are due, while steps go on, and at the end.
             progress: show a progress bar.
+            guard: watches over the run, see `Guard`.
 
         Returns:
-            A row for every step: mean loss and metrics over real examples, `grad_norm`,
-            `images_per_second`, `seconds`.
+            A row for every step: mean loss and metrics over real examples, `grad_norm`, `images_per_second`,
+            `seconds`, and those in which the host waited for data, devices and checkpoints.
 
         Raises:
-            UserError: batches that do not divide by the mesh; see the class.
+            UserError: batches that do not divide by the mesh, see the class; a bad step, see `Guard`.
+            Preempted: the guard was told to stop.
 
         Example:
             >>> losses = [row["loss"] for row in trainer.fit(batches, steps=20, progress=False)]
         """
         done = int(self._arrays().step)
         if not progress or jax.process_index():
-            return loop.run(self, batches, steps, observers, checkpoints)
+            return loop.run(self, batches, steps, observers, checkpoints, guard)
         with Terminal(steps, done) as terminal:
-            return loop.run(self, batches, steps, (terminal, *observers), checkpoints)
+            return loop.run(self, batches, steps, (terminal, *observers), checkpoints, guard)
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Means of the loss and the metrics over all real examples, in evaluation mode.
 
         Raises:
             UserError: no batches at all.
-
-        Example:
-            >>> trainer.evaluate([(images, labels)])["accuracy"]
         """
         totals: dict[str, Array] = {}
         size: int | None = None
@@ -323,9 +335,6 @@ class Trainer:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
 
         In a job of several processes each brings equally many rows and gets the outputs of its own.
-
-        Example:
-            >>> trainer.predict(images).argmax(-1)
         """
         rows = place.rows_of(inputs)
         size = place.global_batch_size(rows, self.mesh, self._rows)
