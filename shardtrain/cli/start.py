@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -121,7 +122,7 @@ def check_out(folder: Path) -> Path:
     folder = folder.expanduser().absolute()
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        probe = nearest / f".write-test-{os.getpid()}"
+        probe = nearest / f".write-test-{secrets.token_hex(8)}"  # pods have one number, and all look at once
         probe.mkdir()
         probe.rmdir()
         names = _run_of(folder)

@@ -12,7 +12,7 @@ from shardtrain.errors import UserError
 
 Card = dict[str, Any]
 
-PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 """Whose versions must be equal for all processes to compile one program and read one checkpoint."""
 
 
@@ -22,7 +22,7 @@ def own_card() -> Card:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": time.time(),
-        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
+        "versions": {"python": ".".join(platform.python_version_tuple()[:2]), **installed(PACKAGES)},
     }
 
 

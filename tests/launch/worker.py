@@ -18,6 +18,7 @@ pause = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
 connect(limits=Limits(start=60.0, heartbeat=10, shutdown=30))
 jax.config.update("jax_num_cpu_devices", 1)
 
+import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 
@@ -27,7 +28,8 @@ EVERY, BATCH = 5, 24  # 24 examples divide by 1, 2, 3 and 4 processes
 
 first = jax.process_index() == 0
 digits = st.data.load("digits")
-model = st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(0))
+dtype = jnp.zeros(()).dtype  # float64 with JAX_ENABLE_X64=1
+model = st.models.LeNet(10, (8, 8, 1), param_dtype=dtype, rngs=nnx.Rngs(0))
 trainer = st.Trainer(model, optax.adam(0.003), mesh=st.make_mesh("data=-1"))
 saved = out / "checkpoints"
 start = trainer.restore(saved) if saved.is_dir() and any(saved.iterdir()) else 0
