@@ -1,6 +1,7 @@
 """Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
 import itertools
+import logging
 import os
 import shutil
 import sys
@@ -44,6 +45,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         ...     main(train, Flags, __doc__)
     """
     parsed = tyro.cli(flags, description=description)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
     with one_sentence():
         recipe(parsed)
 
