@@ -359,7 +359,8 @@ class Trainer:
         if not isinstance(folder, Checkpoints):
             with Checkpoints(folder) as checkpoints:
                 return self.save(checkpoints, metrics)
-        named = self._named()
+        arrays = self._arrays()
+        named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
         about = {"mesh": text(self.mesh), "examples": self.examples}
         tree = by_field(named) | {"examples": np.int64(self.examples)}
         return folder.save(int(named.step), tree, metrics, about)
@@ -379,11 +380,11 @@ class Trainer:
         """
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        like = by_field(self._named()) | {"examples": np.int64(0)}
-        _, tree = checkpoints.restore(like, several, step)
+        like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
+        _, tree = checkpoints.restore(by_field(like) | {"examples": np.int64(0)}, several, step)
         self.examples = int(tree.pop("examples"))
         named = TrainState(**tree)
-        self.state = named if self.pipeline is None else self.pipeline.packed(named)
+        self.state = named if self.pipeline is None else self.pipeline.gathered(named)
         return int(self.state.step)
 
     @property
