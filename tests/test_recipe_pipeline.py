@@ -94,6 +94,11 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
         (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
+        (
+            ["--schedule", "none", "--mesh", "replica=2,pipe=2"],
+            "leave replica out of --mesh, or choose a schedule such as 1f1b",
+        ),
+        (["--parameters", "pipe"], "parameters='pipe', but a mesh with pipe keeps each stage's parameters"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (["--model", "lenet", "--microbatches", "7"], "does not divide by"),
     ],

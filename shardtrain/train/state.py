@@ -195,6 +195,11 @@ def bytes_on_a_device(tree: Any) -> int:
     return max(held.values())
 
 
+def one_replica(values: Any, shapes: Any, number: int) -> Any:
+    """A tree of arrays of `shapes`, of which those that have one more dimension give one replica's."""
+    return jax.tree.map(lambda x, s: x[number] if x.ndim > len(s.shape) else x, values, shapes)
+
+
 def is_shapes(tree: Any) -> bool:
     """Whether a tree holds shapes in the arrays' places."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))

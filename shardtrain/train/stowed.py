@@ -155,15 +155,6 @@ class Stowed:
             jax.tree.unflatten(self.opt_tree, opt),
         )
 
-    def one_replica(self, values: Any, number: int) -> Any:
-        """Parameters and variables of one of the replicas in `named`."""
-        return tuple(
-            {key: x[number] if x.ndim > len(shapes[key].shape) else x for key, x in group.items()}
-            for group, shapes in zip(
-                values, (self.named_shapes.params, self.named_shapes.model_state), strict=True
-            )
-        )
-
     @cached_property
     def _starts(self) -> list[int]:
         """Where the arguments of the update begin: step, parameters, variables, optimizer, gradients,
