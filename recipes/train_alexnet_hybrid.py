@@ -65,6 +65,8 @@ class Flags(cli.RunFlags):
     bytes: bool = False
     """Compile all schemes and show what each sends, holds and needs."""
 
+    free = frozenset({"scheme", "recompute", "bytes"})
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -49,6 +49,8 @@ class Flags(cli.RunFlags):
     """What moves running statistics of batch norms: each microbatch, in the order of the schedule's forwards,
     or the whole batch, once."""
 
+    free = frozenset({"schedule", "microbatches", "stages", "in_flight", "overlap"})
+
 
 def make_task(flags: Flags) -> cli.Task:
     """The network that --model names, on the data that --data names, cut as the flags say."""

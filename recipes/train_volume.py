@@ -63,6 +63,8 @@ class Flags(cli.RunFlags):
     memory: bool = False
     """Compile the step for 1, 2, 4, ... devices and show what each device needs (a minute on 2 cores)."""
 
+    free = frozenset({"memory"})
+
 
 def make_task(flags: Flags) -> cli.Task:
     """The network, and the volumes that --data names."""

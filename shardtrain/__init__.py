@@ -6,16 +6,29 @@ trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0
 trainer.fit(batches, steps=500)
 """
 
-from shardtrain import nn, ops, pipeline, plan
+from shardtrain import launch, nn, ops, pipeline, plan
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout
 from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
 from shardtrain.plan.summary import summary
-from shardtrain.train import Trainer, TrainState, data, losses, metrics, volumes
+from shardtrain.train import (
+    Checkpoints,
+    Guard,
+    Trainer,
+    TrainState,
+    data,
+    export_state,
+    import_state,
+    losses,
+    metrics,
+    volumes,
+)
 
 __all__ = [
+    "Checkpoints",
+    "Guard",
     "Layout",
     "TrainState",
     "Trainer",
@@ -23,6 +36,9 @@ __all__ = [
     "census",
     "data",
     "describe",
+    "export_state",
+    "import_state",
+    "launch",
     "losses",
     "make_mesh",
     "metrics",

@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from shardtrain.errors import UserError
+
 
 def auto_mesh(devices: np.ndarray, names: Sequence[str]) -> Mesh:
     """A mesh whose axes are all `Auto`: `jax.make_mesh` gives `Explicit` ones by default, under which
@@ -67,6 +69,36 @@ def device_kind() -> str:
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     return str(device.device_kind)
+
+
+def coordination_client() -> Any:
+    """This process's client of the job's key-value store, None in a job of one process.
+
+    `key_value_set(key, value, allow_overwrite)` and `key_value_dir_get(prefix)` are what we use of it.
+    """
+    from jax._src import distributed  # the public API has no name for it
+
+    return distributed.global_state.client
+
+
+def process_rank() -> int:
+    """`jax.process_index()` that does not start jax's back end, before which a job must be joined."""
+    from jax._src import distributed
+
+    return int(distributed.global_state.process_id or 0)
+
+
+def process_count() -> int:
+    """`jax.process_count()` that does not start jax's back end."""
+    from jax._src import distributed
+
+    return int(distributed.global_state.num_processes or 1)
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an error may only say that another process is gone: runtimes have no type for it."""
+    words = ("Gloo", "NCCL", "coordination", "collective", "Connection closed", "Connection reset")
+    return not isinstance(error, UserError) and any(word in str(error) for word in words)
 
 
 def inner_jaxpr(value: Any) -> Any:

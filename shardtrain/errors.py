@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and the exit status that means: run me again."""
+
+REQUEUE = 75
+"""Exit status (EX_TEMPFAIL) of a run that a scheduler may start again from its last checkpoint."""
 
 
 class UserError(ValueError):

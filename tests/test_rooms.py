@@ -18,6 +18,7 @@ FLOORS = [
     "pipeline",
     "train",
     "plan",
+    "launch",
     "cli",
     "__main__",
 ]

@@ -2,26 +2,32 @@
 
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from shardtrain.cli import guards, resume
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
+from shardtrain.launch import Limits, connect, job
 from shardtrain.mesh import make_mesh, parse, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
-from shardtrain.train import Trainer, losses, metrics
+from shardtrain.train import Checkpoints, Guard, Trainer, losses, manifest, metrics
 from shardtrain.train.step import PerExample
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
@@ -63,8 +69,8 @@ class RunFlags:
     lr: float = 0.1
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that a later
-    --resume with more --steps is to lengthen."""
+    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that are later
+    resumed with more --steps."""
     weight_decay: float = 5e-4
     """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
     clip_norm: float | None = None
@@ -80,11 +86,38 @@ class RunFlags:
     x64: bool = False
     """Everything in float64, to compare meshes to the last bit."""
     devices: int | None = None
-    """Simulated CPU devices where there is no accelerator; as many as the mesh needs by default."""
-    resume: bool = False
-    """Go on from the checkpoint in --out, on this or another mesh."""
+    """Simulated CPU devices of each process where there is no accelerator; what the mesh needs by default."""
+    checkpoint_every: int | None = None
+    """Steps from one checkpoint to the next, written while steps go on; there is one at the end anyway."""
+    keep: int = 3
+    """Last checkpoints that are kept."""
+    resume: str = "never"
+    """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
+    or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
+    watchdog: float = 600.0
+    """Seconds without a step, after which the run shows where it hangs and ends with status 75, to be run
+    again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
+    go on behind that batch."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 32 steps counts as not finite."""
+    profile: str = ""
+    """Steps to trace with jax's profiler, such as 10:20; SIGUSR1 traces the next 5 of a run at any time."""
     compare: bool = False
     """At the end, repeat the first 20 steps on one device and show both losses."""
+    coordinator: str | None = None
+    """In a job of several processes, HOST:PORT of process 0. This and the next two are known by themselves
+    under Slurm, Open MPI, Kubernetes (Indexed Job, JobSet) and `shardtrain launch`."""
+    processes: int | None = None
+    """Processes of the job."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    start_limit: float = 300.0
+    """Seconds to wait for all processes to be there."""
+
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Flags of a recipe's own that a resumed run may change, because they say how to compute and not what."""
 
 
 Flags = TypeVar("Flags", bound=RunFlags)
@@ -181,32 +214,66 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
         ...     cli.run(flags, make_task)
     """
     check(flags)
-    start_jax(flags.devices, flags.mesh, x64=flags.x64)
+    cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
+    start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
     mesh = make_mesh(flags.mesh)
-    out = check_out(flags.out, resume=flags.resume)
+    out = check_out(flags.out)
+    with guards.guard(flags, out) as guard:
+        guarded(flags, make_task, mesh, out, guard)
+
+
+def guarded(flags: Flags, make_task: Callable[[Flags], Task], mesh: Mesh, out: Path, guard: Guard) -> None:
+    """The run itself."""
+    first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
+    said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
+    own = Checkpoints(out / "checkpoints", every=flags.checkpoint_every, keep=flags.keep, manifest=said)
+    source = (own, None) if resume.started_again(own) else resume.source(flags.resume, own)
+    if source is not None:
+        checkpoints, step = source
+        known = checkpoints.newest()[1] if step is None else checkpoints.manifest(step)
+        resume.compare(flags, RunFlags, known, checkpoints.folder)
     task = make_task(flags)
     trainer = make_trainer(flags, task, mesh)
-    start = trainer.restore(out / "checkpoints") if flags.resume else 0
-    if start >= flags.steps:
-        raise UserError(
-            f"--resume: the run in {out} has {start} steps done; ask for more than --steps {flags.steps}"
-        )
+    goes_on = source is not None and source[0] is own
+    start = resume.take_up(trainer, *source, flags, goes_on=goes_on) if source is not None else 0
     rows_here = trainer.rows(flags.batch_size)
     feed = task.train(start=start, rows=rows_here)
     first = next(feed)
     trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
-    open_run(out, resume=flags.resume)
-    if start:
-        Console(stderr=True).print(f"resumed at step {start} of {flags.steps}", highlight=False)
-    with metrics.Recorder(out, start) as recorder:
-        trainer.fit(itertools.chain([first], feed), steps=flags.steps, observers=[recorder])
-    saved = trainer.save(out / "checkpoints")
+    multihost_utils.sync_global_devices("all have looked at the folder")
+    if first_process:
+        open_run(out, resume=goes_on)
+    multihost_utils.sync_global_devices("the folder is open")
+    done = int(trainer.state.step)
+    if source is not None and first_process:
+        Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
+    guard.health.recall(row for row in metrics.read(out / "metrics.jsonl") if row["step"] <= done)
+    with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
+        trainer.fit(
+            itertools.chain([first], feed),
+            steps=flags.steps,
+            observers=[recorder] if recorder else [],
+            checkpoints=own,
+            guard=guard,
+        )
+    guard.progress.at("evaluating")
     test = trainer.evaluate(task.test(rows_here))
-    report = task.report(trainer, out)
+    with tempfile.TemporaryDirectory() as aside:  # the other processes help to compute, their files go
+        report = task.report(trainer, out if first_process else Path(aside))
+    if first_process:
+        conclude(flags, task, trainer, out, test, report)
+    multihost_utils.sync_global_devices("the first process is done")
+
+
+def conclude(
+    flags: RunFlags, task: Task, trainer: Trainer, out: Path, test: Mapping[str, float], report: Report
+) -> None:
+    """Writes the files of a run that has ended, and prints its tables."""
     rows = metrics.read(out / "metrics.jsonl")
     speeds = sorted(row["images_per_second"] for row in rows)
     result = {
-        "mesh": dict(mesh.shape),
+        "mesh": dict(trainer.mesh.shape),
+        "processes": jax.process_count(),
         "model": task.name,
         "data": flags.data,
         "steps": flags.steps,
@@ -214,15 +281,15 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
         "final_loss": rows[-1]["loss"],
         f"test_{task.score}": test[task.score],
         "images_per_second": speeds[len(speeds) // 2],
-        "census": census.summary(census.census(trainer.compiled_text(), mesh)),
+        "census": census.summary(census.census(trainer.compiled_text(), trainer.mesh)),
         **report.result,
-        "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items()},
+        "flags": resume.as_json(flags),
     }
     title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
     metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     metrics.plot_curves(rows, out / "curve.png", title)
     console = Console(width=100)
-    console.print(closing_table(flags, task, title, result, saved, report))
+    console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
     for table in report.tables:
         console.print(table)
     if flags.compare:
@@ -232,13 +299,15 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
 def check(flags: RunFlags) -> None:
     """Refuses flags that no data and no mesh could make right."""
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
-    for name in ("steps", "batch_size", "accumulate"):
+    for name in ("steps", "batch_size", "accumulate", "keep"):
         at_least_1(name.replace("_", "-"), getattr(flags, name))
     if not 0 < flags.lr < float("inf"):
         raise UserError(f"--lr {flags.lr}: use a positive learning rate")
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
-    if flags.resume and flags.compare:
+    if flags.checkpoint_every is not None:
+        at_least_1("checkpoint-every", flags.checkpoint_every)
+    if flags.resume != "never" and flags.compare:
         raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
     if flags.parameters and flags.parameters not in parse(flags.mesh):
         raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
@@ -281,12 +350,18 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         dtype=None if flags.dtype == "float32" else flags.dtype,
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
+        skip_bad=flags.on_nan == "skip",
         **more,
     )
 
 
 def closing_table(
-    flags: RunFlags, task: Task, title: str, result: Mapping[str, Any], saved: Path, report: Report
+    flags: RunFlags,
+    task: Task,
+    title: str,
+    result: Mapping[str, Any],
+    report: Report,
+    summary: Mapping[str, str],
 ) -> Table:
     """The run in a short table."""
     table = Table(show_header=False, title=title)
@@ -296,10 +371,10 @@ def closing_table(
     table.add_row("images/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
     moved = sum(row["bytes"] for row in result["census"])
     table.add_row("sent by each device", f"{moved / 1024:,.0f} KiB a step")
-    for name, value in report.rows.items():
+    for name, value in {**summary, **report.rows}.items():
         table.add_row(name, value)
     folder = flags.out
-    table.add_row("checkpoint", str(folder / "checkpoints" / saved.name))
+    table.add_row("checkpoint", str(folder / "checkpoints" / str(flags.steps)))
     table.add_row("metrics", f"{folder / 'metrics.jsonl'} (TensorBoard: {folder / 'tensorboard'})")
     table.add_row("plot", str(folder / "curve.png"))
     table.add_row("all numbers", str(folder / "result.json"))
@@ -308,7 +383,7 @@ def closing_table(
 
 def comparison(flags: RunFlags, task: Task, losses: Sequence[float], steps: int = 20) -> Table:
     """Repeats the first steps on one device: both losses side by side."""
-    one = make_mesh("data=1", devices=jax.devices()[:1])
+    one = make_mesh("data=1", devices=jax.local_devices()[:1])
     trainer = make_trainer(flags, task, one)
     feed = task.train(start=0, rows=trainer.rows(flags.batch_size))
     rows = trainer.fit(feed, steps=min(steps, flags.steps))

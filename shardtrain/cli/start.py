@@ -1,7 +1,9 @@
 """Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
 import itertools
+import logging
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import TypeVar
 import jax
 import tyro
 
+from shardtrain.cli.guards import log_to_stderr
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse
 
@@ -21,12 +24,14 @@ Flags = TypeVar("Flags")
 RUN_FILES = (
     "result.json",
     "metrics.jsonl",
+    "events.jsonl",
     "curve.png",
     "predictions.png",
     "memory.png",
     "timeline.png",
     "checkpoints",
     "tensorboard",
+    "profile",
 )
 """What a run leaves in its folder; nothing else is ever moved."""
 
@@ -44,6 +49,8 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         ...     main(train, Flags, __doc__)
     """
     parsed = tyro.cli(flags, description=description)
+    log_to_stderr()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
     with one_sentence():
         recipe(parsed)
 
@@ -66,17 +73,20 @@ def one_sentence() -> Iterator[None]:
         sys.exit(130)
 
 
-def start_jax(devices: int | None, mesh: str, *, x64: bool) -> None:
+def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) -> None:
     """Sets jax up before its first use.
 
     Args:
-        devices: simulated CPU devices, where there is no accelerator; by default as many as `mesh` names,
-            8 if it leaves an axis open.
+        devices: simulated CPU devices of each process, where there is no accelerator; by default
+            `JAX_NUM_CPU_DEVICES`, or else a share of those that `mesh` names; if it leaves an axis open, 8
+            for one process, 1 for each of several.
         mesh: as `make_mesh` takes it.
         x64: compute in float64.
+        processes: of the job.
 
     Raises:
-        UserError: a number of devices below 1, or a mesh that cannot be read.
+        UserError: a number of devices below 1, a mesh that cannot be read, or one whose devices the
+            processes cannot share evenly.
     """
     sizes = parse(mesh)
     wanted = 1
@@ -84,14 +94,25 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool) -> None:
         wanted *= max(1, size)
     if devices is not None and devices < 1:
         raise UserError(f"--devices {devices}: use 1 or more")
-    simulated = devices or (8 if -1 in sizes.values() else wanted)
+    configured = os.environ.get("JAX_NUM_CPU_DEVICES")
+    if devices is not None or configured:
+        simulated = devices or int(configured or 0)
+    elif -1 in sizes.values():
+        simulated = 8 if processes == 1 else 1
+    elif wanted % processes:
+        raise UserError(
+            f"mesh {mesh!r} has {wanted} devices, which {processes} processes cannot share evenly; give one "
+            f"axis the size -1, or --devices for each process"
+        )
+    else:
+        simulated = wanted // processes
     if simulated > MOST_DEVICES:
         raise UserError(f"mesh {mesh!r} needs {simulated} devices; at most {MOST_DEVICES} can be simulated")
     jax.config.update("jax_num_cpu_devices", simulated)
     jax.config.update("jax_enable_x64", x64)
 
 
-def check_out(folder: Path, *, resume: bool) -> Path:
+def check_out(folder: Path) -> Path:
     """Whether a run can be written to `folder`; leaves nothing behind.
 
     Returns:
@@ -103,7 +124,7 @@ def check_out(folder: Path, *, resume: bool) -> Path:
     folder = folder.expanduser().absolute()
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        probe = nearest / f".write-test-{os.getpid()}"
+        probe = nearest / f".write-test-{secrets.token_hex(8)}"  # pods have one number, and all look at once
         probe.mkdir()
         probe.rmdir()
         names = _run_of(folder)
@@ -116,8 +137,6 @@ def check_out(folder: Path, *, resume: bool) -> Path:
             f"--out {folder} holds files that are no run of ours, such as {foreign[0]}; "
             f"name a new or empty folder"
         )
-    if resume and "checkpoints" not in names:
-        raise UserError(f"--resume: there is no checkpoint in {folder}; leave --resume out to start anew")
     return folder
 
 

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.mesh import SPATIAL, size, text
-from shardtrain.train.step import REMAT
+
+REMAT = ("contractions", "nothing")
 
 _WINDOWED = {
     "conv_general_dilated": ("convolution", "shardtrain.ops.conv or shardtrain.nn.Conv"),

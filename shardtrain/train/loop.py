@@ -1,6 +1,6 @@
 """The training loop."""
 
-import itertools
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from shardtrain.errors import UserError
+from shardtrain.train import place
+from shardtrain.train.checkpoint import Checkpoints
+from shardtrain.train.guard import Guard
 from shardtrain.train.metrics import Observer, Row
+from shardtrain.train.profile import peak_memory
 
 if TYPE_CHECKING:
     from shardtrain.train.trainer import Trainer
@@ -18,42 +23,123 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    trainer: "Trainer", batches: Iterable[tuple[Any, Any]], steps: int, observers: Sequence[Observer]
+    trainer: "Trainer",
+    batches: Iterable[tuple[Any, Any]],
+    steps: int,
+    observers: Sequence[Observer],
+    checkpoints: Checkpoints | None = None,
+    guard: Guard | None = None,
 ) -> list[Row]:
     """Trains until `trainer.state.step` is `steps` or the batches end.
 
     The order matters: the metrics of a step are read only when the next one is under way, so that the
-    devices never wait for the host.
+    devices never wait for the host, but for those of a step that is saved: its arrays are waited for anyway,
+    and what is bad is not to be saved.
     """
+    guard = guard or Guard(watchdog=None, on_nan=None)
     rows: list[Row] = []
-    done = int(trainer.state.step)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    begun = done = int(trainer.state.step)
+    pending: tuple[int, range, dict[str, jax.Array]] | None = None
+    kept: int | None = None
     clock = time.perf_counter()
+    progress, feed = guard.progress, iter(batches)
+    guard.start(done, steps, trainer.mesh.shape)
+    _refuse(trainer, guard, checkpoints)
 
-    def read(step: int, sums: dict[str, jax.Array]) -> None:
-        nonlocal clock
+    def read() -> bool:
+        """Reads the step that is pending; False where its update is to be undone."""
+        nonlocal clock, pending
+        if pending is None:
+            return True
+        (step, which, sums), pending = pending, None
         values = {key: float(np.asarray(value)) for key, value in jax.device_get(sums).items()}
         now = time.perf_counter()
         examples = values.pop("examples")
         row = {key: value / max(examples, 1) for key, value in values.items()}
         row |= {"images_per_second": examples / (now - clock), "seconds": now - clock}
+        spent = progress.take()
+        row |= {f"{what}_seconds": spent.get(what, 0.0) for what in ("data", "compute", "checkpoint")}
+        if (peak := peak_memory()) is not None:
+            row["peak_memory"] = peak
         clock = now
+        good = guard.good(step, row, which)
         rows.append(row)
         for observe in observers:
             observe(step, row)
+        return good
 
-    for inputs, targets in itertools.islice(batches, steps - done):
-        batch = trainer.place(inputs, targets)
+    def settle() -> None:
+        """Reads what is pending; afterwards the state is one to keep."""
+        if not read():
+            _roll_back(trainer, guard, checkpoints, done)
+
+    def save() -> None:
+        nonlocal kept
+        settle()
+        if checkpoints is not None and kept != done:
+            kept = done
+            progress.at("checkpoint")
+            path = trainer.save(checkpoints, rows[-1] if rows else None)
+            guard.say("checkpoint", done, f"being written to {path}", path=str(path))
+
+    while done < steps and not guard.stops_before(done + 1):
+        progress.at("data", done + 1)
+        if (item := next(feed, None)) is None:
+            break
+        batch = trainer.place(*item, limit=guard.health.limit)
+        progress.at("compiling")
         step = trainer.compiled_step(batch)
-        if pending is None:
+        if guard.profiler.is_edge(done + 1):
+            settle()
+            guard.profile()
+        if not rows and pending is None:
             clock = time.perf_counter()  # compiling is no step
-        trainer.state, sums = step(trainer.state, batch)
+            progress.take()
+        progress.at("compute")
+        with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+            trainer.state, sums = step(trainer.state, batch)
+        if not read():
+            _roll_back(trainer, guard, checkpoints, done)
+            trainer.state, sums = step(trainer.state, batch)
+        size = place.rows_of(item[0]) if jax.process_count() == 1 else batch.rows
+        which = range(trainer.examples, trainer.examples + size)
+        trainer.examples += size
         done += 1
-        if pending is not None:
-            read(*pending)
-        pending = (done, sums)
-    if pending is not None:
-        read(*pending)
+        pending = done, which, sums
+        if checkpoints is not None and checkpoints.due(done):
+            save()
+    stopped = done < steps and guard.stops_before(done + 1)
+    if not stopped or done > begun:
+        save()
+    if guard.profiler.running:
+        guard.profile()
+    if stopped:
+        if checkpoints is not None:
+            checkpoints.wait()
+        raise guard.preempted(done, saved=checkpoints is not None and done > begun)
     if done < steps:
         log.warning("the batches ended after step %d of %d", done, steps)
+    guard.say("end", done, f"{done} of {steps} steps are done")
     return rows
+
+
+def _refuse(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None) -> None:
+    """Refuses policies that cannot be kept; a run that may go back has a checkpoint to go back to."""
+    if guard.on_nan == "skip" and not trainer._program.skip_bad:
+        raise UserError("on_nan='skip' leaves out updates within the step; give the Trainer skip_bad=True")
+    if guard.on_nan == "rollback":
+        if checkpoints is None:
+            raise UserError("on_nan='rollback' goes back to checkpoints; give fit some: checkpoints=...")
+        trainer.save(checkpoints)  # nothing happens where the run was taken up from one of them
+
+
+def _roll_back(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None, step: int) -> None:
+    """Puts the run where it was at its last checkpoint, but for the data, which goes on behind `step`."""
+    assert checkpoints is not None  # else it was refused
+    guard.progress.at("checkpoint")
+    position = trainer.examples
+    saved = trainer.restore(checkpoints)
+    trainer.examples = position
+    number = place.scalar(np.int32(step), trainer.state.step.sharding)
+    trainer.state = dataclasses.replace(trainer.state, step=number)
+    guard.rolled_back(step, saved)

@@ -40,6 +40,7 @@ from shardtrain.train.step import Batch, Program
 from shardtrain.train.stowed import AXIS, Stowed
 
 Shape = jax.ShapeDtypeStruct
+LIMIT = Shape((), jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Pipelined(Stowed):
         self.schedule = fastest(plan.schedule, self.costs, plan.in_flight, plan.hop)
         self.ticks = lockstep(self.schedule, self.costs, plan.hop)
         super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh)
-        self.update = self.spread(program, dict(zip(self.sums, self.programs[-1].outs[1:], strict=False)))
+        shapes = dict(zip(self.sums, self.programs[-1].outs[1:], strict=False))
+        self.update = self.spread(program, shapes | ({"limit": LIMIT} if program.skip_bad else {}))
 
     def _trace(self, micro: Microbatch, *, train: bool) -> tuple[Traced, list[str], Any]:
         """One microbatch as a jaxpr of global arrays, the names of its sums, the tree of its outputs."""
@@ -277,10 +279,12 @@ class Pipelined(Stowed):
                 params, start, self._by_name("model_state", shared), micro.blocks(batch)
             )
             grads = machine.summed(grads)
-            sums = lax.psum(sums, AXIS)[1:]
+            over = dict(zip(self.sums, lax.psum(sums, AXIS)[1:], strict=True))
+            if self.program.skip_bad:
+                over["limit"] = batch.limit
             everywhere = [{0: state.step}, frozen, shared, others]
             everywhere += [{i: jnp.zeros_like(v) for i, v in frozen.items()}, self._advanced(flow, shared)]
-            everywhere += [dict(enumerate(sums))]
+            everywhere += [dict(enumerate(over[key] for key in sorted(over)))]
             known = {
                 at + i: v for at, part in zip(self._starts, everywhere, strict=True) for i, v in part.items()
             }

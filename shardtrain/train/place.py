@@ -1,5 +1,6 @@
 """Host arrays to the mesh: each process brings the rows that its devices hold."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,6 +112,19 @@ def shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, *, batch_only:
     several = len({device.process_index for device in mesh.devices.flat}) > 1
     mask = put(jax.ShapeDtypeStruct((rows,), bool), [layout.cut("batch", mesh)]) if several else None
     return _batch(inputs, targets, mask, mesh, layout, batch_only, put)
+
+
+def limited(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
+    """The batch with the loss above which its update is left out, or with the shape of that."""
+    where = NamedSharding(mesh, P())
+    if limit is None:
+        return dataclasses.replace(batch, limit=jax.ShapeDtypeStruct((), np.float32, sharding=where))
+    return dataclasses.replace(batch, limit=scalar(np.float32(limit), where))
+
+
+def scalar(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
+    """A number on every device of a mesh, which all processes know."""
+    return jax.make_array_from_callback((), where, lambda _: np.asarray(value))
 
 
 def _lies(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:

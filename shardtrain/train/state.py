@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -56,19 +58,19 @@ class Variables:
 
     def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and other variables by name, arrays or shapes; random keys as their raw words."""
-        return _flatten(self._params), _flatten(self._state)
+        return flatten(self._params), flatten(self._state)
 
     def model(
         self, params: Mapping[str, Array], model_state: Mapping[str, Array], *, train: bool
     ) -> nnx.Module:
         """The model with these values; usable inside `jit`."""
         graph = self.train_graph if train else self.eval_graph
-        return nnx.merge(graph, _fill(self._params, params), _fill(self._state, model_state))
+        return nnx.merge(graph, fill(self._params, params), fill(self._state, model_state))
 
     @staticmethod
     def state_of(model: nnx.Module) -> dict[str, Array]:
         """The model's variables that are no parameters, after a call may have changed them."""
-        return _flatten(_split(model)[2])
+        return flatten(_split(model)[2])
 
     def is_random(self) -> dict[str, bool]:
         """Which of the other variables are random streams."""
@@ -89,12 +91,15 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
 
 
-def _flatten(state: nnx.State) -> dict[str, Any]:
+def flatten(state: nnx.State) -> dict[str, Any]:
+    """Values by name, random keys as their raw words."""
     values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     return {key: _words(v) if _is_key(v) else v for key, v in values.items()}
 
 
-def _fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+def fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+    """The state with the values that `flatten` gives."""
+
     def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         old, new = variable.get_value(), values[name(path)]
         return variable.replace(
@@ -118,6 +123,38 @@ def _implementation(key: Any) -> Any:
     found: list[Any] = []
     jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)  # a shape has one, too
     return found[0]
+
+
+def initial_state(
+    variables: Variables, optimizer: optax.GradientTransformation, mesh: Mesh, specs: Any, *, staged: bool
+) -> TrainState:
+    """The state before the first update; of a model of shapes, shapes.
+
+    Args:
+        variables: of the model.
+        optimizer: makes its own state.
+        mesh, specs: where arrays are to lie.
+        staged: where they lie is known only when the first batch is seen, and they wait on the host.
+    """
+    params, model_state = variables.values()
+    if is_shapes(params):
+        opt = jax.eval_shape(optimizer.init, params)
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, model_state, opt)
+        return shapes if staged else lying(shapes, shardings(mesh, specs))
+    if staged:
+        params, model_state = jax.tree.map(np.array, (params, model_state))
+        opt = jax.tree.map(np.asarray, optimizer.init(params))
+        return TrainState(np.zeros((), np.int32), params, model_state, opt)
+    where = shardings(mesh, specs)
+    # A copy: the step donates its state, and the caller's model keeps its own arrays.
+    params, model_state = jax.tree.map(
+        lambda x, s: jax.device_put(np.array(x), s),
+        (params, model_state),
+        (where.params, where.model_state),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
+    step = jax.device_put(np.zeros((), np.int32), where.step)
+    return TrainState(step, params, model_state, opt_state)
 
 
 def owners(opt_state: Any, params: Collection[str]) -> Any:

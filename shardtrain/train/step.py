@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as functions of global arrays."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -18,11 +20,11 @@ from shardtrain.nn.context import examples
 from shardtrain.nn.flow import resharded
 from shardtrain.ops.conv import CONTRACTION
 from shardtrain.ops.island import crop_to
+from shardtrain.pipeline.branches import refuse_divergent
+from shardtrain.train import check
 from shardtrain.train.state import TrainState, Variables
 
 PerExample = Callable[[Any, Any], Array]
-
-REMAT = ("contractions", "nothing")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Batch:
         targets: for the loss.
         real: False for rows that fill up a ragged batch; None where all rows are real.
         extents: the true extents of the inputs' and targets' leaves after the batch, static.
+        limit: the mean loss above which the update is left out; None in a program that leaves out none.
     """
 
     inputs: Any
     targets: Any
     real: Any
     extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+    limit: Any = None
 
     @property
     def rows(self) -> int:
@@ -53,7 +57,7 @@ class Batch:
         return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
 
 
-jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real"], ["extents"])
+jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real", "limit"], ["extents"])
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Program:
     layout: Layout
     deferred: Mapping[str, float] | None = None
     """Momenta of the batch norms by path, where running statistics are those of the whole batch."""
+    skip_bad: bool = False
 
     def _sums(
         self, outputs: Any, targets: Any, real: Array | None, rows: int, lies: Layout
@@ -155,7 +160,7 @@ class Program:
             state: before the batch.
             grads: of the summed loss.
             moved: the model's other variables after the last microbatch.
-            sums: over all real examples.
+            sums: over all real examples; where bad updates are left out, the batch's `limit` is with them.
         """
         count = jnp.maximum(sums["examples"], 1)
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
@@ -168,8 +173,16 @@ class Program:
             for which, new in whole.items():
                 old = state.model_state[key := f"{path}.{which}"]
                 model_state[key] = (momentum * old + (1 - momentum) * new).astype(old.dtype)
+        norm = optax.tree.norm(grads)
         after = TrainState(state.step + 1, params, model_state, opt_state)
-        return after, sums | {"grad_norm": optax.tree.norm(grads) * count}
+        if not self.skip_bad:
+            return after, sums | {"grad_norm": norm * count}
+        loss = sums["loss"] / count
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= sums["limit"])
+        before = dataclasses.replace(state, step=after.step)  # the batch counts: it is not met again
+        after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+        reported = {key: value for key, value in sums.items() if key != "limit"}
+        return after, reported | {"grad_norm": norm * count, "skipped": jnp.where(good, 0, count)}
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One update.
@@ -203,6 +216,8 @@ class Program:
             grads, (sums, _) = jax.eval_shape(self._gradients, state.params, state.model_state, *first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
             (grads, sums, model_state), _ = lax.scan(one, (*zeros, first_state), split)
+        if self.skip_bad:
+            sums = sums | {"limit": batch.limit}
         return self.finish(state, grads, model_state, sums)
 
     def evaluated(
@@ -219,3 +234,36 @@ class Program:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
         index = jnp.arange(batch.rows)
         return self.evaluated(state.params, state.model_state, *batch.cropped(), batch.real, index)
+
+
+def compiled(
+    function: Callable, state: TrainState, batch: Batch, mesh: Mesh, out: TrainState | None, *, staged: bool
+) -> Any:
+    """A step, compiled for a state and batches that lie as these do.
+
+    Args:
+        function: `(state, batch) -> two results`.
+        state, batch: arrays or shapes.
+        mesh: that they lie on.
+        out: shardings of the first result, which then takes the memory of the state.
+        staged: it has pipeline stages, which differ from rank to rank.
+
+    Raises:
+        UserError: operators that XLA cannot be trusted with.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
+    updates = out is not None
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(
+            function,
+            donate_argnums=0 if updates else (),
+            out_shardings=(out, None) if updates else None,
+        )
+        traced = jitted.trace(*shapes)
+        check.refuse_outside_islands(traced.jaxpr, mesh)
+        program = traced.lower().compile()
+    if staged:
+        refuse_divergent(program.as_text(), mesh, ["pipe"])
+    return program

@@ -19,12 +19,13 @@ from rich.table import Table
 from shardtrain import pipeline
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
-from shardtrain.mesh import make_mesh, size, without
+from shardtrain.mesh import make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
-from shardtrain.pipeline.branches import refuse_divergent
-from shardtrain.train import check, checkpoint, loop, losses, place
+from shardtrain.train import check, loop, losses, place
+from shardtrain.train.checkpoint import Checkpoints
+from shardtrain.train.guard import Guard
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
@@ -34,13 +35,13 @@ from shardtrain.train.state import (
     Variables,
     by_field,
     bytes_on_a_device,
+    initial_state,
     is_shapes,
-    lying,
     one_replica,
     opt_state_specs,
     shardings,
 )
-from shardtrain.train.step import Batch, PerExample, Program
+from shardtrain.train.step import Batch, PerExample, Program, compiled
 
 
 class Trainer:
@@ -71,6 +72,7 @@ class Trainer:
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
             convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
         clip_norm: clip gradients to this global norm.
+        skip_bad: leave out updates whose loss or gradient is not finite, or whose loss is above a limit.
 
     Raises:
         UserError: whatever this model cannot do on this mesh, at construction; operators that XLA cannot
@@ -101,6 +103,7 @@ class Trainer:
         dtype: DTypeLike | None = None,
         remat: str | Callable[..., bool] | None = None,
         clip_norm: float | None = None,
+        skip_bad: bool = False,
     ) -> None:
         check.refuse_arguments(remat, accumulate, clip_norm, dtype, statistics)
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
@@ -119,7 +122,16 @@ class Trainer:
         momenta = {name(path): m.momentum for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
         deferred = momenta if statistics == "batch" else None
         self._program = Program(
-            self._variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred
+            self._variables,
+            optimizer,
+            loss,
+            metrics,
+            accumulate,
+            dtype,
+            remat,
+            self.layout,
+            deferred,
+            skip_bad,
         )
         self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
@@ -135,34 +147,16 @@ class Trainer:
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}
         self._specs = self._state_specs(model, optimizer)
-        self.state = self._initial_state(optimizer)
+        self.state = initial_state(
+            self._variables, optimizer, self.mesh, self._specs, staged=self._plan is not None
+        )
+        self.examples = 0
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
 
     def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
         params, _ = self._variables.values()
         param_specs, state_specs = self._variables.specs(model, self.mesh, self.layout)
         return TrainState(P(), param_specs, state_specs, opt_state_specs(optimizer, params, param_specs))  # type: ignore[arg-type]
-
-    def _initial_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        params, model_state = self._variables.values()
-        if is_shapes(params):
-            opt = jax.eval_shape(optimizer.init, params)
-            shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, model_state, opt)
-            return shapes if self._plan is not None else lying(shapes, shardings(self.mesh, self._specs))
-        if self._plan is not None:  # where each array is to lie is known when the first batch is seen
-            params, model_state = jax.tree.map(np.array, (params, model_state))
-            opt = jax.tree.map(np.asarray, optimizer.init(params))
-            return TrainState(np.zeros((), np.int32), params, model_state, opt)
-        where = shardings(self.mesh, self._specs)
-        # A copy: the step donates its state, and the caller's model keeps its own arrays.
-        params, model_state = jax.tree.map(
-            lambda x, s: jax.device_put(np.array(x), s),
-            (params, model_state),
-            (where.params, where.model_state),
-        )
-        opt_state = jax.jit(optimizer.init, out_shardings=where.opt_state)(params)
-        step = jax.device_put(np.zeros((), np.int32), where.step)
-        return TrainState(step, params, model_state, opt_state)
 
     @property
     def model(self) -> nnx.Module:
@@ -204,8 +198,8 @@ class Trainer:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
         return place.local_rows(self.mesh, self._rows, batch_size)
 
-    def place(self, inputs: Any, targets: Any) -> Batch:
-        """A host batch on the mesh; the first batch says how large the others may be at most.
+    def place(self, inputs: Any, targets: Any, limit: float = np.inf) -> Batch:
+        """A host batch on the mesh; the first says how large others may be. For `limit` see `skip_bad`.
 
         Raises:
             UserError: a first batch that does not divide by the mesh and `accumulate`.
@@ -225,7 +219,7 @@ class Trainer:
                 f"a batch of {rows} rows is smaller than the first, and {self._plain_norms[0]!r} is a plain "
                 f"nnx.BatchNorm, which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
             )
-        return batch
+        return place.limited(batch, limit, self.mesh) if self._program.skip_bad else batch
 
     def shapes_of(self, inputs: Any, targets: Any) -> Batch:
         """What a global batch is on the mesh, as shapes; `compiled_step` takes it in place of a batch.
@@ -239,7 +233,8 @@ class Trainer:
         rows = place.rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
             raise place.indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
-        return place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        batch = place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        return place.limited(batch, None, self.mesh) if self._program.skip_bad else batch
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
@@ -259,22 +254,14 @@ class Trainer:
         leaves, tree = jax.tree.flatten(batch)
         key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._steps:
-            shapes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (self.state, batch)
-            )
             train = kind == "train"
             if self.pipeline is not None:
                 function = self.pipeline.train_step(batch) if train else self.pipeline.eval_step(batch)
             else:
                 function = self._program.train_step if train else self._program.eval_step
-            out = (shardings(self.mesh, self._specs), None) if train else None
-            with jax.set_mesh(self.mesh):
-                jitted = jax.jit(function, donate_argnums=0 if train else (), out_shardings=out)
-                traced = jitted.trace(*shapes)
-                check.refuse_outside_islands(traced.jaxpr, self.mesh)
-                self._steps[key] = traced.lower().compile()
-            if self.pipeline is not None:
-                refuse_divergent(self._steps[key].as_text(), self.mesh, [AXIS])
+            out = shardings(self.mesh, self._specs) if train else None
+            staged = self.pipeline is not None
+            self._steps[key] = compiled(function, self.state, batch, self.mesh, out, staged=staged)
         return self._steps[key]
 
     def compiled_text(self) -> str:
@@ -296,41 +283,42 @@ class Trainer:
         *,
         steps: int,
         observers: Sequence[Observer] = (),
+        checkpoints: Checkpoints | None = None,
         progress: bool = True,
+        guard: Guard | None = None,
     ) -> list[Row]:
         """Trains until `steps` updates are done in all.
 
         Args:
-            batches: `(inputs, targets)` of host arrays, in a job of several processes this process's
-                `rows` of each; the last may be ragged.
+            batches: `(inputs, targets)` of host arrays, this process's `rows`; the last may be ragged.
             steps: updates in all, those before a restore included.
             observers: called after every step with its number and metrics.
+            checkpoints: saved to as they are due, while steps go on, and at the end.
             progress: show a progress bar.
+            guard: watches over the run, see `Guard`.
 
         Returns:
-            A row for every step: mean loss and metrics over real examples, `grad_norm`,
-            `images_per_second`, `seconds`.
+            A row for every step: mean loss and metrics over real examples, `grad_norm`, `images_per_second`,
+            `seconds`, and those in which the host waited for data, devices and checkpoints.
 
         Raises:
-            UserError: batches that do not divide by the mesh; see the class.
+            UserError: batches that do not divide by the mesh, see the class; a bad step, see `Guard`.
+            Preempted: the guard was told to stop.
 
         Example:
             >>> losses = [row["loss"] for row in trainer.fit(batches, steps=20, progress=False)]
         """
         done = int(self._arrays().step)
         if not progress or jax.process_index():
-            return loop.run(self, batches, steps, observers)
+            return loop.run(self, batches, steps, observers, checkpoints, guard)
         with Terminal(steps, done) as terminal:
-            return loop.run(self, batches, steps, (terminal, *observers))
+            return loop.run(self, batches, steps, (terminal, *observers), checkpoints, guard)
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Means of the loss and the metrics over all real examples, in evaluation mode.
 
         Raises:
             UserError: no batches at all.
-
-        Example:
-            >>> trainer.evaluate([(images, labels)])["accuracy"]
         """
         totals: dict[str, Array] = {}
         size: int | None = None
@@ -348,9 +336,6 @@ class Trainer:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
 
         In a job of several processes each brings equally many rows and gets the outputs of its own.
-
-        Example:
-            >>> trainer.predict(images).argmax(-1)
         """
         rows = place.rows_of(inputs)
         size = place.global_batch_size(rows, self.mesh, self._rows)
@@ -362,23 +347,45 @@ class Trainer:
         kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
 
-    def save(self, folder: str | Path) -> Path:
-        """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again."""
-        named = self._named()
-        return checkpoint.save(Path(folder), int(named.step), by_field(named))
+    def save(self, folder: str | Path | Checkpoints, metrics: Mapping[str, float] | None = None) -> Path:
+        """Saves the whole run under `folder/<step>`, by parameter name: any mesh can take it up again.
 
-    def restore(self, folder: str | Path) -> int:
-        """Takes up the newest checkpoint in `folder`, whatever mesh wrote it.
-
-        Returns:
-            The number of updates it had done.
+        Args:
+            folder: the checkpoint is there when this returns; with `Checkpoints` it is written meanwhile.
+            metrics: of this step.
 
         Raises:
-            UserError: no checkpoint there, or one of another model.
+            UserError: a folder that cannot be written.
         """
+        if not isinstance(folder, Checkpoints):
+            with Checkpoints(folder) as checkpoints:
+                return self.save(checkpoints, metrics)
+        arrays = self._arrays()
+        named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
+        about = {"mesh": text(self.mesh), "examples": self.examples}
+        tree = by_field(named) | {"examples": np.int64(self.examples)}
+        return folder.save(int(named.step), tree, metrics, about)
+
+    def restore(self, folder: str | Path | Checkpoints, step: int | None = None) -> int:
+        """Takes up the newest whole checkpoint in `folder`, whatever mesh wrote it.
+
+        Args:
+            folder: what `save` or `fit` was given.
+            step: that one and no other.
+
+        Returns:
+            The number of updates it had done; batches go on from the example `trainer.examples`.
+
+        Raises:
+            UserError: no checkpoint there, none that is whole, or one of another model.
+        """
+        checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        named = TrainState(**checkpoint.restore(Path(folder), by_field(self._named()), several))
-        self.state = named if self.pipeline is None else self.pipeline.packed(named)
+        like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
+        _, tree = checkpoints.restore(by_field(like) | {"examples": np.int64(0)}, several, step)
+        self.examples = int(tree.pop("examples"))
+        named = TrainState(**tree)
+        self.state = named if self.pipeline is None else self.pipeline.gathered(named)
         return int(self.state.step)
 
     @property

@@ -1,0 +1,66 @@
+"""`shardtrain doctor`: what would keep a job from starting, as a table."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shardtrain.errors import UserError
+from shardtrain.launch import detect
+from shardtrain.launch.doctor import Finding, examine
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Looks at devices, names, ports, versions, disks and clocks, and says how to mend what it finds.
+
+    Alone before a job, or as the job: `srun shardtrain doctor`, `shardtrain launch local -n 2 -- shardtrain
+    doctor`. The exit status is 1 if there is something to mend, and 0 otherwise.
+    """
+
+    out: Path = Path("runs")
+    """Folder that runs are to be written to."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0. This and the next two are known by themselves, as in recipes."""
+    processes: int | None = None
+    """Processes of the job."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    start_limit: float = 60.0
+    """Seconds to wait for other processes."""
+
+    def run(self, rest: Sequence[str]) -> None:
+        """Prints the table, and ends with the status."""
+        if rest:
+            raise UserError(f"-- {' '.join(rest)}: doctor runs no other command; leave it out")
+        alone = self.coordinator is not None and self.processes is None and self.process_id is None
+        cluster = None
+        if not alone:
+            cluster = detect(os.environ, self.coordinator, self.processes, self.process_id)
+        findings = examine(self.out.expanduser().absolute(), cluster, self.coordinator, self.start_limit)
+        bad = [finding for finding in findings if not finding.good]
+        if findings[0].process == (
+            cluster.process_id if cluster else 0
+        ):  # process 0 speaks for all it has met
+            Console(width=100).print(table(findings))
+            for finding in bad:
+                print(f"process {finding.process}: {finding.check}: {finding.found}\n    {finding.fix}")
+        sys.exit(1 if bad else 0)
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """The findings as a table; what many processes found alike is one row."""
+    shown = Table(title="doctor")
+    for column in ("check", "process", "", "found"):
+        shown.add_column(column)
+    rows: dict[tuple[str, bool, str], list[int]] = {}
+    for finding in findings:
+        rows.setdefault((finding.check, finding.good, finding.found), []).append(finding.process)
+    for (check, good, found), who in rows.items():
+        numbers = f"{who[0]}-{who[-1]}" if len(who) > 2 else ", ".join(map(str, who))
+        shown.add_row(check, numbers, "ok" if good else "mend", found)
+    return shown

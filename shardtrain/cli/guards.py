@@ -1,0 +1,95 @@
+"""What a recipe's flags say of guards, and what guards have to say of a run at its end."""
+
+import logging
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from shardtrain import compat
+from shardtrain.errors import UserError
+from shardtrain.train import Guard
+
+
+def guard(flags: Any, out: Path) -> Guard:
+    """The guard of a run in the folder `out`.
+
+    Args:
+        flags: of a recipe, `RunFlags`.
+        out: the run's folder.
+
+    Raises:
+        UserError: flags that cannot be right.
+    """
+    watchdog, spike = flags.watchdog, flags.spike
+    if not 0 <= watchdog < float("inf"):
+        raise UserError(f"--watchdog {watchdog:g}: give seconds, or 0 for no limit")
+    if spike is not None and not 1 < spike < float("inf"):
+        raise UserError(f"--spike {spike:g}: a spike is more than 1 times the median, such as 3")
+    traced = steps_of(flags.profile, flags.steps) if flags.profile else None
+    return Guard(out, watchdog=watchdog or None, on_nan=flags.on_nan, spike=spike, profile=traced)
+
+
+def steps_of(text: str, steps: int) -> range:
+    """Reads `"10:20"`, steps 10 to 20.
+
+    Raises:
+        UserError: what is no such range, or begins behind the last step.
+
+    Example:
+        >>> steps_of("10:20", steps=100)
+        range(10, 21)
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()) or not 1 <= int(first) <= int(last):
+        raise UserError(f"--profile {text}: write the first and the last step to trace, such as 10:20")
+    if int(first) > steps:
+        raise UserError(f"--profile {text}: the run has --steps {steps}; trace earlier ones")
+    return range(int(first), int(last) + 1)
+
+
+def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:
+    """Rows of the closing table: where the time went, memory, what was left out.
+
+    Args:
+        rows: of `metrics.jsonl`.
+        out: the run's folder.
+    """
+    seconds = {
+        key: sum(row.get(f"{key}_seconds", 0.0) for row in rows) for key in ("compute", "data", "checkpoint")
+    }
+    whole = sum(row["seconds"] for row in rows)
+    shares = ", ".join(f"{key} {100 * value / max(whole, 1e-9):.0f} %" for key, value in seconds.items())
+    step = statistics.median(row["seconds"] for row in rows)
+    found = {"time of a step (median)": f"{1000 * step:,.1f} ms; the host waited for {shares}"}
+    if peaks := [row["peak_memory"] for row in rows if "peak_memory" in row]:
+        found["device memory (peak)"] = f"{max(peaks) / 2**20:,.0f} MiB"
+    for key, words in (("skipped", "left out"), ("rolled_back", "gone back from")):
+        if count := sum(key in row for row in rows):
+            found[f"bad steps {words}"] = str(count)
+    found["events"] = str(out / "events.jsonl")
+    return found
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is now: a progress bar takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def log_to_stderr() -> None:
+    """Sends our log lines to stderr, each with the time and the rank."""
+
+    class Rank(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            record.rank = compat.process_rank()
+            return super().format(record)
+
+    handler = _Stderr()
+    handler.setFormatter(Rank("%(asctime)s rank %(rank)d %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("shardtrain")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)

@@ -1,0 +1,153 @@
+"""`shardtrain launch`: a command in the processes of a job, here or on a cluster."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from shardtrain.launch import kubernetes, slurm
+from shardtrain.launch.local import run_local
+
+
+@dataclass(frozen=True)
+class Local:
+    """Runs a command in real processes on this machine: `shardtrain launch local -n 4 -- python train.py`.
+
+    Each line of output carries the number of its process. When one fails, the others are ended, and its last
+    words and exit status are the command's. SIGTERM and Ctrl-C are passed on.
+
+    With --restarts the command starts again when a process fails, and its recipe goes on from its last
+    checkpoint. Exit status 75 ("run me again") is not counted, 2 (flags refused) is final.
+    """
+
+    processes: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 2
+    """How many."""
+    devices: int | None = None
+    """Simulated CPU devices of each process."""
+    restarts: int = 0
+    """Attempts after the first one that failed."""
+    elastic: bool = False
+    """A restart leaves out as many processes as SIGKILL ended just before (lost hardware, out of memory), and
+    has back those lost earlier; one less again where the command refuses the number (status 2). For meshes
+    with a size of -1."""
+    grace: float = 30.0
+    """Seconds that processes have to save and end after SIGTERM or Ctrl-C, before SIGKILL."""
+
+    def run(self, command: Sequence[str]) -> None:
+        """Runs the command, and ends with its status."""
+        sys.exit(
+            run_local(
+                command,
+                self.processes,
+                devices=self.devices,
+                restarts=self.restarts,
+                elastic=self.elastic,
+                grace=self.grace,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Writes a short batch script for Slurm: `shardtrain launch slurm --nodes 2 -- python train.py`.
+
+    The script starts one process for each GPU (one for each node without), and the job again from its last
+    checkpoint when a node or a process fails, or a process ends with status 75 ("run me again").
+    """
+
+    name: str = "shardtrain"
+    """Of the job."""
+    nodes: str = "1"
+    """A number, or a range such as 2-4: as many as are free, for meshes with a size of -1."""
+    gpus_per_node: int = 0
+    """GPUs."""
+    tasks_per_node: int | None = None
+    """Processes; one for each GPU by default."""
+    cpus_per_task: int | None = None
+    """Processors of each process."""
+    time: str = "24:00:00"
+    """Time limit; 120 s before, processes are told to save."""
+    partition: str | None = None
+    """The cluster's default without."""
+    restarts: int = 3
+    """After failures of the program."""
+    log: str = "slurm-%j.out"
+    """File of the output."""
+    out: Path = Path("job.sbatch")
+    """File of the script; - prints it."""
+    submit: bool = False
+    """Hand it to Slurm at once."""
+
+    def run(self, command: Sequence[str]) -> None:
+        """Writes the script, and submits it if asked to."""
+        job = slurm.SlurmJob(
+            self.name,
+            self.nodes,
+            self.gpus_per_node,
+            self.tasks_per_node or max(1, self.gpus_per_node),
+            self.cpus_per_task,
+            self.time,
+            self.partition,
+            self.restarts,
+            self.log,
+        )
+        put(self.out, slurm.script(job, list(command)))
+        if self.submit:
+            print(slurm.submit(self.out))
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """Writes a JobSet manifest: `shardtrain launch k8s --image me/cnn:1 --pods 2 -- python train.py`.
+
+    Each pod is one process. All start again from the last checkpoint when one fails, is evicted, or ends with
+    status 75 ("run me again").
+    """
+
+    image: str
+    """Container image that has shardtrain and the recipe in it."""
+    name: str = "shardtrain"
+    """Of the JobSet."""
+    pods: int = 1
+    """Processes."""
+    gpus: int = 0
+    """NVIDIA GPUs of each pod."""
+    cpu: str = "4"
+    """Processors of each pod."""
+    memory: str = "16Gi"
+    """Of each pod."""
+    claim: str | None = None
+    """PersistentVolumeClaim (ReadWriteMany) for checkpoints, mounted at /runs."""
+    restarts: int = 3
+    """After failures of the program."""
+    grace: int = 120
+    """Seconds that pods have to save when they are to end."""
+    out: Path = Path("jobset.yaml")
+    """File of the manifest; - prints it."""
+
+    def run(self, command: Sequence[str]) -> None:
+        """Writes the manifest."""
+        job = kubernetes.KubernetesJob(
+            self.name,
+            self.image,
+            self.pods,
+            self.gpus,
+            self.cpu,
+            self.memory,
+            self.claim,
+            self.restarts,
+            self.grace,
+        )
+        put(self.out, kubernetes.manifest(job, list(command)))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a job file, or prints it."""
+    if str(path) == "-":
+        print(text, end="")
+        return
+    slurm.write(path, text)
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,235 @@
+"""`shardtrain runs`: the runs in a folder in a table, and their curves in one picture."""
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from shardtrain.cli.pictures import picture
+from shardtrain.errors import UserError
+
+INSIDE = ("checkpoints", "tensorboard", "profile")
+"""Folders of a run, in which there are no runs."""
+
+QUIET = 60.0
+"""Seconds without a step, or 5 steps if they are longer, after which a run is not running any more."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of one run say; what they do not say is None."""
+
+    name: str
+    model: str | None
+    mesh: str | None
+    steps: int | None
+    loss: float | None
+    score: float | None
+    speed: float | None
+    state: str
+    when: float
+    rows: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Shows the runs in a folder, newest last: what they trained, how far they are, and how well they do."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Folder that holds runs, at any depth."""
+    plot: Path | None = None
+    """File to draw their curves to, as a PNG."""
+
+    def run(self, rest: Sequence[str] = ()) -> None:
+        """Prints the table, and draws the picture if one is asked for.
+
+        Raises:
+            UserError: a folder without runs, or a picture that cannot be written.
+        """
+        if rest:
+            raise UserError(f"-- {' '.join(rest)}: runs runs no other command; leave it out")
+        folder = self.folder.expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{self.folder} is no folder; give one that --out was in")
+        found = sorted((read(place, folder) for place in places(folder)), key=lambda run: run.when)
+        if not found:
+            raise UserError(f"there are no runs in {self.folder}; give a folder that --out was in")
+        Console(width=100).print(table(found))
+        if self.plot is not None:
+            compare(found, self.plot)
+
+
+def places(folder: Path) -> Iterator[Path]:
+    """The folders of runs in a folder, itself included; runs that were moved aside are left out."""
+    for place, folders, files in os.walk(folder):
+        if {"metrics.jsonl", "result.json"} & set(files):
+            yield Path(place)
+        folders[:] = sorted(f for f in folders if f not in INSIDE and not f.startswith((".", "earlier-")))
+
+
+def read(place: Path, folder: Path) -> Run:
+    """What the files of a run say, as far as they can be read."""
+    rows = [row for row in _lines(place / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    events = _lines(place / "events.jsonl")
+    result, whole = _json(place / "result.json")
+    first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
+    mesh = result.get("mesh") or first.get("mesh")
+    scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
+    speeds = [s for row in rows if (s := _number(row.get("images_per_second"))) is not None]
+    times = [_time(place / name) for name in ("metrics.jsonl", "events.jsonl", "result.json")]
+    steps = rows[-1]["step"] if rows else result.get("steps")
+    return Run(
+        name=str(place.relative_to(folder)) if place != folder else place.resolve().name,
+        model=_text(result.get("model")),
+        mesh=",".join(f"{k}={v}" for k, v in mesh.items()) if isinstance(mesh, dict) else None,
+        steps=steps if isinstance(steps, int) else None,
+        loss=_number(rows[-1].get("loss")) if rows else _number(result.get("final_loss")),
+        score=scores[0] if scores else None,
+        speed=statistics.median(speeds) if speeds else None,
+        state=_state(rows, events, whole, times),
+        when=max(times),
+        rows=rows,
+    )
+
+
+def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, times: Sequence[float]) -> str:
+    steps, _, result = times
+    if whole and result >= steps:
+        return "finished"
+    last = events[-1].get("event") if events else None
+    if last in ("preempted", "exit"):
+        return "stopped"
+    slowest = max((_number(row.get("seconds")) or 0.0 for row in rows[-5:]), default=0.0)
+    if time.time() - max(times) < max(QUIET, 5 * slowest):
+        return "running"
+    return "damaged" if whole is False else "stopped"
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """The runs in a table of at most 100 columns."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name, least in (("run", 16), ("model", 7), ("mesh", 12)):
+        shown.add_column(name, overflow="fold", min_width=least)
+    for name in ("steps", "loss", "score", "images/s"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for name in ("state", "when"):
+        shown.add_column(name, no_wrap=True)
+    for run in runs:
+        speed = run.speed
+        shown.add_row(
+            run.name,
+            run.model or "",
+            run.mesh or "",
+            "" if run.steps is None else str(run.steps),
+            "" if run.loss is None else f"{run.loss:.4f}" if abs(run.loss) < 1e4 else f"{run.loss:.1e}",
+            "" if run.score is None else f"{run.score:.4f}",
+            "" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
+            run.state,
+            time.strftime("%m-%d %H:%M", time.localtime(run.when)),
+        )
+    return shown
+
+
+def compare(runs: Sequence[Run], path: Path) -> None:
+    """Draws the curves of the runs side by side: running means of the training loss, and of the accuracy.
+
+    Raises:
+        UserError: no run has steps, or the file cannot be written.
+    """
+    drawn = [run for run in runs if run.rows]
+    if not drawn:
+        raise UserError(f"--plot {path}: none of the runs has a step to draw")
+    if path.is_dir():
+        raise UserError(f"--plot {path} is a folder; name a file in it")
+    keys = [key for key in ("loss", "accuracy") if any(key in run.rows[0] for run in drawn)]
+    beside = 0.25 * len(drawn)
+    try:
+        with picture(path, 1, max(1, len(keys)), (5.5 * max(1, len(keys)), 3.6 + beside)) as (figure, axes):
+            for key, axis in zip(keys, axes[0], strict=False):
+                _curves(axis, drawn, key)
+            handles, labels = axes[0, 0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+    except OSError as error:
+        raise UserError(
+            f"--plot {path} cannot be written ({error.strerror}); name a file in a folder that exists"
+        ) from error
+
+
+def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
+    from matplotlib import colormaps
+
+    positive, lowest, highest, starts = True, math.inf, 0.0, 0.0
+    for k, run in enumerate(runs):
+        points = [(row["step"], value) for row in run.rows if (value := _number(row.get(key))) is not None]
+        if not points:
+            continue
+        steps, values = np.array(points, float).T
+        span = max(1, len(values) // 25)
+        smooth = np.convolve(values, np.ones(span) / span, "valid")
+        middle = steps[(span - 1) // 2 :][: len(smooth)]
+        colour = colormaps["tab20"](k % 20) if len(runs) > 10 else colormaps["tab10"](k)
+        axis.plot(middle, smooth, color=colour, label=run.name, marker="." if len(smooth) == 1 else None)
+        positive = positive and (values > 0).all()
+        lowest, highest = min(lowest, smooth.min()), max(highest, values.max())
+        starts = max(starts, values[0])
+    if key == "loss" and positive:
+        axis.set_yscale("log")
+        if highest > 10 * starts:  # one run that diverged is not to flatten all others
+            axis.set_ylim(lowest / 1.3, 10 * starts)
+    axis.set(xlabel="step", ylabel=f"training {key}")
+    axis.grid(alpha=0.3)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, those that are damaged left out."""
+    rows = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _json(path: Path) -> tuple[dict[str, Any], bool | None]:
+    """The object in a file and whether it is whole; None where there is no file."""
+    if not path.exists():
+        return {}, None
+    try:
+        value = json.loads(path.read_text(errors="replace"))
+    except (OSError, ValueError):
+        return {}, False
+    return (value, True) if isinstance(value, dict) else ({}, False)
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,187 @@
+"""The place of this process in its job, found in the environment."""
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from shardtrain.errors import UserError
+
+COORDINATOR, PROCESSES, PROCESS_ID = "SHARDTRAIN_COORDINATOR", "SHARDTRAIN_PROCESSES", "SHARDTRAIN_PROCESS_ID"
+LOCAL, JOB, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_JOB", "SHARDTRAIN_RESTARTS"
+"""What `shardtrain launch` tells the processes it starts; also for starters of your own."""
+
+PORTS = range(61440, 65536)
+"""Above the ports that Linux hands out by itself, so that none is taken by chance."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The place of this process in a job of several.
+
+    Attributes:
+        scheduler: what said so: `"launch local"`, `"Slurm"`, `"Open MPI"`, `"Kubernetes"`, variables of ours
+            in the `"environment"`, or `"flags"`.
+        coordinator: `host:port` of process 0.
+        processes: in the whole job.
+        process_id: of this one, from 0.
+        local: the number of this process among those on its host, and how many these are; None if unknown.
+        hosts: that the job runs on; None if unknown.
+        apart: this process is known to run on another host than process 0.
+    """
+
+    scheduler: str
+    coordinator: str
+    processes: int
+    process_id: int
+    local: tuple[int, int] | None = None
+    hosts: int | None = None
+    apart: bool = False
+
+
+def detect(
+    env: Mapping[str, str],
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+) -> Cluster | None:
+    """The place of this process, by arguments, `shardtrain launch`, Open MPI, Slurm or Kubernetes.
+
+    What is given as an argument, or the coordinator as `JAX_COORDINATOR_ADDRESS`, wins over what is found.
+
+    Returns:
+        None in a job of one process.
+
+    Raises:
+        UserError: a job of which not everything is known, or numbers that do not fit.
+
+    Example:
+        >>> detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) is None
+        True
+    """
+    found = next((c for find in (_own, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
+    if found is None and coordinator is None and processes is None and process_id is None:
+        return None
+    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+    cluster = found or Cluster("flags", "", 0, -1)
+    cluster = replace(
+        cluster,
+        coordinator=cluster.coordinator if coordinator is None else coordinator,
+        processes=cluster.processes if processes is None else processes,
+        process_id=cluster.process_id if process_id is None else process_id,
+    )
+    if cluster.processes == 1:
+        return None
+    if not cluster.coordinator or cluster.processes < 1 or cluster.process_id < 0:
+        raise UserError(
+            "a job of several processes needs three things on each, and not all are known: "
+            f"--coordinator {cluster.coordinator or '?'} (HOST:PORT of process 0), "
+            f"--processes {cluster.processes if cluster.processes > 0 else '?'}, "
+            f"--process-id {cluster.process_id if cluster.process_id >= 0 else '?'} (from 0)"
+        )
+    if cluster.process_id >= cluster.processes:
+        raise UserError(
+            f"--process-id {cluster.process_id} of --processes {cluster.processes}: number the processes "
+            f"from 0 to {cluster.processes - 1}"
+        )
+    return cluster
+
+
+def restarts(env: Mapping[str, str]) -> int:
+    """How often this job was started again by `launch local`, Slurm or a JobSet.
+
+    Example:
+        >>> restarts({"SLURM_RESTART_COUNT": "2"})
+        2
+    """
+    return int(env.get(RESTARTS) or env.get("SLURM_RESTART_COUNT") or 0)
+
+
+def job(env: Mapping[str, str]) -> str:
+    """What names this job through all its restarts; nothing where nobody restarts it.
+
+    Example:
+        >>> job({"SLURM_JOB_ID": "4711"})
+        '4711'
+    """
+    return env.get(JOB) or env.get("SLURM_JOB_ID") or ""
+
+
+def _own(env: Mapping[str, str]) -> Cluster | None:
+    if PROCESSES not in env:
+        return None
+    processes = int(env[PROCESSES])
+    index = env.get(PROCESS_ID) or env.get("JOB_COMPLETION_INDEX")
+    process_id = -1 if index is None else int(index)
+    if LOCAL in env:
+        coordinator, local = env.get(COORDINATOR, ""), (process_id, processes)
+        return Cluster("launch local", coordinator, processes, process_id, local, hosts=1)
+    if "JOB_COMPLETION_INDEX" in env:
+        coordinator = env.get(COORDINATOR) or _first_pod(socket.getfqdn(), process_id)
+        return Cluster("Kubernetes", coordinator, processes, process_id, None, processes, process_id > 0)
+    return Cluster("environment", env.get(COORDINATOR, ""), processes, process_id)
+
+
+def _first_pod(name: str, index: int) -> str:
+    """The pod of index 0, by the full name of another: `train-3.pods.default.svc` is `train-0.pods...`."""
+    host, dot, domain = name.partition(".")
+    stem = host.removesuffix(f"-{index}")
+    return f"{stem}-0.{domain}:{PORTS[0]}" if dot and stem != host else ""
+
+
+def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
+    if "JOB_COMPLETION_INDEX" not in env:
+        return None
+    raise UserError(
+        f"this is a pod of an Indexed Job, of which the number of pods is not known; set {PROCESSES} in its "
+        f"manifest (1 for pods that each train alone), or write one with `shardtrain launch k8s`"
+    )
+
+
+def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
+    if "OMPI_COMM_WORLD_SIZE" not in env or "OMPI_COMM_WORLD_RANK" not in env:
+        return None
+    size, rank = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
+    local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", size))
+    # Process 0 runs on mpirun's own host, whose address Open MPI 4 tells in a variable and 5 in a job's name.
+    host, job = "", 0
+    if uri := re.match(r"(\d+)\.\d+;tcp6?://\[?([^,:\]]+)", env.get("OMPI_MCA_orte_hnp_uri", "")):
+        host, job = uri[2], int(uri[1]) // 2**12
+    elif space := re.match(r"prterun-(.+)-(\d+)@\d+", env.get("PMIX_NAMESPACE", "")):
+        host, job = space[1], int(space[2])
+    hosts = None
+    if local[1] == size:
+        host, hosts = "127.0.0.1", 1
+    coordinator = f"{host}:{_port(env, job)}" if host else ""
+    return Cluster("Open MPI", coordinator, size, rank, local, hosts)
+
+
+def _slurm(env: Mapping[str, str]) -> Cluster | None:
+    # Only srun sets the variables of a step: a batch script, or a shell in an allocation, is one process.
+    if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
+        return None
+    size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+    node = int(env.get("SLURM_NODEID", 0))
+    tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    local = (int(env.get("SLURM_LOCALID", 0)), tasks[node]) if node < len(tasks) else None
+    hosts = int(env.get("SLURM_STEP_NUM_NODES", 1))
+    # Two steps of one job, or a restart of it, find other ports.
+    job = sum(int(env.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    coordinator = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
+    return Cluster("Slurm", coordinator, size, int(env["SLURM_PROCID"]), local, hosts, node > 0)
+
+
+def _first_node(nodes: str) -> str:
+    """`node[001-003,7],other` is `node001`, and so on."""
+    parts = re.match(r"([^,\[]+)(?:\[([^],-]+)[^]]*\]([^,\[]*))?", nodes)
+    return "".join(filter(None, parts.groups())) if parts else nodes
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` is `[2, 2, 2, 1]`."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
+
+
+def _port(env: Mapping[str, str], job: int) -> int:
+    return int(env.get("JAX_COORDINATOR_PORT") or PORTS[job % len(PORTS)])

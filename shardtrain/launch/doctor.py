@@ -1,0 +1,261 @@
+"""What keeps a job from starting or lets it hang, looked for before it costs an hour."""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from shardtrain.errors import UserError
+from shardtrain.launch.card import Card, differences, installed, own_card
+from shardtrain.launch.cluster import Cluster
+from shardtrain.launch.connect import devices_of, nvidia_gpus
+from shardtrain.launch.rendezvous import listen, meet, refuse_elsewhere, resolve, split_address
+
+SKEW = 1.0
+"""Seconds by which clocks may differ: logs and file times are compared across hosts."""
+
+SPACE = 2**30
+"""Bytes that --out must have free."""
+
+KNOWN_BAD = {
+    ("nvidia-nccl", "2.28.9"): (
+        "collectives across hosts can hang, 2.30.7 does not",
+        "https://github.com/marin-community/marin/issues/7344",
+    ),
+    ("nvidia-nccl", "2.29.2"): (
+        "hangs, mended in 2.29.3",
+        "https://github.com/pytorch/pytorch/pull/174338",
+    ),
+    ("nvidia-nccl", "2.30.7"): (
+        "a pipeline hangs, with 2.31.2 it does not",
+        "https://github.com/NVIDIA/jaxpp/issues/11",
+    ),
+}
+"""Versions that others have found to hang, with where they say so."""
+
+NCCL = "2.31.2"
+"""The oldest NCCL of which none of that is said."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was looked at.
+        good: nothing is wrong with it.
+        found: what there is.
+        fix: what to do or to type, where something is wrong.
+        process: that looked.
+    """
+
+    check: str
+    good: bool
+    found: str
+    fix: str = ""
+    process: int = 0
+
+
+def examine(
+    out: Path, cluster: Cluster | None = None, coordinator: str | None = None, limit: float = 60.0
+) -> list[Finding]:
+    """Looks at everything a job needs; in a job of several processes each looks, and all learn of all.
+
+    Args:
+        out: folder that the run is to write to.
+        cluster: the place of this process, from `detect`; None for one process alone.
+        coordinator: `host:port` that a job is to have, to look at from one process alone.
+        limit: seconds to wait for other processes.
+
+    Returns:
+        The findings of all processes; of this one alone where they do not meet.
+
+    Example:
+        >>> [finding.check for finding in examine(Path("runs")) if not finding.good]
+        []
+    """
+    found = [place(cluster), own_name(cluster)]
+    if cluster is not None:
+        found.append(address(cluster.coordinator, cluster))
+    elif coordinator is not None:
+        found.append(address(coordinator))
+    found += [*devices(cluster), *packages(), *folder(out)]
+    if cluster is None:
+        return found
+    rank = cluster.process_id
+    try:
+        with beacon(out, rank) as name:
+            cards = meet(cluster, own_card() | {"beacon": name}, limit)
+            found += together(cards) if rank == 0 else same_folder(out, cards[0]["beacon"])
+            mine = [asdict(finding) | {"process": rank} for finding in found]
+            every = meet(cluster, own_card() | {"findings": mine}, limit)
+    except UserError as error:
+        problem, _, fix = str(error).partition("; ")
+        return [
+            replace(finding, process=rank) for finding in [*found, Finding("processes", False, problem, fix)]
+        ]
+    return [Finding(**finding) for card in every for finding in card["findings"]]
+
+
+@contextmanager
+def beacon(out: Path, rank: int) -> Iterator[str]:
+    """While it lasts, a file of process 0 in `out`, for which the others look; its name, or nothing."""
+    file = out / f".doctor-{os.getpid()}-{time.time_ns()}"
+    try:
+        if rank == 0:
+            file.touch()
+    except OSError:
+        yield ""
+        return
+    try:
+        yield file.name if rank == 0 else ""
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def place(cluster: Cluster | None) -> Finding:
+    """Whether this process knows its place in a job."""
+    env = os.environ
+    if cluster is not None:
+        where = f"process {cluster.process_id} of {cluster.processes}, says {cluster.scheduler}"
+        return Finding("job", True, f"{where}; on {socket.gethostname()}")
+    tasks = int(env.get("SLURM_NTASKS") or 1)
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_NODELIST" not in env and tasks > 1:
+        return Finding(
+            "job",
+            False,
+            f"one process of a Slurm job of {tasks}",
+            "start it with srun: srun shardtrain doctor",
+        )
+    return Finding("job", True, f"one process alone; on {socket.gethostname()}")
+
+
+def own_name(cluster: Cluster | None) -> Finding:
+    """Whether the host's own name leads to it: CPU collectives of other hosts use it."""
+    name = socket.gethostname()
+    try:
+        where = socket.gethostbyname(name)
+    except OSError:
+        fix = f"add a line to /etc/hosts: ADDRESS {name}"
+        return Finding("host name", False, f"{name} does not resolve", fix)
+    if where.startswith("127.") and cluster is not None and (cluster.hosts or 1) > 1:
+        fix = f"give {name} its real address in /etc/hosts"
+        return Finding("host name", False, f"{name} is {where}, which other hosts cannot reach", fix)
+    return Finding("host name", True, f"{name} is {where}")
+
+
+def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
+    """Whether the coordinator's name leads to it, and its port is free."""
+    try:
+        host, port = split_address(coordinator)
+        where = resolve(host, time.monotonic() + 1)
+        several = cluster is None or cluster.apart or (cluster.hosts or 1) > 1
+        if where.startswith("127.") and several and (cluster is None or cluster.process_id):
+            fix = f"give {host} its real address in /etc/hosts, or name another with --coordinator"
+            return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
+        if cluster is None:
+            return Finding("coordinator", True, f"{host} is {where}")
+        if cluster.process_id == 0:
+            refuse_elsewhere(host, where)
+            listen(port).close()
+            return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
+    except UserError as error:
+        problem, _, fix = str(error).partition("; ")
+        return Finding("coordinator", False, problem, fix)
+    return Finding("coordinator", True, f"{host} is {where}")
+
+
+def devices(cluster: Cluster | None) -> list[Finding]:
+    """What jax sees as this process's own."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a look need not take the memory
+    cards = nvidia_gpus()
+    try:
+        if cluster is not None and (own := devices_of(cluster, os.environ)):
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, own)))
+        seen = jax.local_devices()
+    except (RuntimeError, UserError) as error:
+        return [
+            Finding("devices", False, f"none: {str(error).splitlines()[0][:150]}", "see the sentence itself")
+        ]
+    kinds = sorted({f"{device.platform} ({device.device_kind})" for device in seen})
+    found = f"{len(seen)} of {', '.join(kinds)}"
+    if cards and seen[0].platform == "cpu":
+        forced = os.environ.get("JAX_PLATFORMS")
+        fix = f"unset JAX_PLATFORMS={forced}" if forced else "pip install 'shardtrain[cuda13]'"
+        return [Finding("devices", False, f"{found}, but the host has {len(cards)} NVIDIA GPUs", fix)]
+    return [Finding("devices", True, found)]
+
+
+def packages() -> list[Finding]:
+    """Whether versions fit together, and none is known to hang."""
+    names = sorted({str(d.metadata["Name"]).lower().replace("_", "-") for d in metadata.distributions()})
+    of_gpu = [name for name in names if name.startswith(("jax-cuda", "jax-rocm", "nvidia-nccl"))]
+    versions = installed(["jax", "jaxlib", *of_gpu])
+    found = [Finding("packages", True, ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    for name, version in versions.items():
+        if name.startswith(("jax-cuda", "jax-rocm")) and version != versions.get("jaxlib"):
+            fix = f"pip install '{name}=={versions.get('jaxlib')}'"
+            found.append(
+                Finding("packages", False, f"{name} {version} beside jaxlib {versions['jaxlib']}", fix)
+            )
+        if bad := KNOWN_BAD.get((name.rpartition("-")[0], version)):
+            fix = f"pip install '{name}>={NCCL}' ({bad[1]})"
+            found.append(Finding("packages", False, f"{name} {version}: {bad[0]}", fix))
+    return found
+
+
+def folder(out: Path) -> list[Finding]:
+    """Whether a run can be written to --out, and the clock of the disk is that of this host."""
+    out = out.expanduser().absolute()
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".doctor-") as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+            skew = os.stat(probe.name).st_mtime - time.time()
+        free = shutil.disk_usage(nearest).free
+    except OSError as error:
+        fix = "name a folder that you may write to with --out"
+        return [Finding("folder", False, f"{out} cannot be written ({error.strerror})", fix)]
+    space = f"{free / 2**30:.1f} GiB free in {nearest}"
+    checks = [
+        Finding("folder", free >= SPACE, space, "" if free >= SPACE else "make room, or name another --out")
+    ]
+    if abs(skew) > SKEW:
+        fix = "let both keep their time by NTP"
+        checks.append(Finding("clock", False, f"files of {nearest} are {skew:+.1f} s off this host", fix))
+    return checks
+
+
+def same_folder(out: Path, name: str) -> list[Finding]:
+    """Whether the file of process 0 is in the folder of this one, if it could make one."""
+    if not name:
+        return []
+    if (out / name).exists():
+        return [Finding("shared folder", True, f"{out} is that of process 0")]
+    fix = "name a folder of a file system that all hosts share with --out; checkpoints need it"
+    return [Finding("shared folder", False, f"{out} is not the folder that process 0 writes to", fix)]
+
+
+def together(cards: Sequence[Card]) -> list[Finding]:
+    """What only a comparison of processes shows."""
+    hosts = {card["host"] for card in cards}
+    found = [Finding("processes", True, f"all {len(cards)} are there, on {len(hosts)} hosts")]
+    unequal = differences(cards)
+    same = "; ".join(unequal[:3]) if unequal else "equal in all processes"
+    found.append(Finding("versions", not unequal, same, "install the same on all hosts" if unequal else ""))
+    rank = max(range(len(cards)), key=lambda k: abs(cards[k]["skew"]))
+    skew = cards[rank]["skew"]
+    late = abs(skew) > SKEW
+    note = f"process {rank} ({cards[rank]['host']}) is {skew:+.1f} s off process 0"
+    fix = f"let {cards[rank]['host']} keep its time by NTP" if late else ""
+    return [*found, Finding("clocks", not late, note if late else f"within {SKEW:g} s", fix)]

@@ -1,0 +1,159 @@
+"""A JobSet manifest for Kubernetes: one Indexed Job whose pods are the processes of one training job."""
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+
+from shardtrain.errors import REQUEUE, UserError
+from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
+
+MOUNT = "/runs"
+"""Where pods find the volume for --out."""
+
+
+@dataclass(frozen=True)
+class KubernetesJob:
+    """What a job asks of Kubernetes.
+
+    Attributes:
+        name: of the JobSet.
+        image: container image that has shardtrain and the recipe.
+        pods: processes, one pod each.
+        gpus: of each pod, 0 for none.
+        cpu, memory: of each pod, as Kubernetes writes quantities.
+        claim: PersistentVolumeClaim that all pods may write (ReadWriteMany), mounted at `/runs`; checkpoints
+            must outlive pods.
+        restarts: after failures; evicted pods and those that end with `REQUEUE` are not counted.
+        grace: seconds that pods have to save after SIGTERM.
+    """
+
+    name: str
+    image: str
+    pods: int = 1
+    gpus: int = 0
+    cpu: str = "4"
+    memory: str = "16Gi"
+    claim: str | None = None
+    restarts: int = 3
+    grace: int = 120
+
+    def __post_init__(self) -> None:
+        # Pods are named NAME-train-0-INDEX, and host names have 63 characters.
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,39}[a-z0-9])?", self.name):
+            raise UserError(
+                f"--name {self.name}: use lower case letters, digits and -, at most 41, a letter first"
+            )
+        if not self.image or re.search(r"\s", self.image):
+            raise UserError(f"--image {self.image!r}: name the container image that has shardtrain in it")
+        if self.pods < 1 or self.gpus < 0 or self.restarts < 0 or self.grace < 1:
+            raise UserError("launch k8s: use --pods and --grace above 0, --gpus and --restarts from 0")
+        for flag in ("cpu", "memory"):
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", getattr(self, flag)):
+                raise UserError(f"--{flag} {getattr(self, flag)}: write a quantity such as 4 or 16Gi")
+
+
+def manifest(job: KubernetesJob, command: list[str]) -> str:
+    """The JobSet that runs a command in every pod of a job.
+
+    Args:
+        job: what is asked of Kubernetes.
+        command: program and arguments.
+
+    Raises:
+        UserError: no command.
+
+    Example:
+        >>> print(manifest(KubernetesJob("cnn", "me/cnn:1", pods=2), ["python", "a.py"]))  # doctest: +SKIP
+    """
+    if not command:
+        raise UserError(
+            "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
+        )
+    gpus = f"\n                      nvidia.com/gpu: {job.gpus}" if job.gpus else ""
+    mounts = f"\n                    - {{name: runs, mountPath: {MOUNT}}}" if job.claim else ""
+    volumes = (
+        f"\n                - name: runs  # checkpoints: write them to --out {MOUNT}/..."
+        f"\n                  persistentVolumeClaim: {{claimName: {json.dumps(job.claim)}}}"
+        if job.claim
+        else ""
+    )
+    words = "\n".join(f"                    - {json.dumps(word)}" for word in command)
+    return f"""\
+# Written by `shardtrain launch k8s`. It needs JobSet 0.6 or newer in the cluster (https://jobset.sigs.k8s.io):
+#     kubectl apply -f FILE; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name={job.name} --prefix
+# Runs {shlex.join(command)[:80].splitlines()[0]} in {job.pods} pods.
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: {json.dumps(job.name)}
+spec:
+  network:  # JobSet makes a headless service of its own name, by which pods find each other
+    enableDNSHostnames: true
+    publishNotReadyAddresses: true
+  failurePolicy:
+    maxRestarts: {job.restarts}
+    rules:  # what podFailurePolicy below lets end the job is no failure, and not counted
+      - name: runAgain
+        action: RestartJobSetAndIgnoreMaxRestarts
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: train
+      replicas: 1
+      template:
+        spec:
+          completionMode: Indexed  # pods are numbered from 0; number 0 is the coordinator
+          parallelism: {job.pods}
+          completions: {job.pods}
+          backoffLimit: 0  # one pod cannot be replaced alone: all start again, from the last checkpoint
+          podFailurePolicy:
+            rules:
+              - action: FailJob  # "I have saved, run me again"
+                onExitCodes: {{containerName: train, operator: In, values: [{REQUEUE}]}}
+              - action: FailJob  # evicted, preempted, or its node is drained
+                onPodConditions: [{{type: DisruptionTarget, status: "True"}}]
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: {job.grace}  # from SIGTERM, to save
+              automountServiceAccountToken: false  # training asks the cluster for nothing
+              securityContext:
+                runAsNonRoot: true
+                runAsUser: 1000
+                runAsGroup: 1000
+                fsGroup: 1000
+                seccompProfile: {{type: RuntimeDefault}}
+              containers:
+                - name: train
+                  image: {json.dumps(job.image)}
+                  command:
+{words}
+                  env:
+                    - name: {COORDINATOR}
+                      value: {job.name}-train-0-0.{job.name}:{PORTS[0]}
+                    - name: {PROCESSES}
+                      value: "{job.pods}"
+                    - name: {JOB}
+                      value: {json.dumps(job.name)}
+                    - name: {RESTARTS}  # after the first start the run goes on from its checkpoint
+                      valueFrom:
+                        fieldRef:
+                          fieldPath: metadata.annotations['jobset.sigs.k8s.io/restart-attempt']
+                    - {{name: HOME, value: /tmp}}
+                  ports:
+                    - {{name: coordinator, containerPort: {PORTS[0]}}}
+                  securityContext:
+                    allowPrivilegeEscalation: false
+                    capabilities: {{drop: [ALL]}}
+                  resources:
+                    requests:
+                      cpu: {json.dumps(job.cpu)}
+                      memory: {job.memory}
+                    limits:
+                      memory: {job.memory}{gpus}
+                  volumeMounts:
+                    - {{name: shm, mountPath: /dev/shm}}{mounts}
+              volumes:
+                - name: shm  # NCCL and data workers share memory; the default is 64 MiB
+                  emptyDir: {{medium: Memory}}{volumes}
+"""

@@ -1,0 +1,152 @@
+"""A batch script for Slurm: short, commented, and the same text every time."""
+
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardtrain.errors import REQUEUE, UserError
+
+SAVE = 120
+"""Seconds before the time limit at which processes are told to save."""
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What a job asks of Slurm.
+
+    Attributes:
+        name: of the job.
+        nodes: `"2"`, or `"2-4"` for as many as are free, which a mesh with a size of -1 makes use of.
+        gpus_per_node: GPUs, 0 for none.
+        tasks_per_node: processes; one for each GPU, or one.
+        cpus_per_task: for each process; None for the cluster's default.
+        time: limit, as Slurm writes it.
+        partition: None for the cluster's default.
+        restarts: how often the script starts the job again after a failure.
+        output: file of the log.
+    """
+
+    name: str
+    nodes: str = "1"
+    gpus_per_node: int = 0
+    tasks_per_node: int = 1
+    cpus_per_task: int | None = None
+    time: str = "24:00:00"
+    partition: str | None = None
+    restarts: int = 3
+    output: str = "slurm-%j.out"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", self.nodes):
+            raise UserError(f"--nodes {self.nodes}: write a number such as 2, or a range such as 2-4")
+        if self.gpus_per_node < 0 or self.tasks_per_node < 1 or self.restarts < 0:
+            raise UserError("launch slurm: use --tasks-per-node above 0, --gpus-per-node, --restarts from 0")
+        for flag in ("name", "time", "partition", "output"):
+            if re.search(r"\s", getattr(self, flag) or ""):
+                raise UserError(f"--{flag} {getattr(self, flag)!r}: leave out the blanks")
+
+
+def script(job: SlurmJob, command: list[str]) -> str:
+    """The batch script that runs a command in every process of a job.
+
+    Args:
+        job: what is asked of Slurm.
+        command: program and arguments.
+
+    Raises:
+        UserError: no command.
+
+    Example:
+        >>> print(script(SlurmJob("cnn", nodes="2"), ["python", "recipes/train_cnn.py"]))  # doctest: +SKIP
+    """
+    if not command:
+        raise UserError(
+            "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
+        )
+    # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
+    ranged = "-" in job.nodes
+    cpus = job.cpus_per_task
+    per_node = (cpus or 1) * job.tasks_per_node if ranged else cpus
+    asked: list[tuple[str, object, str]] = [
+        ("job-name", job.name, ""),
+        ("partition", job.partition, ""),
+        ("nodes", job.nodes, "as many as are free" if ranged else ""),
+        ("ntasks-per-node", None if ranged else job.tasks_per_node, "processes; each finds its own place"),
+        ("gpus-per-node", job.gpus_per_node or None, ""),
+        ("cpus-per-task", per_node, "of a node" if ranged else ""),
+        ("time", job.time, ""),
+        ("requeue", True, "start again when a node fails"),
+        ("signal", f"TERM@{SAVE}", f"tell the processes to save {SAVE} s before the time is over"),
+        ("open-mode", "append", "one log for all starts"),
+        ("output", job.output, ""),
+    ]
+    tasks = f" --ntasks=$((SLURM_NNODES * {job.tasks_per_node}))" if ranged else ""
+    if ranged or cpus:
+        tasks += f" --cpus-per-task={cpus or 1}"
+    lines = [
+        f"#SBATCH --{flag}" + ("" if value is True else f"={value}")
+        for flag, value, _ in asked
+        if value is not None
+    ]
+    notes = [note for _, value, note in asked if value is not None]
+    width = max(map(len, lines)) + 2
+    header = "\n".join(
+        f"{line:<{width}}# {note}" if note else line for line, note in zip(lines, notes, strict=True)
+    )
+    return f"""#!/bin/bash
+# Written by `shardtrain launch slurm`. Submit it with `sbatch`.
+{header}
+
+# When one process fails, all are ended: the others would wait for it for ever.
+srun --kill-on-bad-exit=1{tasks} {shlex.join(command)}
+status=$?
+
+# {REQUEUE} is "I have saved, run me again" (preempted, out of time, a hang). 2 is flags that are refused, and
+# above that the job has failed: it starts again from its last checkpoint, {job.restarts} times at most.
+starts=${{SLURM_RESTART_COUNT:-0}}
+echo "srun ended with status $status after $starts restarts"
+failed=$(( status != 0 && status != 2 && starts < {job.restarts} ))
+if [ $status = {REQUEUE} ] || [ $failed = 1 ]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600  # until Slurm ends this script
+fi
+exit $status
+"""
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a job file.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
+
+
+def submit(path: Path) -> str:
+    """Hands a script to Slurm.
+
+    Returns:
+        What Slurm answers, with the number of the job.
+
+    Raises:
+        UserError: there is no Slurm here, or it refuses the script.
+    """
+    try:
+        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no sbatch on this machine; copy {path} to the cluster and type sbatch {path.name}"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            "sbatch did not answer within 60 s; see whether slurmctld runs: scontrol ping"
+        ) from error
+    if done.returncode:
+        raise UserError(f"Slurm refuses {path}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()

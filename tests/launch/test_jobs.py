@@ -1,0 +1,268 @@
+"""Recipes and the doctor in jobs of real processes, as a user starts them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardtrain.launch.local import free_port
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
+DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
+SENTENCE_2 = ["--processes", "2", "--steps", "2"]
+
+
+def environment(**more):
+    """Nothing of the test's jax, nor of a scheduler around it."""
+    ours = ("JAX_", "XLA_", "SLURM_", "SHARDTRAIN_", "OMPI_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run(command, limit=240, **more):
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(**more), timeout=limit, check=False
+    )
+
+
+def launch(*flags):
+    return [sys.executable, "-m", "shardtrain", "launch", "local", *map(str, flags), "--"]
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def test_processes_give_the_losses_of_one(tmp_path):
+    """float32, the numbers of one process on the same mesh; the run's files are those of process 0 alone."""
+    mesh = ["--mesh", "data=2,height=2", "--steps", "6"]
+    one = run([*RECIPE, *mesh, "--out", str(tmp_path / "1")])
+    assert one.returncode == 0, one.stderr
+    for processes in (2, 4):
+        done = run([*launch("-n", processes), *RECIPE, *mesh, "--out", str(tmp_path / str(processes))])
+        assert done.returncode == 0, done.stderr
+        got = result(tmp_path / str(processes))
+        assert got["processes"] == processes
+        np.testing.assert_allclose(got["losses"], result(tmp_path / "1")["losses"], rtol=1e-5)
+        assert len((tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()) == 6
+        assert {line[:3] for line in done.stdout.splitlines() if "Gloo" not in line} == {"[0]"}
+        assert "kept in" not in done.stderr  # nobody moved aside what another had begun
+
+
+def test_compare_shows_one_device_beside_two_processes(tmp_path):
+    done = run(
+        [*launch("-n", 2), *RECIPE, "--mesh", "data=2", "--steps", "3", "--compare", "--out", str(tmp_path)]
+    )
+    assert done.returncode == 0, done.stderr
+    gaps = [float(gap) for gap in re.findall(r"│\s+(\d\.\de[-+]\d\d) │", done.stdout)]
+    assert len(gaps) > 1
+    assert max(gaps) < 1e-5
+
+
+def test_a_wrong_coordinator_name(tmp_path):
+    flags = [
+        "--coordinator",
+        "no-such-host:62000",
+        *SENTENCE_2,
+        "--process-id",
+        "1",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    start = time.monotonic()
+    done = run([*RECIPE, *flags])
+    assert done.returncode == 2
+    assert "error: the coordinator's name 'no-such-host' does not resolve" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
+    """A coordinator that is dead, and a coordinator that waits for one that is."""
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", *SENTENCE_2, "--process-id", str(rank)]
+    start = time.monotonic()
+    done = run([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
+    assert done.returncode == 2, done.stderr
+    said = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 40
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("", free_port())) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = run(
+            [
+                *RECIPE,
+                "--coordinator",
+                address,
+                *SENTENCE_2,
+                "--process-id",
+                "0",
+                "--out",
+                str(tmp_path / "a"),
+            ]
+        )
+    assert done.returncode == 2
+    assert "cannot be used (Address already in use)" in done.stderr
+
+
+def test_a_mesh_that_processes_cannot_share(tmp_path):
+    done = run([*launch("-n", 2), *RECIPE, "--mesh", "data=3", "--out", str(tmp_path / "a")])
+    assert done.returncode == 2
+    assert "mesh 'data=3' has 3 devices, which 2 processes cannot share evenly" in done.stderr
+
+
+def test_doctor_alone(tmp_path):
+    done = run([*DOCTOR, "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stdout
+    assert all(check in done.stdout for check in ("host name", "devices", "packages", "folder"))
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_doctor_of_a_job(tmp_path):
+    done = run([*launch("-n", 3, "--devices", 2), *DOCTOR, "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 3 are there" in done.stdout
+    assert "equal in all processes" in done.stdout
+    assert "2 of cpu" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_finds_what_is_wrong(tmp_path):
+    with socket.create_server(("", free_port())) as server:
+        job = [
+            "--coordinator",
+            f"127.0.0.1:{server.getsockname()[1]}",
+            "--processes",
+            "2",
+            "--process-id",
+            "0",
+        ]
+        done = run([*DOCTOR, *job, "--out", "/proc/nowhere", "--start-limit", "1"])
+    assert done.returncode == 1
+    assert "cannot be used (Address already in use)" in done.stdout
+    assert "name a folder that you may write to with --out" in done.stdout
+    done = run([*DOCTOR, "--coordinator", "no-such-host:62000", "--out", str(tmp_path)])
+    assert done.returncode == 1
+    assert "does not resolve" in done.stdout
+    done = run([*DOCTOR, "--out", str(tmp_path)], SLURM_JOB_ID="7", SLURM_NTASKS="4")
+    assert done.returncode == 1
+    assert "srun shardtrain doctor" in done.stdout
+
+
+def begin(tmp_path, *flags, steps):
+    """A supervised run of 3 processes, and its log."""
+    out = tmp_path / "run"
+    recipe = [*RECIPE, "--mesh", "data=-1", "--batch-size", "24", "--checkpoint-every", "10", "--x64"]
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(
+            [*launch("-n", 3, *flags), *recipe, "--steps", str(steps), "--out", str(out)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    return job, out, tmp_path / "log"
+
+
+def processes_of(job):
+    """The processes that a supervisor has started, by number."""
+    found = {}
+    for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
+        try:
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found |= {int(word[22:]): int(pid) for word in words if word.startswith(b"SHARDTRAIN_PROCESS_ID=")}
+    return found
+
+
+def steps_done(out):
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def until(ready, job, limit=120):
+    end = time.monotonic() + limit
+    while not ready():
+        assert time.monotonic() < end
+        assert job.poll() is None
+        time.sleep(0.02)
+
+
+def reference(tmp_path, steps):
+    """The losses of the undisturbed run on one process, in float64: no difference can hide in rounding."""
+    flags = [
+        "--mesh",
+        "data=1",
+        "--x64",
+        "--batch-size",
+        "24",
+        "--steps",
+        str(steps),
+        "--out",
+        str(tmp_path / "one"),
+    ]
+    done = run([*RECIPE, *flags])
+    assert done.returncode == 0, done.stderr
+    return result(tmp_path / "one")["losses"]
+
+
+def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_path):
+    losses = reference(tmp_path, 60)
+    job, out, log = begin(tmp_path, "--restarts", 2, "--elastic", steps=60)
+    until(lambda: steps_done(out) > 25, job)
+    os.kill(processes_of(job)[1], signal.SIGKILL)
+    job.wait(240)
+    said = log.read_text(errors="replace")
+    assert job.returncode == 0, said
+    assert "restart 1: 2 processes, 1 fewer than at first; 1 of 2 restarts are left" in said
+    assert "resumed at step" in said
+    assert result(out)["processes"] == 2
+    np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills_at_random_moments(tmp_path):
+    """Of any process, also while one saves: every run ends, with the losses of the undisturbed one."""
+    random = np.random.default_rng(0)
+    losses = reference(tmp_path, 400)
+    job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=400)
+    kills, waits = 0, []
+    while kills < 20:
+        attempt = log.read_bytes().count(b"launch: restart")
+        until(lambda: processes_of(job), job)
+        # Some kills come while processes start and join, others between and in steps and checkpoints.
+        if random.random() < 0.7:
+            before = steps_done(out)
+            until(lambda: steps_done(out) != before or job.poll() is not None, job)  # noqa: B023
+        time.sleep(random.uniform(0, 2.0))
+        left = list(processes_of(job).values())
+        if job.poll() is not None or not left:
+            break
+        os.kill(left[random.integers(len(left))], signal.SIGKILL)
+        kills, start = kills + 1, time.monotonic()
+        until(lambda: log.read_bytes().count(b"launch: restart") > attempt or job.poll() is not None, job)  # noqa: B023
+        waits.append(time.monotonic() - start)
+    job.wait(600)
+    said = log.read_text(errors="replace")
+    assert job.returncode == 0, said[-5000:]
+    assert kills == 20
+    assert max(waits) < 15
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 401))
+    np.testing.assert_allclose([row["loss"] for row in rows], losses, rtol=1e-6)

@@ -1,0 +1,218 @@
+"""The supervisor with small real processes: who failed first, who is ended, who is started again."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardtrain import UserError
+from shardtrain.launch.local import run_local
+
+START = """
+import os, signal, sys, time
+rank, processes, restart = (int(os.environ["SHARDTRAIN_" + name]) for name in ("PROCESS_ID", "PROCESSES", "RESTARTS"))
+"""
+
+
+def launch(capfd, program, processes, **more):
+    """The exit status, stdout, and stderr of a program in several processes."""
+    status = run_local([sys.executable, "-c", START + program], processes, **more)
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+def sizes(out):
+    """How many processes each attempt had, from lines `[rank] attempt processes`."""
+    attempts = [line.split()[1:] for line in out.splitlines() if line.startswith("[0]")]
+    return [int(processes) for _, processes in attempts]
+
+
+def test_output_carries_the_rank_and_keeps_its_stream(capfd):
+    status, out, err = launch(capfd, "print('out', rank); print('err', rank, file=sys.stderr, end='')", 11)
+    assert status == 0
+    assert sorted(out.splitlines()) == sorted(f"[{rank:>2}] out {rank}" for rank in range(11))
+    assert sorted(err.splitlines()) == sorted(f"[{rank:>2}] err {rank}" for rank in range(11))
+
+
+def test_the_first_failure_is_shown_and_ends_the_others(capfd):
+    program = """
+if rank == 2: print("bad batch 17", file=sys.stderr); sys.exit(3)
+time.sleep(60)
+"""
+    start = time.monotonic()
+    status, _, err = launch(capfd, program, 3)
+    assert status == 3
+    assert time.monotonic() - start < 5
+    said = [line for line in err.splitlines() if not line.startswith("[")]
+    assert said[0] == "launch: process 2 failed first: it ended with status 3, its last words:"
+    assert said[1].strip() == "bad batch 17"
+    assert "was killed by SIGTERM" in said[2]
+
+
+def test_a_consequence_is_not_the_cause(capfd):
+    """jax aborts the others as soon as process 0 is gone."""
+    program = """
+import threading
+if rank == 0: time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.45); os.abort()
+"""
+    status, _, err = launch(capfd, program, 3)
+    assert status == 128 + signal.SIGKILL
+    assert "process 0 failed first: it was killed by SIGKILL" in err
+
+
+def test_who_ignores_sigterm_is_killed_within_the_limit(capfd, tmp_path):
+    program = f"""
+import subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == 0: time.sleep(1); sys.exit(4)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    start = time.monotonic()
+    status, _, err = launch(capfd, program, 2)
+    assert status == 4
+    assert time.monotonic() - start < 10
+    assert "process 1 was killed by SIGKILL" in err
+    time.sleep(0.2)
+    state = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_status_2_is_final(capfd):
+    status, out, _ = launch(capfd, "print(restart, processes); sys.exit(2)", 2, restarts=3)
+    assert status == 2
+    assert sizes(out) == [2]
+
+
+def test_restarts_are_counted(capfd):
+    status, out, err = launch(capfd, "print(restart, processes); sys.exit(5)", 2, restarts=2)
+    assert status == 5
+    assert sizes(out) == [2, 2, 2]
+    assert "no restart is left of 2" in err
+
+
+def test_75_is_not_counted(capfd):
+    status, out, err = launch(
+        capfd, "print(restart, processes); sys.exit(75 if restart < 3 else 0)", 2, restarts=1
+    )
+    assert status == 0
+    assert sizes(out) == [2, 2, 2, 2]
+    assert "1 of 1 restarts are left" in err
+
+
+def test_75_passes_where_nothing_restarts(capfd):
+    assert launch(capfd, "sys.exit(75)", 2)[0] == 75
+
+
+def test_who_leaves_with_75_is_given_time(capfd):
+    """All save together; the last of them is still busy when the first one has ended."""
+    program = (
+        "print(restart, processes); time.sleep(0 if rank == 0 else 3); sys.exit(75 if restart == 0 else 0)"
+    )
+    status, out, err = launch(capfd, program, 2, restarts=1)
+    assert status == 0
+    assert "SIG" not in err
+    assert sizes(out) == [2, 2]
+
+
+def test_elastic_leaves_out_what_was_lost_and_grows_again(capfd):
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart in (0, 2) and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if restart == 1: sys.exit(6)
+if restart == 3: sys.exit(0)
+time.sleep(60)
+"""
+    status, out, err = launch(capfd, program, 4, restarts=5, elastic=True)
+    assert status == 0
+    # killed; failed without a loss, so all are back; killed again
+    assert sizes(out) == [4, 3, 4, 3]
+    assert "restart 1: 3 processes, 1 fewer than at first; 4 of 5 restarts are left" in err
+
+
+def test_without_elastic_all_come_back(capfd):
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart < 2 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0 if restart == 2 else 60)
+"""
+    status, out, _ = launch(capfd, program, 3, restarts=2)
+    assert status == 0
+    assert sizes(out) == [3, 3, 3]
+
+
+def test_a_number_that_is_refused_shrinks_further(capfd):
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if processes < 4: sys.exit(2 if processes == 3 else 0)
+time.sleep(60)
+"""
+    status, out, err = launch(capfd, program, 4, restarts=1, elastic=True)
+    assert status == 0
+    assert sizes(out) == [4, 3, 2]
+    assert "3 processes were refused" in err
+
+
+def start(tmp_path, program, *flags):
+    """The command, once its processes say that they are there."""
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", *flags, "--"]
+    ready = tmp_path / "ready"
+    program = START + f"open({str(ready)!r} + str(rank), 'w').close()\n" + program
+    job = subprocess.Popen(
+        [*command, sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        time.sleep(0.05)
+        assert job.poll() is None, job.communicate()
+    time.sleep(0.3)
+    return job
+
+
+SAVES = (
+    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(75)))\ntime.sleep(60)"
+)
+
+
+def test_sigterm_is_passed_on_and_nothing_restarts(tmp_path):
+    job = start(tmp_path, SAVES, "--restarts", "3")
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=20)
+    assert job.returncode == 75, err
+    assert out.count("saved") == 2
+    assert "restart" not in err
+
+
+def test_ctrl_c_once_and_twice(tmp_path):
+    patient = "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    job = start(tmp_path, patient)
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=10)
+    assert job.returncode == 128 + signal.SIGKILL
+
+
+def test_the_grace_has_an_end(tmp_path):
+    patient = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+    job = start(tmp_path, patient, "--grace", "1")
+    begin = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=10)
+    assert time.monotonic() - begin < 5
+    assert job.returncode == 128 + signal.SIGTERM
+
+
+def test_mistakes_are_sentences():
+    with pytest.raises(UserError, match="write it after --"):
+        run_local([], 2)
+    with pytest.raises(UserError, match="no-such-program cannot be started"):
+        run_local(["no-such-program"], 2)
+    with pytest.raises(UserError, match="above 0"):
+        run_local(["true"], 0)

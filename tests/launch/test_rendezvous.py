@@ -1,0 +1,179 @@
+"""Processes meet over real sockets; here each is a thread."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shardtrain import UserError
+from shardtrain.launch import Cluster
+from shardtrain.launch.card import own_card, refuse_unequal
+from shardtrain.launch.local import free_port
+from shardtrain.launch.rendezvous import meet, split_address
+
+
+def job(processes, port, **more):
+    return [Cluster("flags", f"127.0.0.1:{port}", processes, rank, **more) for rank in range(processes)]
+
+
+def all_meet(clusters, limit=5.0, late=0.0):
+    """What each process gets or raises; `late` seconds between their starts."""
+
+    def one(cluster):
+        time.sleep(late * cluster.process_id)
+        try:
+            return meet(cluster, own_card() | {"mine": cluster.process_id}, limit)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(clusters)) as pool:
+        return list(pool.map(one, clusters))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_all_get_the_cards_of_all(backwards):
+    clusters = job(5, free_port())
+    results = all_meet(clusters[::-1] if backwards else clusters, late=0.05)
+    for cards in results:
+        assert [card["mine"] for card in cards] == [0, 1, 2, 3, 4]
+        assert max(abs(card["skew"]) for card in cards) < 1
+
+
+def test_they_can_meet_again_at_once_at_the_same_port():
+    port = free_port()
+    for _ in range(10):
+        assert all(len(cards) == 3 for cards in all_meet(job(3, port)))
+
+
+def test_missing_processes_are_named_to_all():
+    start = time.monotonic()
+    first, second = all_meet(job(4, free_port())[:2], limit=1.0)
+    assert first == second
+    assert "of 4 processes 2 did not come to process 0" in first
+    assert "within 1 s: 2, 3;" in first
+    assert time.monotonic() - start < 3
+
+
+def test_no_coordinator():
+    start = time.monotonic()
+    (said,) = all_meet(job(2, free_port())[1:], limit=1.0)
+    assert "process 1 on" in said
+    assert "nothing answers at the coordinator 127.0.0.1:" in said
+    assert "within 1 s (Connection refused, and 127.0.0.1 is this host itself)" in said
+    assert time.monotonic() - start < 3
+
+
+def test_a_coordinator_that_dies_while_others_wait():
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(target=lambda: server.accept()[0].close())
+        thread.start()
+        (said,) = all_meet(job(2, port)[1:])
+        thread.join()
+    assert "broke off before all processes were there" in said
+
+
+def test_someone_else_at_the_port():
+    port = free_port()
+
+    def web_server():
+        peer, _ = server.accept()
+        peer.recv(100)
+        peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        peer.close()
+
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(target=web_server)
+        thread.start()
+        (said,) = all_meet(job(2, port)[1:])
+        thread.join()
+    assert "is no process of this job; name another port" in said
+
+
+def test_strangers_do_not_disturb():
+    clusters = job(2, free_port())
+    port = split_address(clusters[0].coordinator)[1]
+
+    def scan():
+        time.sleep(0.2)
+        for message in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process_id": 1}\n', b"\xff\xfe\n"):
+            with socket.create_connection(("127.0.0.1", port), 1) as peer:
+                peer.sendall(message)
+
+    thread = threading.Thread(target=scan)
+    thread.start()
+    results = all_meet(clusters, late=1.0)
+    thread.join()
+    assert [len(cards) for cards in results] == [2, 2]
+
+
+def test_a_process_that_leaves_is_missing():
+    clusters = job(4, free_port())
+
+    def leave():
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", split_address(clusters[0].coordinator)[1])) as peer:
+            peer.sendall(b'{"process_id": 2, "processes": 4, "host": "a", "time": 1.0, "versions": {}}\n')
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    said = all_meet(clusters[:2], limit=1.5)
+    thread.join()
+    assert all("2 did not come to process 0" in text and "within 1.5 s: 2, 3;" in text for text in said)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", free_port())) as server:
+        (said,) = all_meet(job(2, server.getsockname()[1])[:1])
+    assert "cannot be used (Address already in use)" in said
+    assert "JAX_COORDINATOR_PORT" in said
+
+
+def test_two_of_the_same_number_and_two_sizes():
+    port = free_port()
+    zero, one, _ = job(3, port)
+    assert all("two processes with the number 1" in said for said in all_meet([zero, one, one]))
+    other = Cluster("flags", f"127.0.0.1:{port}", 2, 1)
+    assert all("was told of 2 processes, process 0 of 3" in said for said in all_meet([zero, other]))
+
+
+def test_a_wrong_name_is_said_at_once_but_in_kubernetes(monkeypatch):
+    monkeypatch.setattr("shardtrain.launch.rendezvous.NAME_LIMIT", 0.5)
+    start = time.monotonic()
+    (said,) = all_meet([Cluster("Slurm", "no-such-node:62000", 2, 1)], limit=60.0)
+    assert "the coordinator's name 'no-such-node' does not resolve" in said
+    assert time.monotonic() - start < 20  # a resolver without a network takes its time
+    start = time.monotonic()
+    all_meet([Cluster("Kubernetes", "no-such-pod.a:62000", 2, 1)], limit=2.0)
+    assert time.monotonic() - start >= 2
+
+
+def test_a_loopback_coordinator_of_another_host():
+    (said,) = all_meet([Cluster("Slurm", "localhost:62000", 2, 1, hosts=2, apart=True)])
+    assert "'localhost' is 127.0.0.1 here, which is this host itself" in said or "'localhost' is ::1" in said
+
+
+def test_process_0_on_another_host_than_the_coordinator():
+    (said,) = all_meet([Cluster("flags", "192.0.2.1:62000", 2, 0)])  # an address of nobody
+    assert "but '192.0.2.1' is 192.0.2.1, another host" in said
+
+
+@pytest.mark.parametrize("address", ["node1", "node1:", ":5", "node1:0", "node1:70000", "node1:x"])
+def test_what_is_no_address(address):
+    with pytest.raises(UserError, match="write HOST:PORT"):
+        split_address(address)
+
+
+def test_ipv6():
+    assert split_address("[::1]:5") == ("::1", 5)
+
+
+def test_unequal_versions():
+    card = own_card()
+    refuse_unequal([card, card])
+    other = card | {"versions": card["versions"] | {"jax": "0.1"}, "host": "b"}
+    with pytest.raises(UserError, match=r"jax is 0.1 in process 1 \(b\) and .* in process 0"):
+        refuse_unequal([card, other])

@@ -1,0 +1,75 @@
+"""One process of a guarded job: `guard_worker.py PORT PROCESSES RANK FOLDER '{"fault": ..., ...}'`.
+
+Its batches take a moment each, and one of them may hold a fault: of the keys `rank` and `at` the place, and of
+`fault` the kind.
+"""
+
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+port, processes, rank, folder, wishes = *map(int, sys.argv[1:4]), Path(sys.argv[4]), json.loads(sys.argv[5])
+jax.config.update("jax_num_cpu_devices", 2 // processes)
+if processes > 1:
+    jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import shardtrain as st  # noqa: E402
+
+logging.basicConfig(level=logging.INFO, format=f"rank {rank} %(message)s", stream=sys.stderr)
+for noisy in ("absl", "jax", "orbax"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class Net(nnx.Module):
+    def __init__(self):
+        self.head = st.nn.Linear(4, 3, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+def spin():
+    while True:
+        time.sleep(0.1)
+
+
+def feed(rows, start):
+    for step in range(start + 1, 1000):
+        r = np.random.default_rng(step)
+        x, y = r.standard_normal((8, 4)).astype(np.float32), r.integers(0, 3, 8).astype(np.int32)
+        time.sleep(0.05)
+        if wishes.get("rank", rank) == rank and wishes.get("at") == step:
+            if wishes["fault"] == "raise":
+                raise RuntimeError("the disk of rank 1 is on fire")
+            if wishes["fault"] == "user error":
+                raise st.UserError("this folder is empty; name another one")
+            if wishes["fault"] == "hang":
+                spin()
+        yield x[rows.start : rows.stop], y[rows.start : rows.stop]
+
+
+trainer = st.Trainer(Net(), optax.adam(0.01), mesh=st.make_mesh("data=2"))
+checkpoints = st.Checkpoints(folder / "checkpoints")
+with st.Guard(folder, watchdog=wishes.get("watchdog", 20)) as guard, checkpoints:
+    start = trainer.restore(checkpoints) if checkpoints.steps() else 0
+    rows = trainer.rows(8)
+    history = trainer.fit(
+        feed(rows, start),
+        steps=wishes.get("steps", 100000),
+        progress=False,
+        checkpoints=checkpoints,
+        guard=guard,
+        observers=[lambda step, row: print(json.dumps({"step": step, "loss": row["loss"]}), flush=True)],
+    )
+    if wishes.get("fault") == "late" and rank == wishes["rank"]:
+        signal.pause()

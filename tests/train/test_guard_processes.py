@@ -1,0 +1,176 @@
+"""Guards over real processes: what is signalled, stopped, killed or raised, and who says what, how fast."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "guard_worker.py"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Job:
+    """Processes of `guard_worker.py`, each with its files of output."""
+
+    def __init__(self, folder, processes=2, **wishes):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.run = folder, folder / "run"
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        port = free_port()
+        self.processes = []
+        for rank in range(processes):
+            command = [sys.executable, str(WORKER), str(port), str(processes), str(rank), str(self.run)]
+            with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+                self.processes.append(
+                    subprocess.Popen([*command, json.dumps(wishes)], stdout=out, stderr=err, env=env)
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def err(self, rank):
+        return (self.folder / f"{rank}.err").read_text()
+
+    def rows(self, rank):
+        lines = re.findall(r"^\{.*\}$", (self.folder / f"{rank}.out").read_text(), re.MULTILINE)
+        return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+    def wait_for_step(self, step, limit=60):
+        until = time.monotonic() + limit
+        while not all(step <= max(self.rows(r), default=0) for r in range(len(self.processes))):
+            assert time.monotonic() < until, [self.err(r) for r in range(len(self.processes))]
+            time.sleep(0.05)
+
+    def codes(self, limit, ranks=None):
+        """Exit statuses, all of them within `limit` seconds."""
+        until = time.monotonic() + limit
+        ranks = range(len(self.processes)) if ranks is None else ranks
+        try:
+            return [self.processes[r].wait(max(0.1, until - time.monotonic())) for r in ranks]
+        except subprocess.TimeoutExpired:
+            pytest.fail(
+                f"still there after {limit} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
+            )
+
+    def saved(self):
+        return sorted(int(p.name) for p in (self.run / "checkpoints").iterdir() if p.name.isdigit())
+
+    def events(self, kind):
+        rows = [json.loads(line) for line in (self.run / "events.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["event"] == kind]
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
+    with Job(tmp_path / "a") as job:
+        job.wait_for_step(5)
+        job.processes[rank].send_signal(signal.SIGTERM)
+        assert job.codes(limit=15) == [75, 75]
+        steps = {row["step"] for row in job.events("preempted")}
+        assert len(job.events("preempted")) >= 2
+        (saved,) = job.saved()
+        last = max(job.rows(0))
+        assert max(job.rows(1)) == last == saved == max(steps)
+        assert f"SIGTERM on rank {rank}" in job.err(0)
+        assert f"SIGTERM on rank {rank}" in job.err(1)
+        first = job.rows(0)
+    if rank == 0:
+        return
+    with Job(tmp_path / "a", steps=last + 5) as job:
+        assert job.codes(limit=40) == [0, 0]
+        assert min(job.rows(0)) == last + 1
+    with Job(tmp_path / "b", processes=1, steps=last + 5) as straight:
+        assert straight.codes(limit=40) == [0]
+        assert first | job.rows(0) == pytest.approx(straight.rows(0), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named(rank, tmp_path):
+    with Job(tmp_path, watchdog=5) as job:
+        job.wait_for_step(5)
+        job.processes[rank].send_signal(signal.SIGSTOP)
+        other = 1 - rank
+        assert job.codes(limit=20, ranks=[other]) == [75]
+        said = job.err(other)
+        assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
+        assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
+        assert "in run" in said
+
+
+def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
+    with Job(tmp_path, watchdog=5, fault="hang", rank=1, at=6) as job:
+        job.wait_for_step(4)
+        assert job.codes(limit=25) == [75, 75]
+        assert "no progress for" in job.err(0) + job.err(1)
+        assert "in spin" in job.err(1)
+        told = job.err(0)
+        assert "rank 1 is behind, at step 6 in 'data'" in told or "rank 1 saw no progress" in told
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    with Job(tmp_path) as job:
+        job.wait_for_step(5)
+        job.processes[1].kill()
+        assert job.codes(limit=15, ranks=[0]) == [75]
+        assert "rank 1 did not answer" in job.err(0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
+    with Job(tmp_path, fault="raise", rank=rank, at=6) as job:
+        job.wait_for_step(4)
+        assert job.codes(limit=20) == [1, 1]
+        message = "RuntimeError: the disk of rank 1 is on fire"
+        assert "Traceback" in job.err(rank)
+        assert message in job.err(rank)
+        assert f"rank {rank} failed: {message}" in job.err(1 - rank)
+        first, *_ = job.events("exit")
+        assert first["rank"] == rank
+
+
+@pytest.mark.slow
+def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
+    with Job(tmp_path, fault="user error", rank=1, at=4) as job:
+        assert job.codes(limit=40) == [2, 2]
+        assert "error: this folder is empty; name another one" in job.err(1)
+        assert "Traceback" not in job.err(0) + job.err(1)
+        assert "rank 1 failed: this folder is empty" in job.err(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
+    with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:
+        job.wait_for_step(5)
+        assert job.codes(limit=30) == [75, 75]
+        assert re.search("rank 1 (did not come to 'the end'|is behind)", job.err(0)), job.err(0)
+
+
+def test_one_process(tmp_path):
+    """Saves on SIGTERM, goes on where it was, and its watchdog ends it."""
+    with Job(tmp_path, processes=1) as job:
+        job.wait_for_step(5)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.codes(limit=10) == [75]
+        assert job.saved() == [max(job.rows(0))]
+    before = job.saved()[0]
+    with Job(tmp_path, processes=1, watchdog=2, fault="hang", at=before + 3) as job:
+        assert job.codes(limit=30) == [75]
+        assert f"step {before + 3}: watchdog: no progress for 2 s in 'data'" in job.err(0)
+        assert "in spin" in job.err(0)
