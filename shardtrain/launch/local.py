@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,6 +111,8 @@ def run_local(
         )
     if processes < 1 or restarts < 0 or grace <= 0 or (devices is not None and devices < 1):
         raise UserError("launch local: use --processes, --devices and --grace above 0, and --restarts from 0")
+    if not shutil.which(command[0]):
+        raise UserError(f"{command[0]} cannot be started: there is no such program")
     attempts = Attempts(command, devices, grace)
     now, left, number = processes, restarts, 0
     with forwarded(attempts):
@@ -196,9 +199,11 @@ class Attempts:
 
     def start(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
         """Starts one process, in a group of its own: Ctrl-C reaches it through us only."""
+        # Where this launcher is killed itself, nobody but the kernel could end what it has started.
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         try:
             return subprocess.Popen(
-                self.command,
+                [*tied, *self.command],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """The supervisor with small real processes: who failed first, who is ended, who is started again."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,17 @@ def test_the_grace_has_an_end(tmp_path):
     job.communicate(timeout=10)
     assert time.monotonic() - begin < 5
     assert job.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="there is no setpriv here (util-linux)")
+def test_nothing_outlives_the_launcher(tmp_path):
+    job = start(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    state = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    assert state.exists()
+    job.kill()
+    job.communicate(timeout=10)
+    time.sleep(0.5)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_mistakes_are_sentences():
