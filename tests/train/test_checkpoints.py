@@ -67,7 +67,7 @@ def test_the_resume_matrix(straight, tmp_path):
         assert one.examples == len(losses) * BATCH
         before = whole(one)
     np.testing.assert_allclose(losses, straight[0], rtol=1e-9)
-    close(before, straight[1], 1e-9)
+    close(before, straight[1], 1e-7)  # adam makes steps of rounding errors
 
 
 @pytest.fixture(scope="module")
