@@ -82,7 +82,12 @@ class Bench:
         self.trainer.save(self.checkpoints)
         blocked = time.perf_counter() - clock
         ended: list[float] = []
-        watch = threading.Thread(target=lambda: ended.append(self.checkpoints.wait() or time.perf_counter()))
+
+        def watching() -> None:
+            self.checkpoints.wait()
+            ended.append(time.perf_counter())
+
+        watch = threading.Thread(target=watching)
         watch.start()
         times = self.steps(count)
         block = time.perf_counter() - clock
