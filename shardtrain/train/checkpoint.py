@@ -90,7 +90,7 @@ class Checkpoints:
 
         They are those that the first process sees: a network file system may show the others older ones.
         """
-        return [int(step) for step in everyone(" ".join(map(str, self._here()[-100:])))[0].split()]
+        return [int(step) for step in everyone(" ".join(map(str, self._here()[-50:])))[0].split()]
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
