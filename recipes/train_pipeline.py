@@ -46,7 +46,8 @@ class Flags(cli.RunFlags):
     overlap: bool = False
     """What a stage sends travels while the next tick computes, and is used one tick later."""
     statistics: Literal["microbatch", "batch"] = "microbatch"
-    """What moves running statistics of batch norms: each microbatch, or the whole batch, once."""
+    """What moves running statistics of batch norms: each microbatch, in the order of the schedule's forwards,
+    or the whole batch, once."""
 
     free = frozenset({"schedule", "microbatches", "stages", "in_flight", "overlap"})
 
@@ -120,6 +121,11 @@ def train(flags: Flags) -> None:
     if flags.schedule == "none":
         if flags.stages or flags.in_flight or flags.overlap:
             raise UserError("--schedule none has no stages; leave out --stages, --in-flight and --overlap")
+        if sizes.get("replica", 1) != 1:
+            raise UserError(
+                f"--schedule none has no stages, and the replicas of --mesh {flags.mesh} are for pipelines; "
+                f"leave replica out of --mesh, or choose a schedule such as 1f1b"
+            )
         sizes.pop("pipe", None)
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
         flags = replace(flags, mesh=mesh)

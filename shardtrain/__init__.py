@@ -13,7 +13,18 @@ from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
 from shardtrain.plan.summary import summary
-from shardtrain.train import Checkpoints, Guard, Trainer, TrainState, data, losses, metrics, volumes
+from shardtrain.train import (
+    Checkpoints,
+    Guard,
+    Trainer,
+    TrainState,
+    data,
+    export_state,
+    import_state,
+    losses,
+    metrics,
+    volumes,
+)
 
 __all__ = [
     "Checkpoints",
@@ -25,6 +36,8 @@ __all__ = [
     "census",
     "data",
     "describe",
+    "export_state",
+    "import_state",
     "launch",
     "losses",
     "make_mesh",

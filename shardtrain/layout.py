@@ -24,6 +24,13 @@ AnyMesh = Mesh | AbstractMesh
 
 DIMENSIONS = ("batch", *SPATIAL, "channels")
 
+_UNCUT = {
+    "pipe": "a mesh with pipe keeps each stage's parameters on the devices of its rank as it is",
+    "replica": "replicas have parameters of their own, which may differ",
+    "any": "the axes pipe and replica cut no array: they divide layers and models among devices",
+}
+"""Why some axes of a mesh cut no dimension."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,7 +47,7 @@ class Layout:
             gradients reduce-scattered (ZeRO-3, fully sharded data parallel).
 
     Raises:
-        UserError: an unknown axis, or one axis for two dimensions.
+        UserError: an unknown axis, one that cuts no array, or one axis for two dimensions.
 
     Example:
         >>> Layout(batch=("data", "height"), height=()).batch
@@ -68,6 +75,11 @@ class Layout:
                 if axis not in AXES:
                     raise UserError(
                         f"layout: {field.name}={axis!r} is no mesh axis; they are {', '.join(AXES)}"
+                    )
+                if axis == "pipe" or (axis == "replica" and field.name != "batch"):
+                    what = _UNCUT[axis] if field.name == "parameters" else _UNCUT["any"]
+                    raise UserError(
+                        f"layout: {field.name}={axis!r}, but {what}; use for example 'data', or ()"
                     )
                 rival = owner.get(axis)
                 # Parameters may well be spread over the axis that cuts the batch: they are gathered first.

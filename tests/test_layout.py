@@ -33,6 +33,11 @@ def test_one_axis_cuts_one_dimension():
         Layout(parameters="channel")
     with pytest.raises(UserError, match="'hight' is no mesh axis"):
         Layout(height="hight")
+    for axis, why in (("pipe", "keeps each stage's parameters on .* its rank"), ("replica", "of their own")):
+        with pytest.raises(UserError, match=rf"parameters='{axis}', but .*{why}.*; use for example 'data'"):
+            Layout(parameters=axis)
+        with pytest.raises(UserError, match=rf"width='{axis}', but the axes pipe and replica cut no array"):
+            Layout(width=axis)
     assert Layout(batch=("data", "height"), height=()).activation((8, 4, 4, 3), MESH) == P(
         ("data", "height"), None, None, None
     )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,36 @@ def test_resume_on_another_mesh_goes_on_as_if_never_stopped(tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     assert run("--steps", 10, *flags, "--mesh", "data=2", "--out", straight).returncode == 0
     assert run("--steps", 6, *flags, "--mesh", "data=4,height=2", "--out", parts).returncode == 0
-    done = run("--steps", 10, *flags, "--resume", "--mesh", "channel=2", "--out", parts)
+    done = run("--steps", 10, *flags, "--resume", "auto", "--mesh", "channel=2", "--out", parts)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 6 of 10" in done.stderr
     losses = [json.loads((out / "result.json").read_text())["losses"] for out in (straight, parts)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
+
+
+def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
+    """Killed while it trains and saves; the losses are those of a run that was not."""
+    shape = ("--batch-size", 32, "--mesh", "data=2", "--model", "lenet", "--x64", "--lr", 0.02)
+    flags = (*shape, "--steps", 60, "--checkpoint-every", 3, "--resume", "auto")
+    assert run(*flags, "--out", tmp_path / "whole").returncode == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, str(RECIPE), *map(str, flags), "--out", str(out)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "checkpoints" / "6").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.kill()
+    job.wait()
+    assert not (out / "result.json").exists()
+    done = run(*flags, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"resumed at step (\d+) of 60", done.stderr)[1]) >= 6
+    losses = [json.loads((f / "result.json").read_text())["losses"] for f in (tmp_path / "whole", out)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    other = run(*flags, "--out", out, "--seed", 1)
+    assert other.returncode == 2
+    assert "was made with --seed 0, not --seed 1" in other.stderr
 
 
 def test_an_earlier_run_is_kept(short, tmp_path):
@@ -122,13 +148,15 @@ def bad_idx(folder):
         (["--x64", "--dtype", "bfloat16"], "--x64 computes in float64"),
         (["--out", "FILE/run"], "cannot be written"),
         (["--out", "FULL"], "holds files that are no run of ours"),
-        (["--resume"], "there is no checkpoint in"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no checkpoint in"),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: use 1 or more"),
+        (["--keep", "0"], "--keep 0: use 1 or more"),
         (["--devices", "0"], "--devices 0"),
         (["--mesh", "data=1", "--accumulate", "3"], "times accumulate=3; use 129"),
         (["--mesh", "data=--5"], "'data=--5' is not axis=number"),
         (["--mesh", "data=200000"], "at most 512 can be simulated"),
         (["--lr", "nan"], "--lr nan"),
-        (["--resume", "--compare"], "leave out --resume or --compare"),
+        (["--resume", "auto", "--compare"], "leave out --resume or --compare"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
@@ -169,6 +197,8 @@ def test_help_names_every_flag():
         "out",
         "devices",
         "resume",
+        "checkpoint-every",
+        "keep",
         "parameters",
     ]
     assert all(f"--{name}" in done.stdout for name in names)

@@ -69,7 +69,7 @@ def test_none_is_the_same_run_without_stages_and_takes_up_the_pipelines_checkpoi
     assert result["test_accuracy"] == short[2]["test_accuracy"]
     assert result["parameter_bytes_per_device"] > short[2]["parameter_bytes_per_device"]
     for steps, mesh, schedule in ((8, "pipe=2,height=2", "interleaved"), (10, "data=4,pipe=2", "none")):
-        more = (*SHAPE, "--lr-schedule", "constant", "--steps", steps, "--x64", "--resume")
+        more = (*SHAPE, "--lr-schedule", "constant", "--steps", steps, "--x64", "--resume", "auto")
         done = run("train_pipeline.py", *more, "--mesh", mesh, "--schedule", schedule, "--out", short[0])
         assert f"resumed at step {6 if steps == 8 else 8} of {steps}" in done.stderr, done.stderr
         assert done.returncode == 0, done.stderr
@@ -94,6 +94,11 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
         (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
+        (
+            ["--schedule", "none", "--mesh", "replica=2,pipe=2"],
+            "leave replica out of --mesh, or choose a schedule such as 1f1b",
+        ),
+        (["--parameters", "pipe"], "parameters='pipe', but a mesh with pipe keeps each stage's parameters"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (["--model", "lenet", "--microbatches", "7"], "does not divide by"),
     ],

@@ -2,17 +2,20 @@
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
-The network is a row of equal convolutions, so the stages are balanced, in float32. A device is one core: the
-unpipelined run, the same model with the same microbatches accumulated on one device, is held to one core, the
-pipeline has as many as devices, and a line of the table shows that two devices which have nothing to do with
-each other take the time of one. If the unpipelined run takes T, the ideal is T / (devices * (1 - idle)),
-where idle is the schedule's bubble if F, I and W take equally long and messages no time.
+The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are
+slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core.
+If an unpipelined run of the same model and microbatches takes T on each of the devices at once, the ideal is
+T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W take equally long and messages
+no time. A line of the table shows the unpipelined run alone, held to one core: what it is faster by is what
+cores take from each other, whatever they do.
 
-All that is compared takes turns, one step each; ratios are medians over the rounds. A step during which other
-processes took cores is done again, while there is patience. Linux only, whose `/proc` says so.
+Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would be given back
+and every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each;
+ratios are medians over the rounds. A step during which other processes took cores is done again, while there
+is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
-one thread, over an ideal from its own unpipelined time on one thread. It is needed by nothing else: `pip
+one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
 install torch` in any environment and name its python, without it those rows are left out.
 """
 
@@ -39,7 +42,7 @@ from bench_step import free_port, has_torch, machine, markdown, show, show_table
 # Only the standard library here: the PyTorch workers import this file in an environment without jax.
 
 MARKERS = ("bench_pipeline", "bench_pipeline_torch")
-LAYERS, CLASSES, RATE = 8, 10, 0.01
+LAYERS, INPUTS, CLASSES, RATE = 8, 16, 10, 0.01
 DEVICES = 2
 QUIET = 0.08
 ALONE, APART = "unpipelined", "two apart"
@@ -52,25 +55,24 @@ TORCH = {
 }
 """PyTorch's class for each of our schedules, and how many stages a rank holds there."""
 
+KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+"""Keeps freed memory in the process, as the allocators of GPUs do."""
+
 Step = Callable[[], float]
 """Does one step and returns its seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A convolution of three channels, then `LAYERS` equal ones, so that every equal one has both gradients.
+    """A dense layer of few inputs, then `LAYERS` equal ones, so that every equal one has both gradients.
 
     Attributes:
-        features: channels of each; images have as many pixels as make activations equally large for all.
-        rows: images of a microbatch.
+        features: of each.
+        rows: examples of a microbatch.
     """
 
     features: int
     rows: int
-
-    @property
-    def extent(self) -> int:
-        return 2048 // self.features
 
 
 class Watch:
@@ -147,12 +149,12 @@ def on_one_core(step: Step) -> Step:
 
 
 def batch_of(network: Network, microbatches: int) -> tuple[Any, Any]:
-    """Random images and labels on the host."""
+    """Random rows and labels on the host."""
     import numpy as np
 
     random, rows = np.random.default_rng(0), network.rows * microbatches
-    images = random.standard_normal((rows, network.extent, network.extent, 3), np.float32)
-    return images, random.integers(0, CLASSES, rows, np.int32)
+    inputs = random.standard_normal((rows, INPUTS), np.float32)
+    return inputs, random.integers(0, CLASSES, rows, np.int32)
 
 
 def model(network: Network) -> Any:
@@ -162,17 +164,14 @@ def model(network: Network) -> Any:
 
     class Row(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
-            channels = [3] + [network.features] * (LAYERS + 1)
-            self.convs = nnx.List(
-                st.nn.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(channels)
-            )
-            self.pool = st.nn.GlobalAvgPool()
+            extents = [INPUTS] + [network.features] * (LAYERS + 1)
+            self.layers = nnx.List(st.nn.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(extents))
             self.head = st.nn.Linear(network.features, CLASSES, rngs=rngs)
 
         def __call__(self, x: Any) -> Any:
-            for conv in self.convs:
-                x = nnx.relu(conv(x))
-            return self.head(self.pool(x))
+            for layer in self.layers:
+                x = nnx.relu(layer(x))
+            return self.head(x)
 
     return Row(nnx.Rngs(0))
 
@@ -259,7 +258,7 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch: Any = importlib.import_module("torch")
     pipelining: Any = importlib.import_module("torch.distributed.pipelining")
-    nn, functional, network = torch.nn, torch.nn.functional, Network(features, rows)
+    nn, functional = torch.nn, torch.nn.functional
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -274,21 +273,20 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
         """The network, cut into so many parts."""
         torch.manual_seed(0)
         parts: list[list[Any]] = [[] for _ in range(count)]
-        parts[0] += [nn.Conv2d(3, features, 3, padding=1), nn.ReLU()]
+        parts[0] += [nn.Linear(INPUTS, features), nn.ReLU()]
         for i in range(LAYERS):
-            parts[i * count // LAYERS] += [nn.Conv2d(features, features, 3, padding=1), nn.ReLU()]
-        parts[-1] += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, CLASSES)]
+            parts[i * count // LAYERS] += [nn.Linear(features, features), nn.ReLU()]
+        parts[-1] += [nn.Linear(features, CLASSES)]
         return [nn.Sequential(*part) for part in parts]
 
     def batch(microbatches: int) -> tuple[Any, Any]:
-        images = torch.randn(rows * microbatches, 3, network.extent, network.extent)
-        return images, torch.randint(0, CLASSES, (rows * microbatches,))
+        return torch.randn(rows * microbatches, INPUTS), torch.randint(0, CLASSES, (rows * microbatches,))
 
     def alone(microbatches: int) -> Callable[[], None]:
         (whole,) = stages(1)
         optimizer = torch.optim.SGD(whole.parameters(), lr=RATE)
-        images, labels = batch(microbatches)
-        parts = list(zip(images.chunk(microbatches), labels.chunk(microbatches), strict=True))
+        inputs, labels = batch(microbatches)
+        parts = list(zip(inputs.chunk(microbatches), labels.chunk(microbatches), strict=True))
 
         def step() -> None:
             optimizer.zero_grad()
@@ -309,12 +307,12 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
             held[0] if single else held, microbatches, loss_fn=functional.cross_entropy
         )
         optimizer = torch.optim.SGD([p for s in ours for p in networks[s].parameters()], lr=RATE)
-        images, labels = batch(microbatches)
+        inputs, labels = batch(microbatches)
 
         def step() -> None:
             optimizer.zero_grad()
             last = {"target": labels, "losses": []} if count - 1 in ours else {}
-            schedule.step(*([images] if 0 in ours else []), **last)
+            schedule.step(*([inputs] if 0 in ours else []), **last)
             optimizer.step()
 
         return step
@@ -363,12 +361,12 @@ class Team:
         return [json.loads(line) for line in lines]
 
     def step(self, name: str, microbatches: int) -> Step:
-        """A step of all ranks, or of one that has the machine for itself.
+        """A step of all ranks; the unpipelined one is each rank's own.
 
         Raises:
             RuntimeError: from the step, with PyTorch's own reason.
         """
-        workers = self.workers[:1] if name == ALONE else self.workers
+        workers = self.workers
 
         def run() -> float:
             for worker in workers:
@@ -494,8 +492,8 @@ def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
                 )
                 continue
             idle = row.idle[name]
-            ratios = row.over(name, ALONE, idle)
-            ideal = 1000 * statistics.median(row.taken[ALONE]) / (DEVICES * (1 - idle))
+            ratios = row.over(name, APART, idle)
+            ideal = 1000 * statistics.median(row.taken[APART]) / (DEVICES * (1 - idle))
             over = statistics.median(row.taken[name]) / row.lockstep[name]
             cells = [name, count, row.runs[name], f"{idle:.1%}", f"{ideal:.0f}", time_]
             cells += [f"{statistics.median(ratios):.2f}", half(ratios)]
@@ -511,16 +509,17 @@ def torch_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
     for row in found:
         for name in (ALONE, *row.idle):
             theirs, count = f"torch {name}", str(row.microbatches)
+            ours = APART if name == ALONE else name
             if theirs not in row.taken:
-                rows.append([name, count, "fails", "", "", row.milliseconds(name), "", ""])
+                rows.append([name, count, "fails", "", "", row.milliseconds(ours), "", ""])
                 continue
-            pairs = zip(row.taken[name], row.taken[theirs], strict=True)
+            pairs = zip(row.taken[ours], row.taken[theirs], strict=True)
             ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
-            cells = [row.milliseconds(theirs), "", "", row.milliseconds(name), ""]
+            cells = [row.milliseconds(theirs), "", "", row.milliseconds(ours), ""]
             if name != ALONE:
                 over = row.over(theirs, f"torch {ALONE}", row.idle[name])
                 cells[1:3] = f"{statistics.median(over):.2f}", half(over)
-                cells[4] = f"{statistics.median(row.over(name, ALONE, row.idle[name])):.2f}"
+                cells[4] = f"{statistics.median(row.over(name, APART, row.idle[name])):.2f}"
             rows.append([name, count, *cells, ratio])
     return header, rows
 
@@ -536,13 +535,13 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
         for stages, cost in costs.items()
     )
     return (
-        f"Median of a step over {rounds} rounds in turns: {LAYERS} convolutions 3x3 of {network.features} "
-        f"channels on {network.extent}x{network.extent} behind one of 3 channels, microbatches of "
-        f"{network.rows} images, float32, SGD; {DEVICES} simulated devices, the unpipelined run held to one "
-        f"core. {APART.capitalize()}: the unpipelined step on both devices at once. Idle: the schedule's "
-        f"bubble with equal F, I, W. Ideal: the unpipelined time / "
-        f"({DEVICES} (1 - idle)). Time / ideal: median and middle half over the rounds. Ticks: every tick as "
-        f"long as its slowest action, by their times alone: {times}. "
+        f"Median of a step over {rounds} rounds in turns: {LAYERS} dense layers of {network.features} "
+        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; "
+        f"{DEVICES} simulated devices, the unpipelined run held to one core. {APART.capitalize()}: the "
+        f"unpipelined step on both devices at once, and its time over the unpipelined. Idle: the schedule's "
+        f"bubble with equal F, I, W. Ideal: the time of two apart / ({DEVICES} (1 - idle)). Time / ideal: "
+        f"median and middle half over the rounds. Ticks: every tick as long as its slowest action, by their "
+        f"times alone: {times}. "
         f"Steps with over {QUIET:.0%} of the cores taken by other processes: {loud} of {len(watch.shares)}. "
         f"{machine()}, jax {jax.__version__}."
     )
@@ -557,7 +556,7 @@ def torch_caption(found: Sequence[Found], version: str) -> str:
     text = (
         f"The same network and microbatches, in turns with the table before. PyTorch: "
         f"torch.distributed.pipelining, {DEVICES} processes of one thread on a core each, gloo; "
-        f"its ideal is from its own unpipelined time on one thread. {version}."
+        f"its ideal is from its own unpipelined step in both processes at once. {version}."
     )
     reasons = {name: reason for row in found for name, reason in row.failed.items()}
     lines = [f"{name} (`{TORCH[name][0]}`) fails: {reason}." for name, reason in reasons.items()]
@@ -570,12 +569,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--schedule", action="append", choices=tuple(TORCH), help="only these schedules")
-    parser.add_argument(
-        "--microbatches", type=int, action="append", metavar="M", help="of a batch (8 and 16)"
-    )
+    parser.add_argument("--microbatches", type=int, action="append", metavar="M", help="of a batch (8)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (7)")
-    parser.add_argument("--features", type=int, default=128, metavar="C", help="channels (128)")
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="images of a microbatch (4)")
+    parser.add_argument("--features", type=int, default=1024, metavar="N", help="of a layer (1024)")
+    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="of a microbatch (1024)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S", help="seconds for doing disturbed steps again (60)"
     )
@@ -590,6 +587,8 @@ def main() -> None:
         return torch_worker(*json.loads(args.worker))
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: use 2 or more")
+    if os.environ.get("GLIBC_TUNABLES") != KEEPING:  # read when a process starts, PyTorch's too
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": KEEPING})
     import jax
     from census_conv import write_between
 
@@ -607,7 +606,7 @@ def main() -> None:
     costs: dict[int, Any] = {}
     schedules = args.schedule or list(TORCH)
     try:
-        counts = args.microbatches or (8, 16)
+        counts = args.microbatches or (8,)
         found = [measure(network, schedules, m, args.rounds, team, costs, watch) for m in counts]
     finally:
         if team:

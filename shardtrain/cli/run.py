@@ -24,13 +24,16 @@ from shardtrain.cli import guards, resume
 from shardtrain.cli.start import check_out, open_run, start_jax
 from shardtrain.errors import UserError
 from shardtrain.launch import Limits, connect, job
-from shardtrain.mesh import make_mesh, parse
+from shardtrain.mesh import make_mesh, parse, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
 from shardtrain.train import Checkpoints, Guard, Trainer, losses, manifest, metrics
 from shardtrain.train.step import PerExample
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
+
+OF_STAGES = ("schedule", "stages", "in_flight", "overlap")
+"""Arguments of `Trainer` that the same run on one device does without."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
@@ -263,12 +266,7 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], mesh: Mesh, out: P
 
 
 def conclude(
-    flags: RunFlags,
-    task: Task,
-    trainer: Trainer,
-    out: Path,
-    test: Mapping[str, float],
-    report: Report,
+    flags: RunFlags, task: Task, trainer: Trainer, out: Path, test: Mapping[str, float], report: Report
 ) -> None:
     """Writes the files of a run that has ended, and prints its tables."""
     rows = metrics.read(out / "metrics.jsonl")
@@ -338,6 +336,8 @@ def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
 
 def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
     """The trainer on `mesh`; everything that flags can get wrong is refused here."""
+    staged = size(mesh, "pipe") > 1
+    more = {name: value for name, value in task.trainer.items() if staged or name not in OF_STAGES}
     return Trainer(
         task.model,
         make_optimizer(flags),
@@ -351,7 +351,7 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
         remat=None if flags.remat == "none" else flags.remat,
         clip_norm=flags.clip_norm,
         skip_bad=flags.on_nan == "skip",
-        **task.trainer,
+        **more,
     )
 
 

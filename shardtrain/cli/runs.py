@@ -169,7 +169,7 @@ def compare(runs: Sequence[Run], path: Path) -> None:
 def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
     from matplotlib import colormaps
 
-    positive, highest, starts = True, 0.0, 0.0
+    positive, lowest, highest, starts = True, math.inf, 0.0, 0.0
     for k, run in enumerate(runs):
         points = [(row["step"], value) for row in run.rows if (value := _number(row.get(key))) is not None]
         if not points:
@@ -181,11 +181,12 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
         colour = colormaps["tab20"](k % 20) if len(runs) > 10 else colormaps["tab10"](k)
         axis.plot(middle, smooth, color=colour, label=run.name, marker="." if len(smooth) == 1 else None)
         positive = positive and (values > 0).all()
-        highest, starts = max(highest, values.max()), max(starts, values[0])
+        lowest, highest = min(lowest, smooth.min()), max(highest, values.max())
+        starts = max(starts, values[0])
     if key == "loss" and positive:
         axis.set_yscale("log")
         if highest > 10 * starts:  # one run that diverged is not to flatten all others
-            axis.set_ylim(top=10 * starts)
+            axis.set_ylim(lowest / 1.3, 10 * starts)
     axis.set(xlabel="step", ylabel=f"training {key}")
     axis.grid(alpha=0.3)
 

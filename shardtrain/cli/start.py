@@ -1,6 +1,7 @@
 """Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
 import itertools
+import logging
 import os
 import secrets
 import shutil
@@ -49,6 +50,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
     """
     parsed = tyro.cli(flags, description=description)
     log_to_stderr()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
     with one_sentence():
         recipe(parsed)
 

@@ -128,11 +128,7 @@ def balance(flow: Flow, stages: int, done: Work | None = None) -> list[int]:
         raise UserError(f"pipeline: {stages} stages; use 1 or more")
     places = allowed(flow)
     if len(places) < stages - 1:
-        most = len(places) + 1
-        raise UserError(
-            f"pipeline: the model can be cut into {most} stages at most, not {stages}, since a parameter "
-            f"stays in one stage with all of its uses; use {most} stages (pipe={most}) or a deeper model"
-        )
+        raise UserError(_too_many(flow, stages, len(places) + 1))
     done = done or work(flow)
     bytes_at, between = arriving(flow), Layers(flow, places, arriving(flow)).begins
     return best_positions(
@@ -140,6 +136,24 @@ def balance(flow: Flow, stages: int, done: Work | None = None) -> list[int]:
         {c: done.byte * bytes_at[c] for c in places},
         {c: c not in between for c in places},
         stages,
+    )
+
+
+def _too_many(flow: Flow, stages: int, most: int) -> str:
+    """What to say of more stages than there are; a parameter whose uses lie far apart is named."""
+    layers = Layers(flow, allowed(flow), arriving(flow))
+    spans = {
+        n: span for n, span in layers.spans.items() if len(layers.within(span)) > 1 and span[0] < span[1]
+    }
+    widest = max(spans, key=lambda n: spans[n][1] - spans[n][0], default="")
+    why, less = "a parameter stays in one stage with all of its uses", "or a deeper model"
+    if widest and most + spans[widest][1] - spans[widest][0] >= stages:
+        first, *_, last = layers.within(spans[widest])
+        why += f", and {widest!r} is used from the layer {first!r} to {last!r}"
+        less = "or give these layers parameters of their own"
+    how = f"use {most} stages (pipe={most})" if most > 1 else "train it without pipe"
+    return (
+        f"pipeline: the model can be cut into {most} stages at most, not {stages}, since {why}; {how} {less}"
     )
 
 

@@ -1,6 +1,7 @@
 """The classical schedules, made to size."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shardtrain.errors import UserError
 from shardtrain.pipeline.schedule import Action, Schedule, validate
@@ -96,15 +97,27 @@ def forward_only(ranks_of: Sequence[int], microbatches: int) -> Schedule:
 
 def _from_file(path: str, ranks: int, microbatches: int, chunks: int | None) -> Schedule:
     schedule = Schedule.load(path)
+    above = {a.microbatch for order in schedule.orders for a in order if a.microbatch >= microbatches}
+    if schedule.ranks == ranks and len(above) == 1 and not _is_legal(schedule):
+        schedule = replace(schedule, microbatches=microbatches)  # a slip in a file of the right size
     held = max(schedule.ranks_of.count(rank) for rank in schedule.ranks_of)
     if (schedule.ranks, schedule.microbatches, held) != (ranks, microbatches, chunks or held):
         asked = f"{ranks} ranks and {microbatches} microbatches" + (f" in {chunks} chunks" if chunks else "")
         raise UserError(
             f"schedule file {path} is for {schedule.ranks} ranks, {schedule.microbatches} microbatches and "
-            f"{held} chunks on a rank, not for {asked}; ask for what it has"
+            f"{held} chunks on a rank, not for {asked}; ask for what it has (pipe={schedule.ranks} and "
+            f"{schedule.microbatches} microbatches)"
         )
     validate(schedule)
     return schedule
+
+
+def _is_legal(schedule: Schedule) -> bool:
+    try:
+        validate(schedule)
+    except UserError:
+        return False
+    return True
 
 
 def _alternating(stage: int, microbatches: int, warmup: int) -> Order:

@@ -6,15 +6,16 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import compat
 from shardtrain.layout import spec
 from shardtrain.pipeline.local import Cut, block_shape
-from shardtrain.pipeline.pack import Buffers, Place, Rows, read, write
+from shardtrain.pipeline.pack import Buffers, Place, Rows, read, write, zeros
 
 
 class Held:
@@ -143,3 +144,56 @@ class Held:
                 shape = (*copies, *self.shapes[i].shape)
                 out[i] = jax.make_array_from_single_device_arrays(shape, lie, blocks)
         return out
+
+    @property
+    def _several(self) -> tuple[str, ...]:
+        return ("replica",) if "replica" in self.mesh.shape else ()
+
+    def _shared_by_ranks(self, i: int) -> int | None:
+        """The dimension of an array's blocks that divides by the ranks, None for an array without one."""
+        ranks = self.mesh.shape["pipe"]
+        return next((dim for dim, n in enumerate(self.places[i].shape) if n and n % ranks == 0), None)
+
+    @property
+    def spread_shapes(self) -> list[Any]:
+        """Shapes of what `spread` returns, and where it lies."""
+        out = []
+        for i, s in enumerate(self.shapes):
+            cuts = [tuple(cut) for cut in self.cuts[i]]
+            if i in self.places and (dim := self._shared_by_ranks(i)) is not None:
+                cuts[dim] = (*cuts[dim], "pipe")
+            several = self._several if i in self.places else ()
+            shape = (*(self.mesh.shape[axis] for axis in several), *s.shape)
+            lie = spec([*([axis] for axis in several), *cuts]) if i in self.places else P()
+            out.append(jax.ShapeDtypeStruct(shape, s.dtype, sharding=NamedSharding(self.mesh, lie)))
+        return out
+
+    def spread(self, buffers: Mapping[str, Array], shared: Mapping[int, Array]) -> list[Array]:
+        """The arrays by their own shapes, on the devices of all ranks; within a `shard_map` over the mesh.
+
+        Every process of a job has part of each then, which the writers of checkpoints need.
+        """
+        rank = lax.axis_index("pipe")
+        flat = {d: b.reshape(-1) for d, b in buffers.items()}
+        out: list[Any] = [shared.get(i) for i in range(len(self.shapes))]
+        for i, place in self.places.items():
+            block = place.read(flat)
+            block = jnp.where(rank == self.ranks[i], block, jnp.zeros_like(block))
+            if (dim := self._shared_by_ranks(i)) is None:
+                block = lax.psum(block, "pipe")
+            else:
+                block = lax.psum_scatter(block, "pipe", scatter_dimension=dim, tiled=True)
+            out[i] = block.reshape((1,) * len(self._several) + block.shape)
+        return out
+
+    def gather(self, arrays: Sequence[Array]) -> tuple[Buffers, dict[int, Array]]:
+        """What `spread` was given, from what it returned; within a `shard_map` over the mesh."""
+        rank = lax.axis_index("pipe")
+        flat = zeros(self.rows.lengths)
+        for i, place in self.places.items():
+            block = arrays[i].reshape(arrays[i].shape[len(self._several) :])
+            if (dim := self._shared_by_ranks(i)) is not None:
+                block = lax.all_gather(block, "pipe", axis=dim, tiled=True)
+            flat = place.write(flat, jnp.where(rank == self.ranks[i], block, place.read(flat)))
+        ones = (1,) * len(self.mesh.axis_names)
+        return {d: b.reshape(ones + b.shape) for d, b in flat.items()}, {i: arrays[i] for i in self.shared}

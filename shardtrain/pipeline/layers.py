@@ -137,6 +137,10 @@ class Layers:
             out.append(self._place(mine[0], at))
         return out
 
+    def within(self, span: tuple[int, int]) -> list[str]:
+        """The layers that begin between two operations."""
+        return [path for path in self.order if span[0] <= self.first[path] <= span[1]]
+
     def example(self, stages: int) -> str:
         """Some layout of so many stages."""
         later = [path for path in self.order if self.first[path] in self.begins.values()]
@@ -226,11 +230,9 @@ class Layers:
                 f"layout: no stage can begin with {path!r}, which runs in between the operations of another "
                 f"layer; put the two into one stage"
             )
-        a, b = self.spans[name]
-        users = [p for p in self.order if a <= self.first[p] <= b]
         raise UserError(
             f"layout: a stage that begins with {path!r} would divide the uses of the parameter {name!r} "
-            f"between two stages; put {_listed(users)} into one"
+            f"between two stages; put {_listed(self.within(self.spans[name]))} into one"
         )
 
 

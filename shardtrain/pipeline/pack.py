@@ -69,37 +69,6 @@ def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Any]) -> B
     return buffers
 
 
-Window = tuple[dict[str, Array], Buffers]
-"""Where parts of the buffers begin, and what is in them."""
-
-
-def window(
-    buffers: Mapping[str, Array], lengths: Mapping[str, int], places: Sequence[Place], values: Sequence[Array]
-) -> Window:
-    """Parts of the buffers, of the same lengths whatever is written, with `values` at `places`.
-
-    Args:
-        places: of which the first of each dtype begins first, and all fit the lengths.
-    """
-    starts: dict[str, Any] = {}
-    for place in places:
-        starts.setdefault(place.dtype, place.start)
-    lows = {
-        d: jnp.minimum(jnp.asarray(starts.get(d, 0), jnp.int32), buffers[d].size - n)
-        for d, n in lengths.items()
-    }
-    parts = {d: lax.dynamic_slice(buffers[d], (lows[d],), (n,)) for d, n in lengths.items()}
-    inner = [Place(p.start - lows[p.dtype], p.shape, p.dtype) for p in places]
-    return lows, write(parts, inner, values)
-
-
-def put(buffers: Buffers, found: Window) -> Buffers:
-    """The buffers with a window's contents in its place."""
-    starts, parts = found
-    new = {d: lax.dynamic_update_slice(buffers[d], part, (starts[d],)) for d, part in parts.items()}
-    return {**buffers, **new}
-
-
 def largest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Of every dtype the longest."""
     dtypes = sorted({d for row in lengths for d in row})

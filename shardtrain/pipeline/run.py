@@ -1,11 +1,9 @@
 """Runs a schedule: one SPMD program in which every rank does, tick by tick, what its row of the table says.
 
 The program is manual over every mesh axis. A tick is one `switch` over all stages' `F`, `I`, `W` (or the
-fused `B`), in which devices of other stages take other branches, and then the messages to the ranks that
-are to act on them. Inside a branch only grouped collectives stand, whose groups never leave a stage.
-
-Branches read the buffers in which things wait, and return what is to be written into them, which is done
-behind the switch: XLA copies every array that a conditional takes and returns, at every tick.
+fused `B`), in which devices of other stages take other branches; then what the branch made is put where it
+waits, and messages go to the ranks that are to act on them. Inside a branch only grouped collectives stand,
+whose groups never leave a stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,26 +12,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from shardtrain.pipeline.pack import (
-    Buffers,
-    Pack,
-    Place,
-    Rows,
-    Window,
-    largest,
-    put,
-    read,
-    window,
-    write,
-    zeros,
-)
+from shardtrain.pipeline.pack import Buffers, Pack, Place, largest, read, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
 from shardtrain.pipeline.table import COLUMNS, POOLS, Table
+from shardtrain.pipeline.window import Pool, Starts, Window
 
-Done = tuple[dict[str, Any], dict[str, Window], Buffers]
-"""What a branch returns: small values of the carry, windows of the buffers, a message."""
+WRITES = {"F": ("saved", "lasting"), "I": ("between",)}
+"""The buffers into which an action writes what is to wait there."""
+
+WHOLE = ("state", "grads", "sums", "outputs")
+"""What a branch returns whole."""
+
+Numbers = Mapping[str, Array]
+"""What the table says of a tick, by the names of its columns."""
+
+Done = tuple[dict[str, Any], tuple[dict[str, Starts], Buffers], Buffers]
+"""What a branch returns: part of the carry, a window for the buffers in which things wait, a message."""
 
 
 @dataclass(frozen=True)
@@ -81,127 +78,10 @@ class Machine:
             Packed gradients, summed over microbatches but not over the mesh; packed variables; the sums and
             the outputs of all microbatches, which are zeros on all ranks but the last stage's.
         """
-        table, programs = self.table, self.programs
-        pools = {
-            name: Rows.of([getattr(p, name) for p in programs], table.depth[name], self.ranks_of)
-            for name in POOLS
-        }
-        outs = [Pack(p.outs) if k < len(programs) - 1 else Pack([]) for k, p in enumerate(programs)]
-        flows = [Pack([s for s in p.outs if is_float(s)]) for p in programs[:-1]]
-        lengths = message(programs)
-        ends = programs[-1].outs
-        trains = any(doing is not None and doing[1] != "F" for doing in table.branches)
-        carry: dict[str, Any] = {
-            "state": state,
-            "grads": zeros(self.lengths if trains else {}),
-            "inbox": {
-                d: jnp.full((table.inbox + 1, n), b[0] if n else 0, d)
-                for (d, n), b in zip(
-                    lengths.items(), zeros(dict.fromkeys(lengths, 1), self.bubble).values(), strict=True
-                )
-            },
-            "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[: self.sums]],
-            "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[self.sums :]],
-            **{name: zeros(rows.lengths, self.bubble) for name, rows in pools.items()},
-        }
-        empty = zeros(lengths, self.bubble)
-        weights_of = [[self.params[n] for n in p.stage.params] for p in programs]
-        reach = {
-            name: largest([p.lengths for p, n in zip(rows.packs, table.depth[name], strict=True) if n])
-            for name, rows in pools.items()
-        }
-        reach["grads"] = largest([_reach(places) for places in weights_of]) if trains else {}
-        small = ("state", "sums", "outputs")
-
-        def done(
-            c: dict[str, Any], written: Mapping[str, tuple[Sequence[Place], Sequence[Array]]], sent: Buffers
-        ) -> Done:
-            parts = {
-                name: window(c[name], extents, *written.get(name, ((), ())))
-                for name, extents in reach.items()
-            }
-            return {name: c[name] for name in small}, parts, sent
-
-        if table.hop > 1:
-            carry["sent"] = empty
-
-        def step(k: int, kind: str) -> Callable[[dict[str, Any], Mapping[str, Array]], Done]:
-            program, last = programs[k], k == len(programs) - 1
-            stage = program.stage
-            floats = [i for i, s in enumerate(program.ins) if is_float(s)]
-
-            def forward(c: dict[str, Any], at: Mapping[str, Array]) -> Done:
-                weights = read(params, weights_of[k])
-                variables = [
-                    self.state[n].read(c["state"]) if n in self.state else shared[n] for n in stage.state
-                ]
-                arrived = {
-                    d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()
-                }
-                ins = read(arrived, Pack(program.ins).places)
-                results = jax.core.eval_jaxpr(
-                    program.forward.jaxpr,
-                    program.forward.consts,
-                    *weights,
-                    *variables,
-                    *sides(at["microbatch"]),
-                    *ins,
-                )
-                n = len(program.outs)
-                a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
-                c = dict(c)
-                c["state"] = write(c["state"], [self.state[name] for name in stage.moving], results[n:a])
-                keeps = {"saved": results[a:b], "lasting": results[b:]}
-                written = {name: (pools[name].slot(k, at[name]), values) for name, values in keeps.items()}
-                if last:
-                    c["sums"] = [x + y for x, y in zip(c["sums"], results[: self.sums], strict=True)]
-                    c["outputs"] = [
-                        lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
-                        for x, y in zip(c["outputs"], results[self.sums : n], strict=True)
-                    ]
-                    return done(c, written, empty)
-                return done(c, written, write(dict(empty), outs[k].places, results[:n]))
-
-            def backward(c: dict[str, Any], at: Mapping[str, Array]) -> Done:
-                weights = read(params, weights_of[k])
-                some = [*weights, *sides(at["microbatch"])]
-                lasting = read(c["lasting"], pools["lasting"].slot(k, at["lasting"]))
-                sent, written = empty, dict[str, Any]()
-                if kind in "IB":
-                    if last:
-                        cotangents = [jnp.ones(program.outs[0].shape, program.outs[0].dtype)]
-                    else:
-                        arrived = {
-                            d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False)
-                            for d, v in c["inbox"].items()
-                        }
-                        cotangents = read(arrived, flows[k].places)
-                    saved = read(c["saved"], pools["saved"].slot(k, at["saved"]))
-                    closed = program.input_gradient
-                    results = jax.core.eval_jaxpr(
-                        closed.jaxpr, closed.consts, *some, *cotangents, *saved, *lasting
-                    )
-                    between = results[len(floats) :]
-                    if k:
-                        sent = write(dict(empty), flows[k - 1].places, results[: len(floats)])
-                    if kind == "I":
-                        written["between"] = pools["between"].slot(k, at["between"]), between
-                else:
-                    between = read(c["between"], pools["between"].slot(k, at["between"]))
-                if kind in "WB":
-                    closed = program.weight_gradient
-                    new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
-                    pairs = sorted(zip(weights_of[k], new, strict=True), key=lambda pair: pair[0].start)
-                    places = [place for place, _ in pairs]
-                    sums = [a + b for a, (_, b) in zip(read(c["grads"], places), pairs, strict=True)]
-                    written["grads"] = places, sums
-                return done(c, written, sent)
-
-            return forward if kind == "F" else backward
-
-        branches = [
-            (lambda c, at: done(c, {}, empty)) if doing is None else step(*doing) for doing in table.branches
-        ]
+        acts = _Acts(self, params, shared, sides)
+        table, window, branches = self.table, acts.window, acts.branches()
+        kinds = ["" if doing is None else doing[1] for doing in table.branches]
+        of_kind = {kind: np.array([kind == k for k in kinds]) for kind in window.kinds}
         rank = lax.axis_index("pipe")
 
         def tick(c: dict[str, Any], row: Array) -> tuple[dict[str, Any], None]:
@@ -209,8 +89,9 @@ class Machine:
             at = {name: mine[i] for i, name in enumerate(COLUMNS)}
             before = c.get("sent")
             kept = {key: value for key, value in c.items() if key != "sent"}
-            changed, written, made = lax.switch(at["branch"], branches, kept, at)
-            kept |= changed | {name: put(kept[name], part) for name, part in written.items()}
+            whole, written, made = lax.switch(at["branch"], branches, kept, at)
+            acted = {kind: jnp.asarray(is_it)[at["branch"]] for kind, is_it in of_kind.items()}
+            kept |= whole | window.put({name: kept[name] for name in window.targets}, acted, written)
             for number, (distance, pairs) in enumerate(table.routes.items()):
                 sent = made if before is None or distance == 0 else before
                 if distance:
@@ -221,7 +102,7 @@ class Machine:
                 }
             return (kept if before is None else {**kept, "sent": made}), None
 
-        carry, _ = lax.scan(tick, carry, jnp.asarray(table.rows) if rows is None else rows)
+        carry, _ = lax.scan(tick, acts.carry(state), jnp.asarray(table.rows) if rows is None else rows)
         return carry["grads"], carry["state"], carry["sums"], carry["outputs"]
 
     def summed(self, grads: Buffers) -> Buffers:
@@ -243,16 +124,126 @@ class Machine:
         return lax.switch(lax.axis_index("pipe"), [of(rank) for rank in range(ranks)], grads)
 
 
+class _Acts:
+    """What a rank may do in a tick, each a function of the carry and of the table's numbers."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        params: Buffers,
+        shared: Mapping[str, Array],
+        sides: Callable[[Array], Sequence[Array]],
+    ) -> None:
+        self.machine, self.params, self.shared, self.sides = machine, params, shared, sides
+        table, programs = machine.table, machine.programs
+        self.weights = [[machine.params[n] for n in p.stage.params] for p in programs]
+        self.outs = [Pack(p.outs).places for p in programs[:-1]]
+        self.flows = [Pack([s for s in p.outs if is_float(s)]).places for p in programs[:-1]]
+        self.lengths = message(programs)
+        self.empty = zeros(self.lengths, machine.bubble)
+        self.pools = {
+            name: Pool.of([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
+            for name in POOLS
+        }
+        self.kinds = {doing[1] for doing in table.branches if doing is not None}
+        writes = {kind: names for kind, names in WRITES.items() if kind in self.kinds}
+        self.window = Window({name: self.pools[name] for names in writes.values() for name in names}, writes)
+
+    def carry(self, state: Buffers) -> dict[str, Any]:
+        """All that waits, before the first tick."""
+        table, bubble = self.machine.table, self.machine.bubble
+        ends, sums = self.machine.programs[-1].outs, self.machine.sums
+        inbox = {
+            d: jnp.broadcast_to(v[:1] if n else v, (table.inbox + 1, n))
+            for (d, n), v in zip(self.lengths.items(), self.empty.values(), strict=True)
+        }
+        carry: dict[str, Any] = {
+            "state": state,
+            "grads": zeros(self.machine.lengths if self.kinds > {"F"} else {}),
+            "inbox": inbox,
+            "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[:sums]],
+            "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[sums:]],
+        }
+        for name, target in self.window.targets.items():
+            carry[name] = zeros(target.lengths, bubble)
+        if table.hop > 1:
+            carry["sent"] = self.empty
+        return carry
+
+    def branches(self) -> list[Callable[[dict[str, Any], Numbers], Done]]:
+        """In the order of the table."""
+
+        def of(k: int, kind: str) -> Callable[[dict[str, Any], Numbers], Done]:
+            if kind == "F":
+                return lambda c, at: self.forward(k, c, at)
+            return lambda c, at: self.backward(k, kind, c, at)
+
+        return [self.idle if doing is None else of(*doing) for doing in self.machine.table.branches]
+
+    def idle(self, c: dict[str, Any], at: Numbers) -> Done:
+        return {name: c[name] for name in WHOLE}, self.window.nothing(), self.empty
+
+    def forward(self, k: int, c: dict[str, Any], at: Numbers) -> Done:
+        program, state = self.machine.programs[k], self.machine.state
+        stage, n = program.stage, len(program.outs)
+        variables = [
+            state[name].read(c["state"]) if name in state else self.shared[name] for name in stage.state
+        ]
+        ins = read(self._arrived(c, at), Pack(program.ins).places)
+        given = [*read(self.params, self.weights[k]), *variables, *self.sides(at["microbatch"]), *ins]
+        results = jax.core.eval_jaxpr(program.forward.jaxpr, program.forward.consts, *given)
+        a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
+        whole = {name: c[name] for name in WHOLE}
+        whole["state"] = write(c["state"], [state[name] for name in stage.moving], results[n:a])
+        keeps = {"saved": results[a:b], "lasting": results[b:]}
+        parts = {name: self.pools[name].part(c[name], k, at[name], values) for name, values in keeps.items()}
+        message = self.empty
+        if k < len(self.outs):
+            message = write(dict(message), self.outs[k], results[:n])
+        else:
+            sums = self.machine.sums
+            whole["sums"] = [x + y for x, y in zip(c["sums"], results[:sums], strict=True)]
+            whole["outputs"] = [
+                lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
+                for x, y in zip(c["outputs"], results[sums:n], strict=True)
+            ]
+        return whole, self.window.filled("F", parts), message
+
+    def backward(self, k: int, kind: str, c: dict[str, Any], at: Numbers) -> Done:
+        program = self.machine.programs[k]
+        some = [*read(self.params, self.weights[k]), *self.sides(at["microbatch"])]
+        lasting = read(c["lasting"], self.pools["lasting"].slot(k, at["lasting"]))
+        message, whole = self.empty, {name: c[name] for name in WHOLE}
+        if kind == "W":
+            between = read(c["between"], self.pools["between"].slot(k, at["between"]))
+        else:
+            if k < len(self.flows):
+                cotangents = read(self._arrived(c, at), self.flows[k])
+            else:
+                cotangents = [jnp.ones(program.outs[0].shape, program.outs[0].dtype)]
+            saved = read(c["saved"], self.pools["saved"].slot(k, at["saved"]))
+            closed = program.input_gradient
+            results = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *cotangents, *saved, *lasting)
+            flows = sum(is_float(s) for s in program.ins)
+            between = results[flows:]
+            if k:
+                message = write(dict(message), self.flows[k - 1], results[:flows])
+        if kind == "I":
+            part = self.pools["between"].part(c["between"], k, at["between"], between)
+            return whole, self.window.filled("I", {"between": part}), message
+        closed = program.weight_gradient
+        new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
+        sums = [a + b for a, b in zip(read(c["grads"], self.weights[k]), new, strict=True)]
+        whole["grads"] = write(c["grads"], self.weights[k], sums)
+        return whole, self.window.nothing(), message
+
+    def _arrived(self, c: dict[str, Any], at: Numbers) -> Buffers:
+        """The message that the tick acts on."""
+        return {d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()}
+
+
 def message(programs: Sequence[Programs]) -> dict[str, int]:
     """Lengths of the buffers that travel at every tick: of the largest activations, or their gradients."""
     outs = [Pack(p.outs).lengths for p in programs[:-1]]
     flows = [Pack([s for s in p.outs if is_float(s)]).lengths for p in programs[:-1]]
     return largest([*outs, *flows])
-
-
-def _reach(places: Sequence[Place]) -> dict[str, int]:
-    """Of each dtype, from the begin of the first place to the end of the last."""
-    ends = {
-        d: [(p.start, p.start + p.size) for p in places if p.dtype == d] for d in {p.dtype for p in places}
-    }
-    return {d: max(e for _, e in row) - min(s for s, _ in row) for d, row in ends.items()}

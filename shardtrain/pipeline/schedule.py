@@ -84,6 +84,7 @@ class Schedule:
         """
         orders: list[tuple[Action, ...]] = []
         rank_of: dict[int, int] = {}
+        place_of: dict[int, str] = {}
         rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(", \t\ufeff")]
         for rank, (row, line) in enumerate(rows):
             order = []
@@ -100,6 +101,7 @@ class Schedule:
                         f"{action.stage}, which already stands in row {rows[rank_of[action.stage]][0]}; "
                         f"keep a stage in one row"
                     )
+                place_of.setdefault(action.stage, f"{action} in row {row}, column {column}")
                 order.append(action)
             orders.append(tuple(order))
         if not orders:
@@ -109,7 +111,8 @@ class Schedule:
         missing = next(stage for stage in itertools.count() if stage not in rank_of)
         if missing < len(rank_of):
             raise UserError(
-                f"schedule {name!r} has a stage {max(rank_of)} and no stage {missing}; number stages from 0"
+                f"schedule {name!r} has a stage {max(rank_of)} ({place_of[max(rank_of)]}) and no stage "
+                f"{missing}; number stages from 0"
             )
         count = 1 + max(action.microbatch for order in orders for action in order)
         return cls(name, tuple(rank_of[stage] for stage in range(missing)), count, tuple(orders))

@@ -216,7 +216,8 @@ class Checkpoints:
         """The newest whole checkpoint, laid out as `like`.
 
         Args:
-            like: a state of the same names, shapes and dtypes, on any mesh or in numpy arrays.
+            like: a state of the same names, shapes and dtypes: arrays on any mesh, shapes that say where
+                arrays are to lie, or numpy arrays.
             several: what may stand before the shapes of numpy arrays in `like`: the number of replicas.
             step: that one and no other.
 

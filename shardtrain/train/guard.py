@@ -82,8 +82,7 @@ class Guard:
         several = client is not None and compat.process_count() > 1
         self._peers: Peers | None = None
         if several:
-            scope = f"shardtrain/{next(_numbers)}"  # keys of an earlier guard of this job are not ours
-            self._peers = Peers(client, compat.process_rank(), compat.process_count(), scope)
+            self._peers = Peers(client, compat.process_rank(), compat.process_count(), "shardtrain")
         self.progress, self.events, self.health = Progress(), Events(), Health(spike)
         self.profiler = Profiler(folder, profile)
         self._stop = Stop(self._peers)
@@ -95,6 +94,8 @@ class Guard:
 
     def __enter__(self) -> "Guard":
         self.progress.at("starting")
+        if self._peers is not None:  # keys of an earlier guard of this job are not ours
+            self._peers.scope = f"shardtrain/{next(_numbers)}"
         self._watch.start()
         return self
 

@@ -40,6 +40,7 @@ def run(
     rows: list[Row] = []
     begun = done = int(trainer.state.step)
     pending: tuple[int, range, dict[str, jax.Array]] | None = None
+    kept: int | None = None
     clock = time.perf_counter()
     progress, feed = guard.progress, iter(batches)
     guard.start(done, steps, trainer.mesh.shape)
@@ -73,8 +74,10 @@ def run(
             _roll_back(trainer, guard, checkpoints, done)
 
     def save() -> None:
+        nonlocal kept
         settle()
-        if checkpoints is not None:
+        if checkpoints is not None and kept != done:
+            kept = done
             progress.at("checkpoint")
             path = trainer.save(checkpoints, rows[-1] if rows else None)
             guard.say("checkpoint", done, f"being written to {path}", path=str(path))

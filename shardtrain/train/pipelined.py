@@ -59,18 +59,34 @@ class Plan:
         cls,
         mesh: Mesh,
         microbatches: int,
-        schedule: str | Path | Schedule,
+        schedule: str | Path | Schedule | None,
         stages: str | None,
         in_flight: int | None,
         remat: str | Callable[..., bool] | None,
         overlap: bool,
-    ) -> "Plan":
-        """The plan that a user asked for.
+    ) -> "Plan | None":
+        """The plan that a user asked for; None on a mesh without stages.
 
         Raises:
-            UserError: a schedule that there is not, or of other sizes; a `remat` that stages cannot do.
+            UserError: a schedule that there is not, or of other sizes; a `remat` that stages cannot do;
+                anything of stages where there are none.
         """
-        ranks = mesh.shape[AXIS]
+        ranks = size(mesh, AXIS)
+        if ranks == 1:
+            asked = {
+                "schedule": schedule,
+                "stages": stages,
+                "in_flight": in_flight,
+                "overlap": overlap or None,
+            }
+            for name, value in asked.items():
+                if value is not None:
+                    raise UserError(
+                        f"{name}={value!r} on mesh {text(mesh)}, which has no stages; add pipe=2 or more to "
+                        f"the mesh, or leave {name} out"
+                    )
+            return None
+        schedule = "1f1b" if schedule is None else schedule
         if remat not in (None, "nothing"):
             raise UserError(
                 f"remat={remat!r} on a mesh with pipe={ranks}; stages keep all that the backward pass needs "

@@ -58,19 +58,19 @@ class Variables:
 
     def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parameters and other variables by name, arrays or shapes; random keys as their raw words."""
-        return _flatten(self._params), _flatten(self._state)
+        return flatten(self._params), flatten(self._state)
 
     def model(
         self, params: Mapping[str, Array], model_state: Mapping[str, Array], *, train: bool
     ) -> nnx.Module:
         """The model with these values; usable inside `jit`."""
         graph = self.train_graph if train else self.eval_graph
-        return nnx.merge(graph, _fill(self._params, params), _fill(self._state, model_state))
+        return nnx.merge(graph, fill(self._params, params), fill(self._state, model_state))
 
     @staticmethod
     def state_of(model: nnx.Module) -> dict[str, Array]:
         """The model's variables that are no parameters, after a call may have changed them."""
-        return _flatten(_split(model)[2])
+        return flatten(_split(model)[2])
 
     def is_random(self) -> dict[str, bool]:
         """Which of the other variables are random streams."""
@@ -91,12 +91,15 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
 
 
-def _flatten(state: nnx.State) -> dict[str, Any]:
+def flatten(state: nnx.State) -> dict[str, Any]:
+    """Values by name, random keys as their raw words."""
     values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     return {key: _words(v) if _is_key(v) else v for key, v in values.items()}
 
 
-def _fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+def fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+    """The state with the values that `flatten` gives."""
+
     def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         old, new = variable.get_value(), values[name(path)]
         return variable.replace(
@@ -190,6 +193,11 @@ def bytes_on_a_device(tree: Any) -> int:
     for x in jax.tree.leaves(tree):
         held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
     return max(held.values())
+
+
+def one_replica(values: Any, shapes: Any, number: int) -> Any:
+    """A tree of arrays of `shapes`, of which those that have one more dimension give one replica's."""
+    return jax.tree.map(lambda x, s: x[number] if x.ndim > len(s.shape) else x, values, shapes)
 
 
 def is_shapes(tree: Any) -> bool:

@@ -72,14 +72,12 @@ class Kept(PreservationPolicy):
 
 def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str, Any]) -> Any:
     """The state in a checkpoint; it is compared with `like` first, for Orbax would cut and fill up arrays."""
-    target = jax.tree.map(
-        lambda x: (
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            if isinstance(x, jax.Array)
-            else np.asarray(x)
-        ),
-        like,
-    )
+
+    def wanted(x: Any) -> Any:
+        placed = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if placed else np.asarray(x)
+
+    target = jax.tree.map(wanted, like)
     handler = Handler()
     there = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
     here = ocp.tree.to_flat_dict(target)

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -107,21 +108,51 @@ class Stowed:
 
     def named(self, state: TrainState) -> TrainState:
         """The same state as ordinary named arrays, each on the devices of its stage."""
-        params, model_state, opt = (h.unpack(*getattr(state, g)) for g, h in self.holds.items())
+        return self._named(state.step, [h.unpack(*getattr(state, g)) for g, h in self.holds.items()])
+
+    @cached_property
+    def spread_shapes(self) -> TrainState:
+        """Shapes of what `spread_out` returns, and where it lies."""
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(self.mesh, P()))
+        return self._named(step, [held.spread_shapes for held in self.holds.values()])
+
+    def spread_out(self, state: TrainState) -> TrainState:
+        """The state as ordinary named arrays, on all devices: a checkpoint is written from these."""
+        return self._spreader(state)
+
+    def gathered(self, spread: TrainState) -> TrainState:
+        """The packed state again, from what `spread_out` returns."""
+        return self._gatherer(spread)
+
+    @cached_property
+    def _spreader(self) -> Any:
+        def run(state: TrainState) -> TrainState:
+            return self._named(state.step, [h.spread(*getattr(state, g)) for g, h in self.holds.items()])
+
+        return self._on_all(run, self.state_specs, self._spread_specs)
+
+    @cached_property
+    def _gatherer(self) -> Any:
+        def run(spread: TrainState) -> TrainState:
+            groups = (h.gather(jax.tree.leaves(getattr(spread, g))) for g, h in self.holds.items())
+            return TrainState(spread.step, *groups)
+
+        return self._on_all(run, self._spread_specs, self.state_specs)
+
+    @property
+    def _spread_specs(self) -> TrainState:
+        return jax.tree.map(lambda s: s.sharding.spec, self.spread_shapes)
+
+    def _on_all(self, run: Any, ins: TrainState, outs: TrainState) -> Any:
+        return jax.jit(jax.shard_map(run, mesh=self.mesh, in_specs=(ins,), out_specs=outs, check_vma=False))
+
+    def _named(self, step: Any, groups: Sequence[Sequence[Any]]) -> TrainState:
+        params, model_state, opt = groups
         return TrainState(
-            state.step,
+            step,
             dict(zip(self.names["params"], params, strict=True)),
             dict(zip(self.names["model_state"], model_state, strict=True)),
             jax.tree.unflatten(self.opt_tree, opt),
-        )
-
-    def one_replica(self, values: Any, number: int) -> Any:
-        """Parameters and variables of one of the replicas in `named`."""
-        return tuple(
-            {key: x[number] if x.ndim > len(shapes[key].shape) else x for key, x in group.items()}
-            for group, shapes in zip(
-                values, (self.named_shapes.params, self.named_shapes.model_state), strict=True
-            )
         )
 
     @cached_property

@@ -37,6 +37,7 @@ from shardtrain.train.state import (
     bytes_on_a_device,
     initial_state,
     is_shapes,
+    one_replica,
     opt_state_specs,
     shardings,
 )
@@ -62,11 +63,11 @@ class Trainer:
         parameters: mesh axes over which parameters and optimizer state are spread.
         accumulate: microbatches per update, which pass through the stages on a mesh with `pipe`; equal to the
             big batch, but batch norm normalizes by the statistics of a microbatch.
-        schedule: of a mesh with `pipe`: one of `pipeline.NAMES`, a `.csv` file, or a `pipeline.Schedule`.
+        schedule: with `pipe`: one of `pipeline.NAMES` (1f1b by default), a `.csv` file, or a `Schedule`.
         stages: which layers make up each stage, see `pipeline.split`; of equal cost by default.
         in_flight: activations, of a microbatch in a stage, that a rank may hold; the schedule's by default.
         overlap: what a stage sends travels while the next tick computes, and is used a tick later.
-        statistics: what moves running statistics of batch norms: each `"microbatch"`, or the `"batch"`, once.
+        statistics: running statistics of batch norms move by each `"microbatch"` as scheduled, or `"batch"`.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
             convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
@@ -94,7 +95,7 @@ class Trainer:
         layout: partition.LayoutTable | None = None,
         parameters: str | Axes = (),
         accumulate: int = 1,
-        schedule: str | Path | pipeline.Schedule = "1f1b",
+        schedule: str | Path | pipeline.Schedule | None = None,
         stages: str | None = None,
         in_flight: int | None = None,
         overlap: bool = False,
@@ -132,9 +133,7 @@ class Trainer:
             deferred,
             skip_bad,
         )
-        self._plan: Plan | None = None
-        if size(self.mesh, AXIS) > 1:
-            self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
+        self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
         plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
         masks = [name(path) for path, m in plain if isinstance(m, nnx.Dropout)]
@@ -175,10 +174,12 @@ class Trainer:
             raise UserError(f"replica {number}: there are {copies}, from 0")
         named = self._named()
         values = named.params, named.model_state
-        if self.pipeline is not None and REPLICA in self.mesh.shape:
-            values = self.pipeline.one_replica(values, number)
+        if REPLICA in self.mesh.shape:
+            values = one_replica(values, (self._shapes.params, self._shapes.model_state), number)
         if self.pipeline is not None:  # each stage's arrays are elsewhere, and a call needs them together
             values = jax.device_put(values, self.mesh.devices.flat[0])
+        elif self._plan is not None:  # on the host until then
+            values = jax.tree.map(jnp.asarray, values)
         return self._variables.model(*values, train=False)
 
     def _named(self) -> TrainState:
@@ -359,7 +360,8 @@ class Trainer:
         if not isinstance(folder, Checkpoints):
             with Checkpoints(folder) as checkpoints:
                 return self.save(checkpoints, metrics)
-        named = self._named()
+        arrays = self._arrays()
+        named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
         about = {"mesh": text(self.mesh), "examples": self.examples}
         tree = by_field(named) | {"examples": np.int64(self.examples)}
         return folder.save(int(named.step), tree, metrics, about)
@@ -379,11 +381,11 @@ class Trainer:
         """
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        like = by_field(self._named()) | {"examples": np.int64(0)}
-        _, tree = checkpoints.restore(like, several, step)
+        like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
+        _, tree = checkpoints.restore(by_field(like) | {"examples": np.int64(0)}, several, step)
         self.examples = int(tree.pop("examples"))
         named = TrainState(**tree)
-        self.state = named if self.pipeline is None else self.pipeline.packed(named)
+        self.state = named if self.pipeline is None else self.pipeline.gathered(named)
         return int(self.state.step)
 
     @property

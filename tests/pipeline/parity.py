@@ -17,13 +17,21 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import shardtrain as st
-from shardtrain.pipeline import Schedule, lockstep
+from shardtrain.mesh import parse
+from shardtrain.pipeline import Schedule, lockstep, make
 from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.table import COLUMNS, Table, build
 from shardtrain.train.pipelined import Microbatch, Pipelined, _back, _rows
 from shardtrain.train.state import TrainState
 
+from .models import MODELS, data
+
 TOLERANCE = 1e-10
+MICROBATCHES = 4
+GROUPS = ["one stage a rank", "interleaved", "v"]
+
+NOTHING = 1e-12
+"""An array this much smaller than the largest is rounding of zeros, as a bias's gradient before a batch norm."""
 
 
 def merged(tables: Sequence[Table]) -> Table:
@@ -138,9 +146,13 @@ class Case:
             out.append((jax.device_get(named), jax.device_get(held), jax.device_get(sums)))
         return out
 
-    def alone(self) -> tuple[dict, dict, list]:
-        """The same on one device: gradients and variables summed and moved microbatch by microbatch."""
-        program, parts = self.trainer._program, self.pipeline.schedule.microbatches
+    def alone(self, parts: int | None = None) -> tuple[dict, dict, list]:
+        """The same on one device: gradients and variables summed and moved microbatch by microbatch.
+
+        Args:
+            parts: how many microbatches; as many as in the pipeline by default.
+        """
+        program, parts = self.trainer._program, parts or self.pipeline.schedule.microbatches
         first = jax.devices()[0]
         inputs, targets, real = jax.device_put(
             jax.device_get((*self.batch.cropped(), self.batch.real)), first
@@ -164,11 +176,59 @@ class Case:
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:
-    """Relative to the largest value of each array; not a number counts as different."""
-    gaps = [
-        np.abs(np.asarray(a, float) - np.asarray(b, float)).max()
-        / max(1e-3, np.abs(np.asarray(b, float)).max())
+    """Of all arrays, each relative to its own largest value; not a number counts as different."""
+    pairs = [
+        (np.asarray(a, float), np.asarray(b, float))
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     ]
-    worst = max(gaps, default=0.0)
-    return float("inf") if np.isnan(gaps).any() else float(worst)
+    nothing = NOTHING * max((np.abs(b).max(initial=0) for _, b in pairs), default=0.0)
+
+    def gap(a: np.ndarray, b: np.ndarray) -> float:
+        scale = np.abs(b).max(initial=0)
+        if scale <= nothing:
+            return 0.0 if np.abs(a).max(initial=0) <= nothing else float("inf")
+        return float(np.abs(a - b).max() / scale)
+
+    gaps = [gap(a, b) for a, b in pairs]
+    return float("inf") if np.isnan(gaps).any() else max(gaps, default=0.0)
+
+
+def schedules(ranks: int, group: str) -> list[Schedule]:
+    """The schedules of one placement of stages, as asked, split and fused."""
+    m = MICROBATCHES
+    if group == "interleaved":
+        twice = make("interleaved", ranks, m, 2)
+        return [twice, twice.with_split()]
+    if group == "v":
+        v = make("zb-v", ranks, m)
+        return [v, v.with_fused()]
+    once = [make(name, ranks, m) for name in ("gpipe", "1f1b", "zb-h1")]
+    return [*once, once[0].with_split(), once[1].with_split(), once[2].with_fused()]
+
+
+def check(name: str, mesh: str, group: str, rows: int) -> None:
+    """Gradients, variables and sums of every schedule of a group are those of one device.
+
+    Args:
+        name: of a model in `MODELS`.
+        mesh: with `pipe`.
+        group: one of `GROUPS`.
+        rows: of the batch.
+    """
+    kind, _ = MODELS[name]
+    group_of = schedules(parse(mesh)["pipe"], group)
+    case = Case.of(kind(nnx.Rngs(0)), mesh, *data(name, rows), group_of[0])
+    alone = case.alone()
+    if not alone[1]:  # without batch norm the microbatches are the batch as it is
+        assert_same(case.alone(1), alone, "one batch")
+    for schedule, found in zip(group_of, case.run(group_of), strict=True):
+        assert_same(found, alone, schedule.name)
+
+
+def assert_same(ours: tuple, theirs: tuple, name: str) -> None:
+    """Gradients, variables and sums agree."""
+    for what, a, b in zip(("gradients", "variables", "sums"), ours, theirs, strict=True):
+        assert type(a) is type(b)
+        assert not isinstance(a, dict) or set(a) == set(b), f"{name}: other {what}"
+        gap = largest_difference(a, b)
+        assert gap < TOLERANCE, f"{name}: {what} differ by {gap:.1e}"

@@ -10,7 +10,7 @@ from shardtrain.pipeline import make
 from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.table import COLUMNS
 
-from .parity import TOLERANCE
+from .parity import TOLERANCE, largest_difference
 from .tables import legal
 from .tiny import Runs
 
@@ -180,3 +180,12 @@ def test_wrong_stages_are_noticed(mutant):
     assert len(runs.case.pipeline.programs[0].outs) > 1
     gap = runs.gap(runs.rows(schedule))
     assert (gap < TOLERANCE) if mutant == "right" else (gap > 1e-6)
+
+
+def test_every_array_counts_by_its_own_size():
+    right = [np.ones(3), np.full(2, 1e-7), np.array([1e-16])]
+    assert largest_difference(right, right) == 0
+    assert largest_difference([right[0], np.array([1e-7, 1.1e-7]), right[2]], right) == pytest.approx(0.1)
+    assert largest_difference([*right[:2], np.array([-3e-16])], right) == 0  # rounding of zero
+    assert largest_difference([*right[:2], np.array([1e-7])], right) == float("inf")
+    assert largest_difference([np.full(3, np.nan), *right[1:]], right) == float("inf")

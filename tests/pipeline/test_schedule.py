@@ -154,7 +154,7 @@ BAD = [
     ("", "schedule 'mine' is empty; write a row of actions such as 0F0,0B0 for each rank"),
     ("0F0,0B0\n,,x", "row 2, column 3: 'x' is no action; write stage, one of F B I W, microbatch, such as 2F0"),
     ("0F0,0B0\n\n1F0,0B1", "row 3, column 2: 0B1 belongs to stage 0, which already stands in row 1; keep a stage in one row"),
-    ("0F0,0B0\n2F0,2B0", "schedule 'mine' has a stage 2 and no stage 1; number stages from 0"),
+    ("0F0,0B0\n2F0,2B0", "has a stage 2 (2F0 in row 2, column 1) and no stage 1; number stages from 0"),
     ("0F0,0I0,0B0,0W0", "rank 0 does 0B0 and 0I0; leave out either B, or I and W"),
     ("0F0,0B0,0W0", "rank 0 does 0W0 before 0I0; put 0I0 first"),
     ("0B0,0F0", "rank 0 does 0B0 before 0F0; put 0F0 first"),
@@ -233,6 +233,20 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
         UserError, match="not for 2 ranks and 4 microbatches in 1 chunks; ask for what it has"
     ):
         make(str(path), 2, 4, chunks=1)
+    # What is illegal is named where the file is otherwise of the right size, and the size where it is not.
+    path.write_text(make("1f1b", 2, 4).to_csv().replace("1F3", "1F7"))
+    with pytest.raises(UserError, match="rank 1 does 1F7, and there are only microbatches 0 to 3; leave it"):
+        make(str(path), 2, 4)
+    for ranks, microbatches in ((2, 8), (2, 3), (4, 4)):
+        path.write_text(make("1f1b", ranks, microbatches).to_csv())
+        with pytest.raises(
+            UserError,
+            match=rf"for {ranks} ranks, {microbatches} micro.* has \(pipe={ranks} and {microbatches} micro",
+        ):
+            make(str(path), 2, 4)
+    path.write_text(make("1f1b", 2, 8).to_csv().replace("1F3", "1F4"))
+    with pytest.raises(UserError, match=r"is for 2 ranks, 8 microbatches .* not for 2 ranks and 4 micro"):
+        make(str(path), 2, 4)
     path.write_text("0F0,0B0\n1B0,1F0")
     with pytest.raises(UserError, match=r"'mine\.csv': rank 1 does 1B0 before 1F0; put 1F0 first"):
         make(str(path), 2, 1)

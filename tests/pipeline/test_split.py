@@ -474,6 +474,12 @@ def test_more_stages_than_there_are_places():
         UserError, match=r"can be cut into (\d+) stages at most, not 900, .* use \1 stages \(pipe=\1\)"
     ):
         split(resnet8(), (8, 8, 8, 1), 900)
+    with pytest.raises(
+        UserError,
+        match=r"4 stages at most, not 5, .* 'end.kernel' is used from the layer 'first' to 'end'; "
+        r"use 4 stages \(pipe=4\) or give these layers parameters of their own",
+    ):
+        split(Tied(), (4, 6), 5)
     for stages in (0, True):
         with pytest.raises(UserError, match="give a number from 1 up"):
             split(resnet8(), (8, 8, 8, 1), stages)

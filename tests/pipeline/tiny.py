@@ -11,6 +11,7 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.pipeline import Schedule, lockstep
+from shardtrain.pipeline.hold import Held
 from shardtrain.pipeline.run import Machine
 from shardtrain.pipeline.table import Table, build
 
@@ -85,5 +86,21 @@ class Runs:
 
     def gap(self, rows: np.ndarray) -> float:
         """How much gradients, variables and sums differ from those of one device."""
-        ours = self.program(jnp.asarray(rows), self.case.state, self.case.batch)
-        return largest_difference(jax.device_get(ours), self.whole)
+        ours = jax.device_get(self.program(jnp.asarray(rows), self.case.state, self.case.batch))
+        pipe = self.case.pipeline
+        held = (pipe.params, pipe.state, None)
+        return max(
+            largest_difference(_parts(kept, mine), _parts(kept, alone))
+            for kept, mine, alone in zip(held, ours, self.whole, strict=True)
+        )
+
+
+def _parts(held: Held | None, values: Any) -> Any:
+    """Packed arrays one by one, as every device has them; and the buffers, whose padding counts too."""
+    if held is None:
+        return values
+    axis = held.mesh.axis_names.index("pipe")
+    return values, [
+        values[place.dtype].take(held.ranks[i], axis)[..., place.start : place.start + place.size]
+        for i, place in held.places.items()
+    ]

@@ -77,7 +77,7 @@ class Job:
         return [row for row in rows if row["event"] == kind]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
     with Job(tmp_path / "a") as job:
         job.wait_for_step(5)
@@ -145,6 +145,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
         assert first["rank"] == rank
 
 
+@pytest.mark.slow
 def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
     with Job(tmp_path, fault="user error", rank=1, at=4) as job:
         assert job.codes(limit=40) == [2, 2]
@@ -153,6 +154,7 @@ def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
         assert "rank 1 failed: this folder is empty" in job.err(0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
     with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:
         job.wait_for_step(5)

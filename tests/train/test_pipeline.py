@@ -1,5 +1,6 @@
 """Training on meshes with `pipe`: step by step what the same microbatches are on one device, in float64."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -7,7 +8,19 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from pipelines import Deep, Small, batches, close, fit, images, masked_adamw, same, trainer, wide
+from pipelines import (
+    MICROBATCHES,
+    Deep,
+    Small,
+    batches,
+    close,
+    fit,
+    images,
+    masked_adamw,
+    same,
+    trainer,
+    wide,
+)
 
 import shardtrain as st
 from shardtrain.errors import UserError
@@ -47,6 +60,28 @@ def test_a_step_is_that_of_one_device():
     same(ours, theirs, batches())
     assert not np.array_equal(ours.model.norm.mean[...], np.zeros(4))
     np.testing.assert_array_equal(ours.model.idle.kernel[...], Small().idle.kernel[...])
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Three steps of SGD with momentum on one device: what is reported, and the state afterwards."""
+    one = trainer("data=1")
+    return fit(one, batches()), one._named()
+
+
+@pytest.mark.parametrize("mesh", ["pipe=2,data=2", "pipe=4"])
+@pytest.mark.parametrize("schedule", st.pipeline.NAMES)
+def test_every_schedule_trains_as_one_device(alone, schedule, mesh):
+    one = trainer(mesh, schedule=schedule)
+    close(fit(one, batches()), alone[0])
+    close(one._named(), alone[1])
+    assert one.pipeline.schedule.name.startswith(schedule)
+
+
+def test_microbatches_are_the_big_batch():
+    """Where nothing is normalized by a microbatch: masks of dropout are those of the batch, too."""
+    ours = trainer("pipe=2,data=2", model=Small(norm=False))
+    same(ours, trainer("data=1", model=Small(norm=False), accumulate=1), batches())
 
 
 def some(cases, quick):
@@ -104,6 +139,30 @@ def test_statistics_of_the_batch_are_those_without_microbatches():
     close(running("pipe=2,data=2", statistics="batch"), whole)
     for key, value in running("pipe=2,data=2").items():
         assert np.abs(value - whole[key]).max() > 0.1
+
+
+def test_running_statistics_move_in_the_order_of_the_schedules_forwards():
+    """Microbatches done last first are those of a batch whose rows are so arranged, in order."""
+    forth = st.pipeline.make("gpipe", 2, MICROBATCHES)
+    back = dataclasses.replace(
+        forth,
+        orders=tuple(
+            tuple(a._replace(microbatch=MICROBATCHES - 1 - a.microbatch) for a in order)
+            for order in forth.orders
+        ),
+    )
+    x, y = images(16)
+    x = x + np.arange(16)[:, None, None, None] % MICROBATCHES
+    turned = np.arange(16).reshape(-1, MICROBATCHES)[:, ::-1].ravel()
+
+    def running(mesh, rows=slice(None), **kwargs):
+        one = trainer(mesh, model=wide(Small(rate=0.0)), **kwargs)
+        fit(one, [(x[rows], y[rows])])
+        return np.array(one._named().model_state["norm.mean"])
+
+    ours = running("pipe=2", schedule=back)
+    close(ours, running("data=1", turned))
+    assert np.abs(ours - running("data=1")).max() > 1e-3
 
 
 def test_low_precision_is_sent_as_such():
@@ -266,6 +325,17 @@ def test_trees_of_inputs_and_outputs():
     close(ours.evaluate(data), theirs.evaluate(data))
 
 
+@pytest.mark.parametrize("mesh", ["data=2", "pipe=1"])
+@pytest.mark.parametrize(
+    "asked", [{"schedule": "1f1b"}, {"stages": "wide|deep"}, {"in_flight": 2}, {"overlap": True}], ids=str
+)
+def test_what_is_asked_of_stages_that_there_are_not_is_refused(mesh, asked):
+    ((name, value),) = asked.items()
+    message = rf"{name}={value!r} on mesh {mesh}, which has no stages; add pipe=2 .* or leave {name} out"
+    with pytest.raises(UserError, match=message.replace("|", r"\|")):
+        trainer(mesh, model=Deep(), **asked)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -281,6 +351,7 @@ def test_trees_of_inputs_and_outputs():
         ),
         (lambda: trainer("pipe=2", schedule="mine.csv"), "schedule file mine.csv cannot be read"),
         (lambda: trainer("pipe=2", schedule="interleaved", in_flight=1), "holds 5 activations on a rank, not 1; allow 5"),
+        (lambda: trainer("pipe=2", parameters="pipe"), "parameters='pipe', but a mesh with pipe keeps each stage's"),
         (lambda: trainer("pipe=2", remat="contractions"), "stages keep all .* or only their inputs \\('nothing'\\)"),
         (lambda: trainer("pipe=2", stages="stem|norm|drop"), "stage"),
         (lambda: trainer("pipe=2", stages="stem|neck"), "neck"),
