@@ -9,8 +9,8 @@ T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W ta
 no time. A line of the table shows the unpipelined run alone, held to one core: what it is faster by is what
 cores take from each other, whatever they do.
 
-Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would be given back
-and every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each;
+Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
+every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each;
 ratios are medians over the rounds. A step during which other processes took cores is done again, while there
 is patience. Linux only, whose `/proc` says so.
 
