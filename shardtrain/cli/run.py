@@ -216,14 +216,13 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     check(flags)
     cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
     start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
-    mesh = make_mesh(flags.mesh)
-    out = check_out(flags.out)
-    with guards.guard(flags, out) as guard:
-        guarded(flags, make_task, mesh, out, guard)
+    with guards.guard(flags, flags.out.expanduser().absolute()) as guard:
+        guarded(flags, make_task, guard)
 
 
-def guarded(flags: Flags, make_task: Callable[[Flags], Task], mesh: Mesh, out: Path, guard: Guard) -> None:
-    """The run itself."""
+def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> None:
+    """The run itself: what goes wrong in one process ends all."""
+    mesh, out = make_mesh(flags.mesh), check_out(flags.out)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
     own = Checkpoints(out / "checkpoints", every=flags.checkpoint_every, keep=flags.keep, manifest=said)

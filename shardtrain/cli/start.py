@@ -156,5 +156,6 @@ def open_run(folder: Path, *, resume: bool) -> None:
 
 
 def _run_of(folder: Path) -> list[str]:
-    """Names of the files of the run in a folder, earlier runs left out."""
-    return [f.name for f in folder.iterdir() if not f.name.startswith("earlier-")] if folder.exists() else []
+    """Names of the files of the run in a folder, without earlier runs and what other processes try there."""
+    aside = ("earlier-", ".write-test-", ".doctor-")
+    return [f.name for f in folder.iterdir() if not f.name.startswith(aside)] if folder.exists() else []

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shardtrain import UserError
+from shardtrain.cli.start import check_out
 from shardtrain.launch.local import free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +56,7 @@ def test_processes_give_the_losses_of_one(tmp_path):
         assert got["processes"] == processes
         np.testing.assert_allclose(got["losses"], result(tmp_path / "1")["losses"], rtol=1e-5)
         assert len((tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()) == 6
-        assert {line[:3] for line in done.stdout.splitlines() if "Gloo" not in line} == {"[0]"}
+        assert {line[:3] for line in done.stdout.splitlines() if "│" in line} == {"[0]"}
         assert "kept in" not in done.stderr  # nobody moved aside what another had begun
 
 
@@ -266,3 +268,11 @@ def test_twenty_kills_at_random_moments(tmp_path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 401))
     np.testing.assert_allclose([row["loss"] for row in rows], losses, rtol=1e-6)
+
+
+def test_processes_that_try_one_folder_are_not_foreign_to_each_other(tmp_path):
+    (tmp_path / ".write-test-0123456789abcdef").mkdir()  # another's, or left behind by a kill
+    assert check_out(tmp_path) == tmp_path
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"no run of ours, such as thesis\.tex"):
+        check_out(tmp_path)

@@ -93,7 +93,7 @@ def test_doctor_over_hosts(up, tmp_path):
     statuses, said = ends([start(up, rank, 3, [*DOCTOR, "--out", str(tmp_path)]) for rank in range(3)])
     assert statuses == [0, 0, 0], said
     assert "all 3 are there, on 3 hosts" in said[0]
-    assert "is that of process 0" in said[0]
+    assert "shared folder" in said[0]
 
 
 def test_doctor_sees_folders_that_are_not_shared(up, tmp_path):
