@@ -3,8 +3,8 @@
     python tools/bench_checkpoint.py --markdown
 
 A ResNet-18 in float32 with adam, on batches of random images. Blocks of steps take turns: in every other
-one a save is begun before the first step. "While it is written" are the steps that ended before the checkpoint
-was complete; "a block with a save" is all of it, from the call of save on. Bandwidths are of the run's
+one a save is begun before the first step. "While it is written" are the steps that ended before it was
+complete; "a block with a save" is all of it, from the call of save on. Bandwidths are of the run's
 bytes, with no steps beside; the copy is of one file of as many bytes, in the same folder.
 """
 
@@ -77,12 +77,17 @@ class Bench:
         }
 
     def with_save(self, count: int) -> dict[str, float]:
-        """Seconds of a step while a save is on, of the call that begins it, of all of it, and of the block."""
+        """Seconds of a step while a save is on, of the call that begins it, of it all, and of the block."""
         clock = time.perf_counter()
         self.trainer.save(self.checkpoints)
         blocked = time.perf_counter() - clock
         ended: list[float] = []
-        watch = threading.Thread(target=lambda: ended.append(self.checkpoints.wait() or time.perf_counter()))
+
+        def watching() -> None:
+            self.checkpoints.wait()
+            ended.append(time.perf_counter())
+
+        watch = threading.Thread(target=watching)
         watch.start()
         times = self.steps(count)
         block = time.perf_counter() - clock
@@ -185,9 +190,9 @@ def caption(found: dict[str, Any]) -> str:
     during = statistics.median(row["steps"] for row in found["with"])
     return (
         f"ResNet-18 with adam, {found['bytes'] / 1e6:,.0f} MB, mesh {found['mesh']}, simulated devices: "
-        f"steps and writers share the cores. Medians of {found['rounds']} rounds in turns; speed: without over "
-        f"with. The call of save takes {blocked:,.0f} ms, all of it {written:,.0f} ms and {during:.0f} steps. "
-        f"{machine()}."
+        f"steps and writers share the cores. Medians of {found['rounds']} rounds in turns; speed: without "
+        f"over with. The call of save takes {blocked:,.0f} ms, all of it {written:,.0f} ms and {during:.0f} "
+        f"steps. {machine()}."
     )
 
 

@@ -164,7 +164,7 @@ class Held:
                 cuts[dim] = (*cuts[dim], "pipe")
             several = self._several if i in self.places else ()
             shape = (*(self.mesh.shape[axis] for axis in several), *s.shape)
-            lie = spec([*([axis] for axis in several), *cuts]) if i in self.places else P()
+            lie = spec([*((axis,) for axis in several), *cuts]) if i in self.places else P()
             out.append(jax.ShapeDtypeStruct(shape, s.dtype, sharding=NamedSharding(self.mesh, lie)))
         return out
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Checkpoints:
         every: steps from one to the next; by default there is only one, at the end of `Trainer.fit`.
         keep: how many of the last ones are kept; None keeps all.
         best: a metric by which the best one is kept, too.
-        mode: of that metric.
+        mode: "max" or "min", which of that metric is better.
         manifest: more entries of each checkpoint's `manifest.json`, of JSON's types, such as a run's flags.
 
     Raises:
@@ -55,7 +55,7 @@ class Checkpoints:
         every: int | None = None,
         keep: int | None = 3,
         best: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        mode: str = "max",
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (("every", every), ("keep", keep)):
@@ -90,7 +90,7 @@ class Checkpoints:
 
         They are those that the first process sees: a network file system may show the others older ones.
         """
-        return [int(step) for step in everyone(" ".join(map(str, self._here()[-100:])))[0].split()]
+        return [int(step) for step in everyone(" ".join(map(str, self._here()[-50:])))[0].split()]
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
@@ -305,7 +305,8 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> UserError:
         self._saved = None
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].rpartition('": ')[2][:300]  # tensorstore names many files before it says why
         left = ", ".join(map(str, self._here())) or "none"
         return UserError(
             f"a checkpoint could not be written to {self.folder} ({reason}); make room there, or name "

@@ -67,7 +67,7 @@ def test_the_resume_matrix(straight, tmp_path):
         assert one.examples == len(losses) * BATCH
         before = whole(one)
     np.testing.assert_allclose(losses, straight[0], rtol=1e-9)
-    close(before, straight[1], 1e-9)
+    close(before, straight[1], 1e-7)  # adam makes steps of rounding errors
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_the_manifest_says_what_the_run_was(saved):
 
 
 def data_file(folder):
-    """The largest file: arrays, and no index."""
+    """The largest file."""
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -191,16 +191,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     assert Checkpoints(folder).newest()[0] == 8
 
 
-def test_orbax_alone_restores_a_flipped_bit(saved, other, tmp_path, monkeypatch):
+def test_orbax_alone_restores_a_flipped_bit(tmp_path, monkeypatch):
     """Why there are checksums; when this fails, Orbax has its own and ours may go."""
-    folder = shutil.copytree(saved, tmp_path / "copy")
-    flipped(folder / "6")
+    state = {"x": np.arange(100_000.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+    flipped(tmp_path / "1")
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+        Checkpoints(tmp_path).restore(state)
     monkeypatch.setattr(manifest, "verify", lambda *_: None)
-    assert other.restore(folder) == 6
-    wrong = whole(other)
-    other.restore(saved)
-    with pytest.raises(AssertionError):
-        close(wrong, whole(other), 0)
+    _, found = Checkpoints(tmp_path).restore(state)
+    assert (found["x"] != state["x"]).sum() == 1
 
 
 def test_where_all_are_damaged_nothing_is_restored(saved, other, tmp_path):
