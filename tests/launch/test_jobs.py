@@ -44,22 +44,23 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-def test_processes_give_the_losses_of_one(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_give_the_losses_of_one(tmp_path, processes):
     """float32, the numbers of one process on the same mesh; the run's files are those of process 0 alone."""
     mesh = ["--mesh", "data=2,height=2", "--steps", "6"]
     one = run([*RECIPE, *mesh, "--out", str(tmp_path / "1")])
     assert one.returncode == 0, one.stderr
-    for processes in (2, 4):
-        done = run([*launch("-n", processes), *RECIPE, *mesh, "--out", str(tmp_path / str(processes))])
-        assert done.returncode == 0, done.stderr
-        got = result(tmp_path / str(processes))
-        assert got["processes"] == processes
-        np.testing.assert_allclose(got["losses"], result(tmp_path / "1")["losses"], rtol=1e-5)
-        assert len((tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()) == 6
-        assert {line[:3] for line in done.stdout.splitlines() if "│" in line} == {"[0]"}
-        assert "kept in" not in done.stderr  # nobody moved aside what another had begun
+    done = run([*launch("-n", processes), *RECIPE, *mesh, "--out", str(tmp_path / "several")])
+    assert done.returncode == 0, done.stderr
+    got = result(tmp_path / "several")
+    assert got["processes"] == processes
+    np.testing.assert_allclose(got["losses"], result(tmp_path / "1")["losses"], rtol=1e-5)
+    assert len((tmp_path / "several" / "metrics.jsonl").read_text().splitlines()) == 6
+    assert {line[:3] for line in done.stdout.splitlines() if "│" in line} == {"[0]"}
+    assert "kept in" not in done.stderr  # nobody moved aside what another had begun
 
 
+@pytest.mark.slow
 def test_compare_shows_one_device_beside_two_processes(tmp_path):
     done = run(
         [*launch("-n", 2), *RECIPE, "--mesh", "data=2", "--steps", "3", "--compare", "--out", str(tmp_path)]
