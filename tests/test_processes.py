@@ -37,7 +37,7 @@ def run(processes: int, devices: int, spec: str, out: Path) -> list[dict]:
     return [json.loads((out / f"{spec}-{processes}-{rank}").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("spec", ["data=2,height=2", "data=4"])
+@pytest.mark.parametrize("spec", ["data=2,height=2", pytest.param("data=4", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(spec, tmp_path):
     (one,) = run(1, 4, spec, tmp_path)
     two = run(2, 2, spec, tmp_path)

@@ -266,10 +266,9 @@ class Checkpoints:
         """The manager, in a folder that holds nothing newer than what the run was taken up from."""
         if self._manager is None:
             since = step if self._saved is None else self._saved + 1
-            later = [s for s in self.steps() if s >= since]
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for other in later:
+                for other in (s for s in self._here() if s >= since):
                     self._set_aside(other)
             meet("checkpoints are set aside")
             self._read_scores()

@@ -46,8 +46,8 @@ class Guard:
 
     Args:
         folder: of the run, for `events.jsonl` and `profile/`; None for a run without files.
-        watchdog: seconds without progress, five times as many for the start, compilations, the evaluation
-            and the end; None: no limit.
+        watchdog: seconds without progress, five times as many for the start, compilations, saves, the
+            evaluation and the end; None: no limit.
         on_nan: after a bad step `"stop"` with a sentence; `"skip"`, its update is not applied (the trainer
             must be one with `skip_bad=True`); `"rollback"` to the last checkpoint and go on with the batch
             behind the bad one (`fit` must have `checkpoints`); None: nothing.

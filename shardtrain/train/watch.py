@@ -23,9 +23,9 @@ from shardtrain.train.profile import Clock, Progress
 from shardtrain.train.stop import Stop
 
 PATIENCE = 5
-"""How many times as long as a step the start, a compilation, the evaluation and the end may take."""
+"""How many times as long as a step the start, a compilation, a save, the evaluation and the end may take."""
 
-SLOW = ("starting", "compiling", "evaluating", "ending")
+SLOW = ("starting", "compiling", "checkpoint", "evaluating", "ending")
 
 PERIOD = 1.0
 """Seconds between two signs of life to the other processes."""
