@@ -179,7 +179,7 @@ def model(network: Network) -> Any:
 class Ours:
     """A trainer and its compiled step."""
 
-    def __init__(self, network: Network, mesh: Any, microbatches: int, schedule: str = "1f1b") -> None:
+    def __init__(self, network: Network, mesh: Any, microbatches: int, schedule: str | None = None) -> None:
         import optax
 
         import shardtrain as st
