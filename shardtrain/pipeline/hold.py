@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from shardtrain import compat
 from shardtrain.layout import spec
 from shardtrain.pipeline.local import Cut, block_shape
-from shardtrain.pipeline.pack import Buffers, Place, Rows, read, write, zeros
+from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, apart, dtype_of, read, write, zeros
 
 
 class Held:
@@ -45,14 +45,26 @@ class Held:
             jax.ShapeDtypeStruct(block_shape(s.shape, c, mesh.shape), s.dtype)
             for s, c in zip(shapes, cuts, strict=True)
         ]
-        self.rows = Rows.of([[blocks[i] for i in at] for at in self.at_stage], [1] * len(ranks_of), ranks_of)
         self.ranks = [None if home is None else self.ranks_of[home] for home in homes]
-
+        self.rows = Rows.of(self._packs(blocks), [1] * len(ranks_of), ranks_of)
         self.places = {
             i: place
             for k, at in enumerate(self.at_stage)
             for i, place in zip(at, self.rows.slot(k, 0), strict=True)
         }
+
+    def _packs(self, blocks: Sequence[Any]) -> list[Pack]:
+        """Of each stage; what the first stages of all ranks have alike is apart, so are the second ones'."""
+        rows = [[blocks[i] for i in at] for at in self.at_stage]
+        ranks = max(self.ranks_of) + 1
+        chunks = [self.ranks_of[:k].count(rank) for k, rank in enumerate(self.ranks_of)]
+        packs: dict[int, Pack] = {}
+        for chunk in range(max(chunks) + 1):
+            stages = [k for k, c in enumerate(chunks) if c == chunk]
+            without: list[list[Any]] = [[]] * (ranks - len(stages))
+            names = apart([*(rows[k] for k in stages), *without], f"{chunk}.")
+            packs |= {k: Pack(rows[k], row) for k, row in zip(stages, names, strict=False)}
+        return [packs[k] for k in range(len(rows))]
 
     def _places(self, rank: int) -> dict[int, Place]:
         return {i: place for i, place in self.places.items() if self.ranks[i] == rank}
@@ -76,7 +88,8 @@ class Held:
     def at_rest(self) -> tuple[dict[str, Any], dict[int, Any]]:
         """Shapes of what `pack` returns."""
         sizes = tuple(self.mesh.shape.values())
-        buffers = {d: jax.ShapeDtypeStruct((*sizes, n), d) for d, n in self.rows.lengths.items()}
+        lengths = self.rows.lengths.items()
+        buffers = {b: jax.ShapeDtypeStruct((*sizes, n), dtype_of(b)) for b, n in lengths}
         shared = {i: jax.ShapeDtypeStruct(self.shapes[i].shape, self.shapes[i].dtype) for i in self.shared}
         return buffers, shared
 
@@ -89,12 +102,12 @@ class Held:
         lie = NamedSharding(self.mesh, P(*names))
         whole: dict[int, np.ndarray] = {}
 
-        def row(index: tuple[slice, ...] | None, dtype: str) -> np.ndarray:
+        def row(index: tuple[slice, ...] | None, buffer: str) -> np.ndarray:
             assert index is not None
             at = {name: part.start or 0 for name, part in zip(names, index, strict=False)}
-            out = np.zeros(self.rows.lengths[dtype], dtype)
+            out = np.zeros(self.rows.lengths[buffer], dtype_of(buffer))
             for i, place in self._places(at.get("pipe", 0)).items():
-                if place.dtype == dtype:
+                if place.buffer == buffer:
                     if i not in whole:
                         whole[i] = np.asarray(arrays[i])
                     one = whole[i][at["replica"]] if whole[i].ndim > len(self.shapes[i].shape) else whole[i]
@@ -102,8 +115,8 @@ class Held:
             return out.reshape((1,) * len(sizes) + (-1,))
 
         buffers = {
-            d: jax.make_array_from_callback((*sizes, n), lie, partial(row, dtype=d))
-            for d, n in self.rows.lengths.items()
+            b: jax.make_array_from_callback((*sizes, n), lie, partial(row, buffer=b))
+            for b, n in self.rows.lengths.items()
         }
         everywhere = NamedSharding(self.mesh, P())
         return buffers, {i: jax.device_put(np.asarray(arrays[i]), everywhere) for i in self.shared}
@@ -123,7 +136,7 @@ class Held:
 
         On a mesh with `replica` that is their first dimension.
         """
-        several = ("replica",) if "replica" in self.mesh.shape else ()
+        several = self._several
         copies = tuple(self.mesh.shape[axis] for axis in several)
         out: list[Any] = [shared.get(i) for i in range(len(self.shapes))]
         position = self.mesh.axis_names.index("pipe")
@@ -138,9 +151,9 @@ class Held:
                     s.data.reshape(-1)[place.start : place.start + place.size].reshape(
                         (1,) * len(several) + place.shape
                     )
-                    for s in shards[place.dtype]
+                    for s in shards[place.buffer]
                 ]
-                lie = NamedSharding(part, spec([*([several] * len(several)), *self.cuts[i]]))
+                lie = NamedSharding(part, spec([*((axis,) for axis in several), *self.cuts[i]]))
                 shape = (*copies, *self.shapes[i].shape)
                 out[i] = jax.make_array_from_single_device_arrays(shape, lie, blocks)
         return out

@@ -1,5 +1,12 @@
-"""Arrays of many shapes in flat buffers, one for each dtype, so that every stage's fit the same program."""
+"""Arrays of many shapes in flat buffers, so that every stage's fit the same program.
 
+A buffer's name begins with its dtype. Most arrays share the one named so; see `apart` for the others.
+"""
+
+import functools
+import math
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,47 +21,79 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies in the buffer of its dtype."""
+    """Where an array lies: in which buffer, and at which element of it."""
 
     start: Any
     shape: tuple[int, ...]
-    dtype: str
+    buffer: str
 
     @property
     def size(self) -> int:
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return dtype_of(self.buffer)
 
     def read(self, buffers: Mapping[str, Array]) -> Array:
-        flat = lax.dynamic_slice(buffers[self.dtype], (self.start,), (self.size,))
+        flat = lax.dynamic_slice(buffers[self.buffer], (self.start,), (self.size,))
         return flat.reshape(self.shape)
 
     def write(self, buffers: Buffers, value: Array) -> Buffers:
-        flat = lax.dynamic_update_slice(buffers[self.dtype], value.reshape(-1), (self.start,))
-        return {**buffers, self.dtype: flat}
+        flat = lax.dynamic_update_slice(buffers[self.buffer], value.reshape(-1), (self.start,))
+        return {**buffers, self.buffer: flat}
 
 
 class Pack:
-    """A row of arrays, one after the other in the buffers of their dtypes.
+    """A row of arrays, one after the other in their buffers.
 
     Args:
         shapes: of the arrays.
+        buffers: the name of each one's buffer; without, that of its dtype.
     """
 
-    def __init__(self, shapes: Sequence[Any]) -> None:
+    def __init__(self, shapes: Sequence[Any], buffers: Sequence[str] | None = None) -> None:
         self.lengths: dict[str, int] = {}
         self.places: list[Place] = []
-        for s in shapes:
-            dtype = str(s.dtype)
-            place = Place(self.lengths.get(dtype, 0), tuple(s.shape), dtype)
+        for s, buffer in zip(shapes, buffers or [str(s.dtype) for s in shapes], strict=True):
+            place = Place(self.lengths.get(buffer, 0), tuple(s.shape), buffer)
             self.places.append(place)
-            self.lengths[dtype] = place.start + place.size
+            self.lengths[buffer] = place.start + place.size
 
     def at(self, starts: Mapping[str, Any]) -> list[Place]:
         """The places when the row itself begins at `starts`."""
-        return [Place(starts.get(p.dtype, 0) + p.start, p.shape, p.dtype) for p in self.places]
+        return [Place(starts.get(p.buffer, 0) + p.start, p.shape, p.buffer) for p in self.places]
+
+
+def dtype_of(buffer: str) -> jnp.dtype:
+    """What a buffer of this name is made of."""
+    return jnp.dtype(buffer.partition(" ")[0])
+
+
+def apart(rows: Sequence[Sequence[Any]], mark: str = "") -> list[list[str]]:
+    """Names of buffers for arrays of which every row has one as large: such a one is alone in its buffer.
+
+    XLA copies what is sliced from a buffer before it multiplies it, but not a whole buffer. What differs
+    between the rows shares the buffer of its dtype, so all buffers together are as long as the longest row.
+
+    Args:
+        rows: shapes of the arrays of each.
+        mark: what sets these buffers apart from others.
+
+    Returns:
+        The buffer of each array of each row.
+    """
+    kinds = [[(str(s.dtype), math.prod(s.shape)) for s in row] for row in rows]
+    alike = functools.reduce(operator.and_, map(Counter, kinds))
+    names: list[list[str]] = []
+    for row in kinds:
+        seen: Counter[tuple[str, int]] = Counter()
+        names.append([])
+        for dtype, size in row:
+            own = seen[dtype, size] < alike[dtype, size]
+            names[-1].append(f"{dtype} {size} {mark}{seen[dtype, size]}" if own else dtype)
+            seen[dtype, size] += 1
+    return names
 
 
 def read(buffers: Mapping[str, Array], places: Sequence[Place]) -> list[Array]:
@@ -70,40 +109,55 @@ def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Any]) -> B
 
 
 def largest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Of every dtype the longest."""
-    dtypes = sorted({d for row in lengths for d in row})
-    return {d: max(row.get(d, 0) for row in lengths) for d in dtypes}
+    """Of every buffer the longest."""
+    buffers = sorted({b for row in lengths for b in row})
+    return {b: max(row.get(b, 0) for row in lengths) for b in buffers}
 
 
 def zeros(lengths: Mapping[str, int], fill: float = 0.0) -> Buffers:
     """Buffers of `fill`, of zeros where the dtype is no floating one."""
     return {
-        d: jnp.full(n, fill if jnp.issubdtype(jnp.dtype(d), jnp.floating) else 0, d)
-        for d, n in lengths.items()
+        b: jnp.full(n, fill if jnp.issubdtype(dtype_of(b), jnp.floating) else 0, dtype_of(b))
+        for b, n in lengths.items()
     }
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the slots of a pool lie: each stage has a region in the buffers of its rank."""
+    """Where the slots of a pool lie: each stage has a region in the buffers of its rank.
+
+    Attributes:
+        packs: of the arrays of each stage.
+        bases: where each stage's first slot begins.
+        lengths: of the buffers.
+    """
 
     packs: tuple[Pack, ...]
     bases: tuple[dict[str, int], ...]
     lengths: dict[str, int]
 
     @classmethod
-    def of(cls, shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> "Rows":
-        packs = tuple(Pack(row) for row in shapes)
+    def of(cls, packs: Sequence[Pack], depth: Sequence[int], ranks_of: Sequence[int]) -> "Rows":
+        """`depth` slots for the arrays of each stage."""
         ends: dict[int, dict[str, int]] = {}
         bases = []
         for pack, slots, rank in zip(packs, depth, ranks_of, strict=True):
             end = ends.setdefault(rank, {})
             bases.append(dict(end))
-            for dtype, length in pack.lengths.items():
-                end[dtype] = end.get(dtype, 0) + slots * length
-        return cls(packs, tuple(bases), largest(list(ends.values())))
+            for buffer, length in pack.lengths.items():
+                end[buffer] = end.get(buffer, 0) + slots * length
+        return cls(tuple(packs), tuple(bases), largest(list(ends.values())))
 
-    def slot(self, stage: int, number: Array | int) -> list[Place]:
-        """The places of one stage's arrays in one slot."""
+    def starts(self, stage: int, number: Any) -> dict[str, Any]:
+        """Where one stage's arrays in one slot begin."""
         pack, base = self.packs[stage], self.bases[stage]
-        return pack.at({d: base.get(d, 0) + number * n for d, n in pack.lengths.items()})
+        return {b: base.get(b, 0) + number * n for b, n in pack.lengths.items()}
+
+    def slot(self, stage: int, number: Any) -> list[Place]:
+        """The places of one stage's arrays in one slot."""
+        return self.packs[stage].at(self.starts(stage, number))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers."""
+        return sum(n * dtype_of(b).itemsize for b, n in self.lengths.items())

@@ -15,22 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from shardtrain.pipeline.pack import Buffers, Pack, Place, largest, read, write, zeros
+from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, largest, read, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
 from shardtrain.pipeline.table import COLUMNS, POOLS, Table
-from shardtrain.pipeline.window import Pool, Starts, Window
+from shardtrain.pipeline.window import Pool, Sums, Window, Written
 
-WRITES = {"F": ("saved", "lasting"), "I": ("between",)}
-"""The buffers into which an action writes what is to wait there."""
-
-WHOLE = ("state", "grads", "sums", "outputs")
+WHOLE = ("state", "sums", "outputs")
 """What a branch returns whole."""
 
 Numbers = Mapping[str, Array]
 """What the table says of a tick, by the names of its columns."""
 
-Done = tuple[dict[str, Any], tuple[dict[str, Starts], Buffers], Buffers]
-"""What a branch returns: part of the carry, a window for the buffers in which things wait, a message."""
+Done = tuple[dict[str, Any], Written, Buffers]
+"""What a branch returns: part of the carry, a window for what waits or is summed, a message."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Machine:
         ranks_of: the rank of each stage.
         programs: of each stage.
         params, state: where each parameter and each variable that one stage keeps lies, by name.
-        lengths: of the packed parameters.
+        rows: the packed parameters of all stages.
         sums: how many of the last stage's outputs are summed over microbatches, the loss first; the others
             are collected.
         bubble: what fills buffers that nothing has been written to, and messages of idle ranks. Tests set
@@ -54,7 +51,7 @@ class Machine:
     programs: tuple[Programs, ...]
     params: Mapping[str, Place]
     state: Mapping[str, Place]
-    lengths: Mapping[str, int]
+    rows: Rows
     sums: int
     bubble: float = 0.0
 
@@ -80,7 +77,7 @@ class Machine:
         """
         acts = _Acts(self, params, shared, sides)
         table, window, branches = self.table, acts.window, acts.branches()
-        kinds = ["" if doing is None else doing[1] for doing in table.branches]
+        kinds = ["" if doing is None else acts.writes(*doing) for doing in table.branches]
         of_kind = {kind: np.array([kind == k for k in kinds]) for kind in window.kinds}
         rank = lax.axis_index("pipe")
 
@@ -91,7 +88,7 @@ class Machine:
             kept = {key: value for key, value in c.items() if key != "sent"}
             whole, written, made = lax.switch(at["branch"], branches, kept, at)
             acted = {kind: jnp.asarray(is_it)[at["branch"]] for kind, is_it in of_kind.items()}
-            kept |= whole | window.put({name: kept[name] for name in window.targets}, acted, written)
+            kept |= whole | window.put(kept, acted, written)
             for number, (distance, pairs) in enumerate(table.routes.items()):
                 sent = made if before is None or distance == 0 else before
                 if distance:
@@ -103,7 +100,7 @@ class Machine:
             return (kept if before is None else {**kept, "sent": made}), None
 
         carry, _ = lax.scan(tick, acts.carry(state), jnp.asarray(table.rows) if rows is None else rows)
-        return carry["grads"], carry["state"], carry["sums"], carry["outputs"]
+        return carry.get("grads", {}), carry["state"], carry["sums"], carry["outputs"]
 
     def summed(self, grads: Buffers) -> Buffers:
         """The gradients summed over the mesh, each over the axes over which its stage left it unsummed."""
@@ -145,9 +142,23 @@ class _Acts:
             name: Pool.of([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
             for name in POOLS
         }
-        self.kinds = {doing[1] for doing in table.branches if doing is not None}
-        writes = {kind: names for kind, names in WRITES.items() if kind in self.kinds}
-        self.window = Window({name: self.pools[name] for names in writes.values() for name in names}, writes)
+        self.chunks = [machine.ranks_of[:k].count(rank) for k, rank in enumerate(machine.ranks_of)]
+        self.sums = [
+            Sums.of(machine.rows, [k for k, c in enumerate(self.chunks) if c == chunk])
+            for chunk in range(max(self.chunks) + 1)
+        ]
+        kinds: dict[str, dict[str, Pool | Sums]] = {}
+        for k, kind in (doing for doing in table.branches if doing is not None):
+            kinds[self.writes(k, kind)] = (
+                {"grads": self.sums[self.chunks[k]]}
+                if kind in "WB"
+                else {name: self.pools[name] for name, (first, _) in POOLS.items() if first == kind}
+            )
+        self.window = Window(kinds)
+
+    def writes(self, k: int, kind: str) -> str:
+        """What an action is to the window, to which gradients of a rank's stages are different kinds."""
+        return f"W{self.chunks[k]}" if kind in "WB" else kind
 
     def carry(self, state: Buffers) -> dict[str, Any]:
         """All that waits, before the first tick."""
@@ -159,13 +170,12 @@ class _Acts:
         }
         carry: dict[str, Any] = {
             "state": state,
-            "grads": zeros(self.machine.lengths if self.kinds > {"F"} else {}),
             "inbox": inbox,
             "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[:sums]],
             "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[sums:]],
         }
-        for name, target in self.window.targets.items():
-            carry[name] = zeros(target.lengths, bubble)
+        for targets in self.window.kinds.values():
+            carry |= {name: target.empty(bubble) for name, target in targets.items()}
         if table.hop > 1:
             carry["sent"] = self.empty
         return carry
@@ -181,7 +191,7 @@ class _Acts:
         return [self.idle if doing is None else of(*doing) for doing in self.machine.table.branches]
 
     def idle(self, c: dict[str, Any], at: Numbers) -> Done:
-        return {name: c[name] for name in WHOLE}, self.window.nothing(), self.empty
+        return {name: c[name] for name in WHOLE}, self.window.filled(), self.empty
 
     def forward(self, k: int, c: dict[str, Any], at: Numbers) -> Done:
         program, state = self.machine.programs[k], self.machine.state
@@ -233,9 +243,8 @@ class _Acts:
             return whole, self.window.filled("I", {"between": part}), message
         closed = program.weight_gradient
         new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
-        sums = [a + b for a, b in zip(read(c["grads"], self.weights[k]), new, strict=True)]
-        whole["grads"] = write(c["grads"], self.weights[k], sums)
-        return whole, self.window.nothing(), message
+        part = self.sums[self.chunks[k]].part(k, self.weights[k], new)
+        return whole, self.window.filled(self.writes(k, kind), {"grads": part}), message
 
     def _arrived(self, c: dict[str, Any], at: Numbers) -> Buffers:
         """The message that the tick acts on."""

@@ -86,7 +86,7 @@ def traffic(pipeline: Pipelined, compiled: jax.stages.Compiled | str) -> list[Tr
             over = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
             if over:
                 place = places[name]
-                add("gradients", "all-reduce", over, expected=place.size * jnp.dtype(place.dtype).itemsize)
+                add("gradients", "all-reduce", over, expected=place.size * place.dtype.itemsize)
     _move_others(found)
     return [
         Traffic(what, kind, axes, n["count"], n["payload"], n["expected"] if what != "others" else None)

@@ -214,10 +214,9 @@ class Pipelined(Stowed):
             {names[i]: place for i, place in held.places.items()}
             for names, held in zip(self.names.values(), (self.params, self.state), strict=True)
         ]
-        lengths = self.params.rows.lengths
         params, state = places
-        ranks_of, bubble = schedule.ranks_of, self.plan.bubble
-        return Machine(table, ranks_of, tuple(programs), params, state, lengths, sums, bubble)
+        ranks_of, bubble, rows = schedule.ranks_of, self.plan.bubble, self.params.rows
+        return Machine(table, ranks_of, tuple(programs), params, state, rows, sums, bubble)
 
     def table(self) -> Table:
         """The stages in a table: what they hold, do and send, and how evenly."""
@@ -239,7 +238,7 @@ class Pipelined(Stowed):
                 str(k),
                 str(self.schedule.ranks_of[k]),
                 ", ".join(named[k]),
-                _kib(Shape(place.shape, place.dtype) for place in self._places(k)),
+                _kib(self._places(k)),
                 " ".join(f"{float(row[k] / costliest):.2f}" for row in rows),
                 _kib((*program.saved, *program.lasting)),
                 str(self.ticks.peak_of_stage[k]),

@@ -101,6 +101,6 @@ def _parts(held: Held | None, values: Any) -> Any:
         return values
     axis = held.mesh.axis_names.index("pipe")
     return values, [
-        values[place.dtype].take(held.ranks[i], axis)[..., place.start : place.start + place.size]
+        values[place.buffer].take(held.ranks[i], axis)[..., place.start : place.start + place.size]
         for i, place in held.places.items()
     ]

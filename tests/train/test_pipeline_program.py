@@ -12,6 +12,7 @@ from pipelines import Deep, Small, batches, close, fit, trainer, wide
 
 import shardtrain as st
 from shardtrain.pipeline.hold import Held
+from shardtrain.pipeline.pack import dtype_of
 from shardtrain.plan import census
 from shardtrain.train.step import Program
 
@@ -103,7 +104,7 @@ def spoiled(one):
     pipe, parts = one.pipeline, []
     for held, (buffers, shared) in zip(pipe.holds.values(), dataclasses.astuple(one.state)[1:], strict=True):
         real, _ = held.pack([np.ones(s.shape, s.dtype) for s in held.shapes])
-        floats = {d for d in buffers if jnp.issubdtype(jnp.dtype(d), jnp.floating)}
+        floats = {d for d in buffers if jnp.issubdtype(dtype_of(d), jnp.floating)}
         parts.append(
             (
                 {d: jnp.where(real[d] == 0, jnp.nan, b) if d in floats else b for d, b in buffers.items()},

@@ -1,0 +1,66 @@
+"""Arrays of many shapes in flat buffers: where they lie, and that nothing is longer for it."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as hs
+
+from shardtrain.pipeline.pack import Pack, Rows, apart, dtype_of
+from shardtrain.pipeline.window import Pool, Sums
+
+SHAPES = hs.builds(
+    jax.ShapeDtypeStruct,
+    hs.lists(hs.integers(0, 3), max_size=2).map(tuple),
+    hs.sampled_from(["float32", "float64", "int8"]),
+)
+ROWS = hs.lists(hs.lists(SHAPES, max_size=6), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(ROWS)
+def test_what_all_rows_have_alike_is_alone_in_its_buffer_and_no_row_grows(rows):
+    packs = [Pack(row, names) for row, names in zip(rows, apart(rows), strict=True)]
+    alone = [Counter(p.buffer for p in pack.places if " " in p.buffer) for pack in packs]
+    assert all(found == alone[0] and set(found.values()) <= {1} for found in alone)
+    for buffer in alone[0]:
+        assert len({pack.lengths[buffer] for pack in packs}) == 1
+    kinds = [Counter((str(s.dtype), s.size) for s in row) for row in rows]
+    common = kinds[0]
+    for row in kinds:
+        common &= row
+    assert sum(alone[0].values()) == common.total()
+    for pack, row in zip(packs, rows, strict=True):
+        assert all(p.dtype == s.dtype for p, s in zip(pack.places, row, strict=True))
+        size = sum(n * dtype_of(b).itemsize for b, n in pack.lengths.items())
+        assert size == sum(s.size * s.dtype.itemsize for s in row)
+
+
+@settings(deadline=None, max_examples=50)
+@given(ROWS, hs.data())
+def test_a_sum_of_each_stage_gets_its_own_and_leaves_the_others(rows, data):
+    ranks = data.draw(hs.lists(hs.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    where = Rows.of([Pack(row) for row in rows], [1] * len(rows), ranks)
+    stage = data.draw(hs.integers(0, len(rows) - 1))
+    sums = Sums.of(where, range(len(rows)))
+    values = [jnp.full(s.shape, i + 1, s.dtype) for i, s in enumerate(rows[stage])]
+    starts, parts = sums.part(stage, where.slot(stage, 0), values)
+    for buffer, n in sums.reach.items():
+        part, at = jnp.concatenate(parts[buffer]), starts[buffer]
+        assert part.size == n
+        old = jnp.arange(where.lengths[buffer]).astype(dtype_of(buffer))
+        expected = np.array(old)
+        for place, value in zip(where.slot(stage, 0), values, strict=True):
+            if place.buffer == buffer:
+                expected[place.start : place.start + place.size] += np.ravel(value)
+        np.testing.assert_array_equal(sums.merged(old, part, at), expected)
+
+
+def test_buffers_of_their_own_are_not_taken_where_they_are_much_longer():
+    one, nine = jax.ShapeDtypeStruct((10,), np.float32), jax.ShapeDtypeStruct((90,), np.float32)
+    alike = Pool.of([[one, nine], [one, nine]], [2, 1], [0, 1])
+    assert alike.rows.lengths == {"float32 10 0": 20, "float32 90 0": 180}
+    apart = Pool.of([[one], [one, nine]], [9, 1], [0, 1])
+    assert apart.rows.lengths == {"float32": 100}
