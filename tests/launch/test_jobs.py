@@ -12,22 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recipe_process import ROOT, environment
 
 from shardtrain import UserError
 from shardtrain.cli.start import check_out
 from shardtrain.launch.local import free_port
 
-ROOT = Path(__file__).parent.parent.parent
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
 SENTENCE_2 = ["--processes", "2", "--steps", "2"]
-
-
-def environment(**more):
-    """Nothing of the test's jax, nor of a scheduler around it."""
-    ours = ("JAX_", "XLA_", "SLURM_", "SHARDTRAIN_", "OMPI_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHONPATH": str(ROOT)} | more
 
 
 def run(command, limit=240, **more):

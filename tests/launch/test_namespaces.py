@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+from recipe_process import ROOT, environment
 
-ROOT = Path(__file__).parent.parent.parent
 WORKER = [sys.executable, str(ROOT / "tests" / "launch" / "worker.py")]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
+on_cpu = partial(environment, JAX_PLATFORMS="cpu")
 
 _spec = importlib.util.spec_from_file_location("namespace_hosts", ROOT / "tools" / "namespace_hosts.py")
 assert _spec is not None
@@ -29,15 +30,6 @@ pytestmark = [
         bool(namespace_hosts.missing()), reason=f"hosts of one's own need {namespace_hosts.missing()}"
     ),
 ]
-
-
-def environment(**more):
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_", "XLA_", "SHARDTRAIN_"))
-    }
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more
 
 
 def losses(out):
@@ -62,7 +54,7 @@ def start(up, rank, processes, command, coordinator=None):
     }
     return subprocess.Popen(
         up.on(up.names[rank], command),
-        env=environment(**place),
+        env=on_cpu(**place),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,7 +72,7 @@ def test_hosts_give_the_losses_of_one_process(up, tmp_path, processes):
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir()
     many.mkdir()
-    subprocess.run([*WORKER, str(one), "10"], env=environment(), check=True, cwd=ROOT)
+    subprocess.run([*WORKER, str(one), "10"], env=on_cpu(), check=True, cwd=ROOT)
     statuses, said = ends(
         [start(up, rank, processes, [*WORKER, str(many), "10"]) for rank in range(processes)]
     )
@@ -156,7 +148,7 @@ def test_slurm_takes_the_script(up, tmp_path):
         "--out",
         str(tmp_path / "job"),
     ]
-    subprocess.run([*write, "--", "true"], env=environment(), check=True, cwd=ROOT)
+    subprocess.run([*write, "--", "true"], env=on_cpu(), check=True, cwd=ROOT)
     with namespace_hosts.slurm(up) as env:
         subprocess.run(["sbatch", "--test-only", str(tmp_path / "job")], env=env, check=True)
 
@@ -168,11 +160,11 @@ def test_a_node_dies_and_the_job_goes_on(tmp_path):
     one.mkdir()
     out.mkdir()
     x64 = {"JAX_ENABLE_X64": "1"}  # no difference can hide in rounding
-    subprocess.run([*WORKER, str(one), "60"], env=environment(**x64), check=True, cwd=ROOT)
+    subprocess.run([*WORKER, str(one), "60"], env=on_cpu(**x64), check=True, cwd=ROOT)
     submit = [sys.executable, "-m", "shardtrain", "launch", "slurm", "--submit", "--name", "drill"]
     flags = ["--nodes", "2-3", "--time", "20", "--log", str(out / "log"), "--out", str(out / "job.sbatch")]
     with namespace_hosts.hosts(3) as up, namespace_hosts.slurm(up) as env:
-        env = environment(SLURM_CONF=env["SLURM_CONF"], **x64)
+        env = on_cpu(SLURM_CONF=env["SLURM_CONF"], **x64)
         done = subprocess.run(
             [*submit, *flags, "--", *WORKER, str(out), "60", "0.3"],
             env=env,

@@ -1,24 +1,19 @@
 """Guards over real processes: what is signalled, stopped, killed or raised, and who says what, how fast."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from recipe_process import environment
+
+from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "guard_worker.py"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Job:
@@ -27,14 +22,15 @@ class Job:
     def __init__(self, folder, processes=2, **wishes):
         folder.mkdir(exist_ok=True)
         self.folder, self.run = folder, folder / "run"
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
         port = free_port()
         self.processes = []
         for rank in range(processes):
             command = [sys.executable, str(WORKER), str(port), str(processes), str(rank), str(self.run)]
             with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
                 self.processes.append(
-                    subprocess.Popen([*command, json.dumps(wishes)], stdout=out, stderr=err, env=env)
+                    subprocess.Popen(
+                        [*command, json.dumps(wishes)], stdout=out, stderr=err, env=environment()
+                    )
                 )
 
     def __enter__(self):
