@@ -95,7 +95,7 @@ class RunFlags:
     """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
     or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
     watchdog: float = 600.0
-    """Seconds without a step, after which the run shows where it hangs and ends with status 75, to be run
+    """Seconds without a step, after which the run shows where it hangs and ends with status 76, to be run
     again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and

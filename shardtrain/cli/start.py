@@ -42,7 +42,8 @@ MOST_DEVICES = 512
 def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) -> None:
     """Parses the command line into `flags` and runs `recipe`.
 
-    A `UserError` becomes one sentence on stderr and exit status 2; an interrupt exits with 130.
+    A `UserError` becomes one sentence on stderr and exit status 2 (76 where the processes of a job did not
+    find each other); an interrupt exits with 130.
 
     Example:
         >>> if __name__ == "__main__":
@@ -57,7 +58,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the process as a command should: a `UserError` on stderr with status 2, an interrupt with 130.
+    """Ends the process as a command should: a `UserError` on stderr with its status, an interrupt with 130.
 
     Example:
         >>> with one_sentence():
@@ -67,7 +68,7 @@ def one_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

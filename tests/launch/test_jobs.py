@@ -89,7 +89,7 @@ def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", *SENTENCE_2, "--process-id", str(rank)]
     start = time.monotonic()
     done = run([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 76, done.stderr
     said = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -111,7 +111,7 @@ def test_a_port_that_is_taken(tmp_path):
                 str(tmp_path / "a"),
             ]
         )
-    assert done.returncode == 2
+    assert done.returncode == 76
     assert "cannot be used (Address already in use)" in done.stderr
 
 

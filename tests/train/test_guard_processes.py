@@ -103,17 +103,28 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         job.wait_for_step(5)
         job.processes[rank].send_signal(signal.SIGSTOP)
         other = 1 - rank
-        assert job.codes(limit=20, ranks=[other]) == [75]
+        assert job.codes(limit=20, ranks=[other]) == [76]
         said = job.err(other)
         assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
         assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
         assert "in run" in said
 
 
+def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
+    """The host of one is gone before the others have saved, as preempted ones are."""
+    with Job(tmp_path, watchdog=5) as job:
+        job.wait_for_step(5)
+        job.processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.codes(limit=20, ranks=[0]) == [75]
+        assert re.search(r"rank 1\b.* did not (answer|come)", job.err(0))
+
+
 def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
     with Job(tmp_path, watchdog=5, fault="hang", rank=1, at=6) as job:
         job.wait_for_step(4)
-        assert job.codes(limit=25) == [75, 75]
+        assert job.codes(limit=25) == [76, 76]
         assert "no progress for" in job.err(0) + job.err(1)
         assert "in spin" in job.err(1)
         told = job.err(0)
@@ -124,7 +135,7 @@ def test_a_killed_rank_is_named(tmp_path):
     with Job(tmp_path) as job:
         job.wait_for_step(5)
         job.processes[1].kill()
-        assert job.codes(limit=15, ranks=[0]) == [75]
+        assert job.codes(limit=15, ranks=[0]) == [76]
         assert "rank 1 did not answer" in job.err(0)
 
 
@@ -154,7 +165,7 @@ def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
 def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
     with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:
         job.wait_for_step(5)
-        assert job.codes(limit=30) == [75, 75]
+        assert job.codes(limit=30) == [76, 76]
         assert re.search("rank 1 (did not come to 'the end'|is behind)", job.err(0)), job.err(0)
 
 
@@ -167,6 +178,6 @@ def test_one_process(tmp_path):
         assert job.saved() == [max(job.rows(0))]
     before = job.saved()[0]
     with Job(tmp_path, processes=1, watchdog=2, fault="hang", at=before + 3) as job:
-        assert job.codes(limit=30) == [75]
+        assert job.codes(limit=30) == [76]
         assert f"step {before + 3}: watchdog: no progress for 2 s in 'data'" in job.err(0)
         assert "in spin" in job.err(0)
