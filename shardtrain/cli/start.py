@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import tyro
 from shardtrain.cli.guards import log_to_stderr
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse
+from shardtrain.train.processes import everyone
 
 Flags = TypeVar("Flags")
 
@@ -34,6 +36,9 @@ RUN_FILES = (
     "profile",
 )
 """What a run leaves in its folder; nothing else is ever moved."""
+
+SEEN = 60.0
+"""Seconds after which a file that another host has written is not going to be seen."""
 
 MOST_DEVICES = 512
 """Simulated devices beyond which a CPU only thrashes."""
@@ -139,6 +144,42 @@ def check_out(folder: Path) -> Path:
             f"name a new or empty folder"
         )
     return folder
+
+
+def refuse_other_folders(folder: Path, limit: float) -> None:
+    """Refuses a job whose processes have not one folder; leaves nothing behind.
+
+    Process 0 writes a file there, and all others look for it. To be called by all at once.
+
+    Args:
+        folder: of the run, absolute.
+        limit: seconds to look for it, at most a minute: network file systems show each other's files late.
+
+    Raises:
+        UserError: some do not see it; says which, on which hosts.
+    """
+    if jax.process_count() == 1:
+        return
+    me = f"process {jax.process_index()} on {socket.gethostname()}"
+    probe, made = folder / f".write-test-{secrets.token_hex(8)}", []
+    try:
+        if jax.process_index() == 0:
+            made = [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        name, end = everyone(probe.name)[0], time.monotonic() + min(limit, SEEN)
+        while not (there := (folder / name).exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        answers = everyone("sees it" if there else me)
+    finally:
+        probe.unlink(missing_ok=True)
+        for place in made:
+            place.rmdir()
+    if blind := [answer for answer in answers if answer != "sees it"]:
+        raise UserError(
+            f"--out {folder}: {', '.join(blind)} cannot see what process 0 writes there; give all processes "
+            f"one --out, a folder of a file system that all hosts share"
+        )
 
 
 def open_run(folder: Path, *, resume: bool) -> None:

@@ -121,6 +121,33 @@ def test_a_mesh_that_processes_cannot_share(tmp_path):
     assert "mesh 'data=3' has 3 devices, which 2 processes cannot share evenly" in done.stderr
 
 
+@pytest.mark.parametrize("there", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
+def test_processes_with_different_folders_are_refused(tmp_path, there):
+    """As two hosts are whose --out is the same path on disks of their own."""
+    outs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for rank in there:
+        outs[rank].mkdir(parents=True)
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--coordinator", address, *SENTENCE_2, "--start-limit", "10", "--mesh", "data=2"]
+    jobs = [
+        subprocess.Popen(
+            [*RECIPE, *flags, "--process-id", str(rank), "--out", str(out)],
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], said
+    sentence = f"process 1 on {socket.gethostname()} cannot see what process 0 writes there"
+    assert all(sentence in text and "Traceback" not in text for text in said), said
+    assert [rank for rank, out in enumerate(outs) if out.exists()] == there  # as they were
+    assert not any(list(outs[rank].iterdir()) for rank in there)
+
+
 def test_doctor_alone(tmp_path):
     done = run([*DOCTOR, "--out", str(tmp_path)])
     assert done.returncode == 0, done.stdout
