@@ -1,5 +1,6 @@
 """Recipes and the doctor in jobs of real processes, as a user starts them."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from recipe_process import ROOT, environment
 from shardtrain import UserError
 from shardtrain.cli.start import check_out
 from shardtrain.launch.local import free_port
+from shardtrain.train.checkpoint import UNFINISHED
 
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
@@ -258,36 +260,58 @@ def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_pat
     np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
 
 
+def unfinished(out):
+    """The checkpoints that are being written, or were when a process was killed."""
+    found = set()
+    for path in (out / "checkpoints").glob(f"*{UNFINISHED}*"):
+        with contextlib.suppress(FileNotFoundError):  # it is finished now
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(tmp_path):
     """Of any process, also while one saves: every run ends, with the losses of the undisturbed one."""
     random = np.random.default_rng(0)
-    losses = reference(tmp_path, 400)
-    job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=400)
-    kills, waits = 0, []
+    losses = reference(tmp_path, 500)
+    job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=500)
+    kills, waits, torn = 0, [], 0
     while kills < 20:
         attempt = log.read_bytes().count(b"launch: restart")
         until(lambda: processes_of(job), job)
-        # Some kills come while processes start and join, others between and in steps and checkpoints.
-        if random.random() < 0.7:
-            before = steps_done(out)
-            until(lambda: steps_done(out) != before or job.poll() is not None, job)  # noqa: B023
-        time.sleep(random.uniform(0, 2.0))
+        # Some kills come while processes start and join, others between and in steps, each fourth in a save.
+        if kills % 4 == 3:
+            earlier = unfinished(out)
+            until(lambda: unfinished(out) - earlier or job.poll() is not None, job)  # noqa: B023
+        else:
+            if random.random() < 0.7:
+                before = steps_done(out)
+                until(lambda: steps_done(out) != before or job.poll() is not None, job)  # noqa: B023
+            time.sleep(random.uniform(0, 2.0))
         left = list(processes_of(job).values())
         if job.poll() is not None or not left:
             break
+        saving = unfinished(out)
         os.kill(left[random.integers(len(left))], signal.SIGKILL)
         kills, start = kills + 1, time.monotonic()
         until(lambda: log.read_bytes().count(b"launch: restart") > attempt or job.poll() is not None, job)  # noqa: B023
         waits.append(time.monotonic() - start)
+        torn += kills % 4 == 0 and bool(
+            saving & unfinished(out)
+        )  # what was being written never came to its end
     job.wait(600)
     said = log.read_text(errors="replace")
     assert job.returncode == 0, said[-5000:]
     assert kills == 20
     assert max(waits) < 15
+    assert torn >= 1
+    begun = [int(step) for step in re.findall(r"resumed at step (\d+) of 500", said)]
+    assert len(set(begun) - {0}) > 3  # restarts went on, and none from further back than the one before
+    assert begun == sorted(begun)
+    print(f"{torn} kills in a save; resumed at {begun}; at most {max(waits):.1f} s until the next start")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert [row["step"] for row in rows] == list(range(1, 501))
     np.testing.assert_allclose([row["loss"] for row in rows], losses, rtol=1e-6)
 
 
