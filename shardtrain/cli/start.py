@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -160,10 +160,10 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
     """
     if jax.process_count() == 1:
         return
-    me = f"process {jax.process_index()} on {socket.gethostname()}"
+    first, me = jax.process_index() == 0, f"process {jax.process_index()} on {socket.gethostname()}"
     probe, made = folder / f".write-test-{secrets.token_hex(8)}", []
     try:
-        if jax.process_index() == 0:
+        if first:
             made = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
@@ -172,9 +172,11 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
             time.sleep(0.1)
         answers = everyone("sees it" if there else me)
     finally:
-        probe.unlink(missing_ok=True)
-        for place in made:
-            place.rmdir()
+        with suppress(OSError):  # another job may have come into the folder
+            if first:
+                probe.unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()
     if blind := [answer for answer in answers if answer != "sees it"]:
         raise UserError(
             f"--out {folder}: {', '.join(blind)} cannot see what process 0 writes there; give all processes "
