@@ -1,17 +1,29 @@
-"""The one exception that a user is meant to read, and the exit status that means: run me again."""
+"""The exceptions that a user is meant to read, and the exit statuses that mean: run me again."""
 
 REQUEUE = 75
-"""Exit status (EX_TEMPFAIL) of a run that a scheduler may start again from its last checkpoint."""
+"""Exit status (EX_TEMPFAIL) of a run that was told to stop: to be run again, as often as that happens."""
+
+FAULT = 76
+"""Exit status of a run that hung, lost a process or could not start: to be run again, so many times."""
 
 
 class UserError(ValueError):
     """What was asked cannot be done; the message says what is possible instead.
 
     One sentence that names the numbers involved and what to type. Recipes print it on stderr and
-    exit with status 2; a traceback would tell the user nothing more.
+    exit with `status`; a traceback would tell the user nothing more.
 
     Example:
         >>> raise UserError("mesh 'data=3' needs 3 devices, there are 2; data=2 would fit")
         Traceback (most recent call last):
         shardtrain.errors.UserError: mesh 'data=3' needs 3 devices, there are 2; data=2 would fit
     """
+
+    status = 2
+    """To exit with: what is refused now is refused again."""
+
+
+class StartError(UserError):
+    """The processes of a job did not find each other, for a reason that may be gone the next time."""
+
+    status = FAULT

@@ -9,11 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
+OTHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "SHARDTRAIN_")
+
+
+def environment(**more):
+    """The environment of a process that a test starts: nothing of the test's jax, nor of a scheduler's job."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
+    return kept | {"PYTHONPATH": str(ROOT)} | more
+
 
 def run(recipe, *flags):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
 
 
 def gaps(done):

@@ -1,32 +1,26 @@
 """Two real processes over loopback train as one."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from recipe_process import environment
+
+from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "process_worker.py"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run(processes: int, devices: int, spec: str, out: Path) -> list[dict]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     port = free_port()
     args = [[str(n) for n in (port, processes, rank, devices)] for rank in range(processes)]
     jobs = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *a, spec, str(out / f"{spec}-{processes}-{a[2]}")],
-            env=env,
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

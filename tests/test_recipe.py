@@ -7,24 +7,22 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from recipe_process import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "train_cnn.py"
 
 
 def run(*flags, cwd=ROOT):
     """The recipe in a process of its own, with nothing of the test's jax in its environment."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     return subprocess.run(
         [sys.executable, str(RECIPE), *map(str, flags)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=env,
+        env=environment(),
         check=False,
     )
 
@@ -83,8 +81,9 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     assert run(*flags, "--out", tmp_path / "whole").returncode == 0
     out = tmp_path / "killed"
     command = [sys.executable, str(RECIPE), *map(str, flags), "--out", str(out)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (out / "checkpoints" / "6").exists():
         assert job.poll() is None
         time.sleep(0.02)

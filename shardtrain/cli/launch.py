@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from shardtrain.errors import UserError
 from shardtrain.launch import kubernetes, slurm
 from shardtrain.launch.local import run_local
 
@@ -19,8 +20,9 @@ class Local:
     Each line of output carries the number of its process. When one fails, the others are ended, and its last
     words and exit status are the command's. SIGTERM and Ctrl-C are passed on.
 
-    With --restarts the command starts again when a process fails, and its recipe goes on from its last
-    checkpoint. Exit status 75 ("run me again") is not counted, 2 (flags refused) is final.
+    With --restarts the command starts again when a process fails (76: a hang, a lost process), and its recipe
+    goes on from its last checkpoint. Exit status 75 ("I was told to stop") is not counted, 2 (flags refused)
+    is final.
     """
 
     processes: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 2
@@ -55,7 +57,7 @@ class Slurm:
     """Writes a short batch script for Slurm: `shardtrain launch slurm --nodes 2 -- python train.py`.
 
     The script starts one process for each GPU (one for each node without), and the job again from its last
-    checkpoint when a node or a process fails, or a process ends with status 75 ("run me again").
+    checkpoint when a node or a process fails, or it was told to stop (status 75), which is not counted.
     """
 
     name: str = "shardtrain"
@@ -84,15 +86,15 @@ class Slurm:
     def run(self, command: Sequence[str]) -> None:
         """Writes the script, and submits it if asked to."""
         job = slurm.SlurmJob(
-            self.name,
-            self.nodes,
-            self.gpus_per_node,
-            self.tasks_per_node or max(1, self.gpus_per_node),
-            self.cpus_per_task,
-            self.time,
-            self.partition,
-            self.restarts,
-            self.log,
+            name=self.name,
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node,
+            tasks_per_node=self.tasks_per_node or max(1, self.gpus_per_node),
+            cpus_per_task=self.cpus_per_task,
+            time=self.time,
+            partition=self.partition,
+            restarts=self.restarts,
+            output=self.log,
         )
         put(self.out, slurm.script(job, list(command)))
         if self.submit:
@@ -103,8 +105,8 @@ class Slurm:
 class Kubernetes:
     """Writes a JobSet manifest: `shardtrain launch k8s --image me/cnn:1 --pods 2 -- python train.py`.
 
-    Each pod is one process. All start again from the last checkpoint when one fails, is evicted, or ends with
-    status 75 ("run me again").
+    Each pod is one process. All start again from the last checkpoint when one fails, or is evicted or told to
+    stop (status 75), which is not counted.
     """
 
     image: str
@@ -131,23 +133,31 @@ class Kubernetes:
     def run(self, command: Sequence[str]) -> None:
         """Writes the manifest."""
         job = kubernetes.KubernetesJob(
-            self.name,
-            self.image,
-            self.pods,
-            self.gpus,
-            self.cpu,
-            self.memory,
-            self.claim,
-            self.restarts,
-            self.grace,
+            name=self.name,
+            image=self.image,
+            pods=self.pods,
+            gpus=self.gpus,
+            cpu=self.cpu,
+            memory=self.memory,
+            claim=self.claim,
+            restarts=self.restarts,
+            grace=self.grace,
         )
         put(self.out, kubernetes.manifest(job, list(command)))
 
 
 def put(path: Path, text: str) -> None:
-    """Writes a job file, or prints it."""
+    """Writes a job file, or prints it.
+
+    Raises:
+        UserError: a path that cannot be written.
+    """
     if str(path) == "-":
         print(text, end="")
         return
-    slurm.write(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
     print(f"wrote {path}", file=sys.stderr)

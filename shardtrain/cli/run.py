@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardtrain.cli import guards, resume
-from shardtrain.cli.start import check_out, open_run, start_jax
+from shardtrain.cli.start import check_out, open_run, refuse_other_folders, start_jax
 from shardtrain.errors import UserError
 from shardtrain.launch import Limits, connect, job
 from shardtrain.mesh import make_mesh, parse, size
@@ -95,7 +95,7 @@ class RunFlags:
     """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
     or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
     watchdog: float = 600.0
-    """Seconds without a step, after which the run shows where it hangs and ends with status 75, to be run
+    """Seconds without a step, after which the run shows where it hangs and ends with status 76, to be run
     again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
@@ -223,6 +223,7 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
 def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> None:
     """The run itself: what goes wrong in one process ends all."""
     mesh, out = make_mesh(flags.mesh), check_out(flags.out)
+    refuse_other_folders(out, flags.start_limit)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
     own = Checkpoints(out / "checkpoints", every=flags.checkpoint_every, keep=flags.keep, manifest=said)

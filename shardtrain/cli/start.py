@@ -5,10 +5,11 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ import tyro
 from shardtrain.cli.guards import log_to_stderr
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse
+from shardtrain.train.processes import everyone
 
 Flags = TypeVar("Flags")
 
@@ -35,6 +37,9 @@ RUN_FILES = (
 )
 """What a run leaves in its folder; nothing else is ever moved."""
 
+SEEN = 60.0
+"""Seconds after which a file that another host has written is not going to be seen."""
+
 MOST_DEVICES = 512
 """Simulated devices beyond which a CPU only thrashes."""
 
@@ -42,7 +47,8 @@ MOST_DEVICES = 512
 def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) -> None:
     """Parses the command line into `flags` and runs `recipe`.
 
-    A `UserError` becomes one sentence on stderr and exit status 2; an interrupt exits with 130.
+    A `UserError` becomes one sentence on stderr and exit status 2 (76 where the processes of a job did not
+    find each other); an interrupt exits with 130.
 
     Example:
         >>> if __name__ == "__main__":
@@ -57,7 +63,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the process as a command should: a `UserError` on stderr with status 2, an interrupt with 130.
+    """Ends the process as a command should: a `UserError` on stderr with its status, an interrupt with 130.
 
     Example:
         >>> with one_sentence():
@@ -67,7 +73,7 @@ def one_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -138,6 +144,44 @@ def check_out(folder: Path) -> Path:
             f"name a new or empty folder"
         )
     return folder
+
+
+def refuse_other_folders(folder: Path, limit: float) -> None:
+    """Refuses a job whose processes have not one folder; leaves nothing behind.
+
+    Process 0 writes a file there, and all others look for it. To be called by all at once.
+
+    Args:
+        folder: of the run, absolute.
+        limit: seconds to look for it, at most a minute: network file systems show each other's files late.
+
+    Raises:
+        UserError: some do not see it; says which, on which hosts.
+    """
+    if jax.process_count() == 1:
+        return
+    first, me = jax.process_index() == 0, f"process {jax.process_index()} on {socket.gethostname()}"
+    probe, made = folder / f".write-test-{secrets.token_hex(8)}", []
+    try:
+        if first:
+            made = [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        name, end = everyone(probe.name)[0], time.monotonic() + min(limit, SEEN)
+        while not (there := (folder / name).exists()) and time.monotonic() < end:
+            time.sleep(0.1)
+        answers = everyone("sees it" if there else me)
+    finally:
+        with suppress(OSError):  # another job may have come into the folder
+            if first:
+                probe.unlink(missing_ok=True)
+            for place in made:
+                place.rmdir()
+    if blind := [answer for answer in answers if answer != "sees it"]:
+        raise UserError(
+            f"--out {folder}: {', '.join(blind)} cannot see what process 0 writes there; give all processes "
+            f"one --out, a folder of a file system that all hosts share"
+        )
 
 
 def open_run(folder: Path, *, resume: bool) -> None:

@@ -5,10 +5,10 @@ import platform
 import socket
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from shardtrain.errors import UserError
+from shardtrain.train.manifest import installed
 
 Card = dict[str, Any]
 
@@ -24,17 +24,6 @@ def own_card() -> Card:
         "time": time.time(),
         "versions": {"python": ".".join(platform.python_version_tuple()[:2]), **installed(PACKAGES)},
     }
-
-
-def installed(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def differences(cards: Sequence[Card]) -> list[str]:

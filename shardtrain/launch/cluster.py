@@ -88,13 +88,13 @@ def detect(
 
 
 def restarts(env: Mapping[str, str]) -> int:
-    """How often this job was started again by `launch local`, Slurm or a JobSet.
+    """How often this job was started again by `launch local`, Slurm or a JobSet, or by one within another.
 
     Example:
-        >>> restarts({"SLURM_RESTART_COUNT": "2"})
+        >>> restarts({"SLURM_RESTART_COUNT": "2", "SHARDTRAIN_RESTARTS": "0"})
         2
     """
-    return int(env.get(RESTARTS) or env.get("SLURM_RESTART_COUNT") or 0)
+    return int(env.get(RESTARTS) or 0) + int(env.get("SLURM_RESTART_COUNT") or 0)
 
 
 def job(env: Mapping[str, str]) -> str:

@@ -55,9 +55,10 @@ def connect(
         The place of this process, None in a job of one.
 
     Raises:
-        UserError: an incomplete or wrong description of the job, a coordinator whose name does not resolve
-            or that does not answer within the limit, processes that are missing (by number), a port that is
-            taken, or versions that differ between the processes.
+        UserError: an incomplete or wrong description of the job, a coordinator whose name does not resolve,
+            or versions that differ between the processes.
+        StartError: a coordinator that does not answer within the limit, processes that are missing (by
+            number), or a port that is taken: a new start may succeed.
 
     Example:
         >>> cluster = connect()

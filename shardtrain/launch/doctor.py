@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 
 from shardtrain.errors import UserError
-from shardtrain.launch.card import Card, differences, installed, own_card
+from shardtrain.launch.card import Card, differences, own_card
 from shardtrain.launch.cluster import Cluster
 from shardtrain.launch.connect import devices_of, nvidia_gpus
 from shardtrain.launch.rendezvous import listen, meet, refuse_elsewhere, resolve, split_address
+from shardtrain.train.manifest import installed
 
 SKEW = 1.0
 """Seconds by which clocks may differ: logs and file times are compared across hosts."""

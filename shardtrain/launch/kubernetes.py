@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
+from shardtrain.launch.command import refuse_no_command
 
 MOUNT = "/runs"
 """Where pods find the volume for --out."""
@@ -66,10 +67,7 @@ def manifest(job: KubernetesJob, command: list[str]) -> str:
     Example:
         >>> print(manifest(KubernetesJob("cnn", "me/cnn:1", pods=2), ["python", "a.py"]))  # doctest: +SKIP
     """
-    if not command:
-        raise UserError(
-            "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
-        )
+    refuse_no_command(command)
     gpus = f"\n                      nvidia.com/gpu: {job.gpus}" if job.gpus else ""
     mounts = f"\n                    - {{name: runs, mountPath: {MOUNT}}}" if job.claim else ""
     volumes = (
@@ -108,7 +106,7 @@ spec:
           backoffLimit: 0  # one pod cannot be replaced alone: all start again, from the last checkpoint
           podFailurePolicy:
             rules:
-              - action: FailJob  # "I have saved, run me again"
+              - action: FailJob  # "I was told to stop, run me again"
                 onExitCodes: {{containerName: train, operator: In, values: [{REQUEUE}]}}
               - action: FailJob  # evicted, preempted, or its node is drained
                 onPodConditions: [{{type: DisruptionTarget, status: "True"}}]
@@ -133,8 +131,16 @@ spec:
                       value: {job.name}-train-0-0.{job.name}:{PORTS[0]}
                     - name: {PROCESSES}
                       value: "{job.pods}"
+                    - name: JOBSET_UID  # of this JobSet, and not of an earlier one with its name
+                      valueFrom:
+                        fieldRef:
+                          fieldPath: metadata.annotations['jobset.sigs.k8s.io/jobset-uid']
+                    - name: NAMESPACE
+                      valueFrom:
+                        fieldRef:
+                          fieldPath: metadata.namespace
                     - name: {JOB}
-                      value: {json.dumps(job.name)}
+                      value: $(NAMESPACE)/{job.name}/$(JOBSET_UID)
                     - name: {RESTARTS}  # after the first start the run goes on from its checkpoint
                       valueFrom:
                         fieldRef:

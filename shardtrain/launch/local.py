@@ -23,7 +23,9 @@ from types import FrameType
 from typing import IO
 
 from shardtrain.errors import REQUEUE, UserError
+from shardtrain.launch import cluster
 from shardtrain.launch.cluster import COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS
+from shardtrain.launch.command import refuse_no_command
 
 REFUSED = 2
 """Exit status of a command that refuses its flags: starting it again would not help."""
@@ -91,7 +93,7 @@ def run_local(
         command: program and arguments, the same for all; `connect` in it finds its place by itself.
         processes: how many.
         devices: simulated CPU devices of each.
-        restarts: attempts after the first, not counting those that end with `REQUEUE`.
+        restarts: attempts after the first, not counting those after one that ended with `REQUEUE`.
         elastic: an attempt that follows the loss of processes (to SIGKILL) is without as many.
         grace: seconds that processes have to save and end after SIGTERM or Ctrl-C.
 
@@ -105,10 +107,7 @@ def run_local(
         >>> run_local(["python", "recipes/train_cnn.py", "--mesh", "data=2"], 2)  # doctest: +SKIP
         0
     """
-    if not command:
-        raise UserError(
-            "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
-        )
+    refuse_no_command(command)
     if processes < 1 or restarts < 0 or grace <= 0 or (devices is not None and devices < 1):
         raise UserError("launch local: use --processes, --devices and --grace above 0, and --restarts from 0")
     if not shutil.which(command[0]):
@@ -145,7 +144,8 @@ class Attempts:
         self.command = list(command)
         self.devices = devices
         self.grace = grace
-        self.job = secrets.token_hex(8)
+        self.job = cluster.job(os.environ) or secrets.token_hex(8)  # a requeued batch job stays one job
+        self.before = int(os.environ.get(RESTARTS) or 0)
         self.stopped = 0
         self.deadline = float("inf")
         self.jobs: list[subprocess.Popen[bytes]] = []
@@ -223,7 +223,7 @@ class Attempts:
                 PROCESS_ID: str(rank),
                 LOCAL: "1",
                 JOB: self.job,
-                RESTARTS: str(number),
+                RESTARTS: str(self.before + number),
                 "PYTHONUNBUFFERED": "1",
             }
             if self.devices is not None:

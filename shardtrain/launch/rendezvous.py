@@ -13,7 +13,7 @@ import socket
 import time
 from typing import Any
 
-from shardtrain.errors import UserError
+from shardtrain.errors import StartError, UserError
 from shardtrain.launch.card import Card
 from shardtrain.launch.cluster import Cluster
 
@@ -40,12 +40,18 @@ def meet(cluster: Cluster, card: Card, limit: float) -> list[Card]:
         clock is ahead of that of process 0, as far as a message's travel lets it be seen.
 
     Raises:
-        UserError: what is missing when the limit is over, and who.
+        StartError: who or what is missing when the limit is over, or in the way; a new start may succeed.
+        UserError: a name, number or address that is wrong and stays so.
     """
     end = time.monotonic() + limit
     host, port = split_address(cluster.coordinator)
     name_end = end if cluster.scheduler == "Kubernetes" else min(end, time.monotonic() + NAME_LIMIT)
-    address = resolve(host, name_end)
+    try:
+        address = resolve(host, name_end)
+    except UserError as error:
+        if cluster.scheduler in ("flags", "environment"):  # someone wrote it; a scheduler's names are right
+            raise
+        raise StartError(str(error)) from error
     if cluster.apart and ipaddress.ip_address(address).is_loopback:
         raise UserError(
             f"the coordinator {host!r} is {address} here, which is this host itself "
@@ -123,14 +129,14 @@ def _gather(
                         cards[rank] = found | {"skew": found["time"] - time.time()}
             missing = sorted(set(range(cluster.processes)) - set(cards))
             if missing:
-                raise UserError(
+                raise StartError(
                     f"of {cluster.processes} processes {len(missing)} did not come to process 0 at "
                     f"{cluster.coordinator} within {limit:g} s: {', '.join(map(str, missing))}; see what "
                     f"they say, and whether their hosts reach this port"
                 )
             answer: Any = [cards[rank] for rank in range(cluster.processes)]
         except UserError as error:
-            _send_all(peers, {"error": str(error)})
+            _send_all(peers, {"error": str(error), "may_pass": isinstance(error, StartError)})
             raise
         server.close()  # before anyone who has the answer comes again
         _send_all(peers, answer)
@@ -169,18 +175,18 @@ def _report(cluster: Cluster, card: Card, address: str, port: int, limit: float,
         except OSError:
             answer.clear()
     if not answer.endswith(b"\n"):
-        raise UserError(
+        raise StartError(
             f"{here}: process 0 at {cluster.coordinator} broke off before all processes were there; "
             f"see what it says"
         )
     try:
         cards = json.loads(answer)
     except ValueError as error:
-        raise UserError(
+        raise StartError(
             f"{here}: what answers at {cluster.coordinator} is no process of this job; name another port"
         ) from error
     if "error" in cards:
-        raise UserError(cards["error"])
+        raise (StartError if cards["may_pass"] else UserError)(cards["error"])
     return cards
 
 
@@ -195,7 +201,7 @@ def _connected(
             if left <= 0:
                 loopback = ipaddress.ip_address(address).is_loopback
                 itself = f", and {address} is this host itself" if loopback else ""
-                raise UserError(
+                raise StartError(
                     f"{here}: nothing answers at the coordinator {cluster.coordinator} within {limit:g} s "
                     f"({error.strerror or error}{itself}); see whether process 0 runs there and lets this "
                     f"port through"
@@ -224,14 +230,15 @@ def listen(port: int) -> socket.socket:
     """A server on all addresses of this host.
 
     Raises:
-        UserError: a port that is taken or not allowed.
+        StartError: a port that is taken.
+        UserError: one that is not allowed.
     """
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
-        raise UserError(
+        raise (StartError if error.errno == errno.EADDRINUSE else UserError)(
             f"port {port} of {socket.gethostname()}, the coordinator, cannot be used "
             f"({os.strerror(error.errno or 0)}); another job may have it: give another in --coordinator or "
             f"JAX_COORDINATOR_PORT"

@@ -6,7 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardtrain.errors import REQUEUE, UserError
+from shardtrain.errors import FAULT, REQUEUE, UserError
+from shardtrain.launch.command import refuse_no_command
 
 SAVE = 120
 """Seconds before the time limit at which processes are told to save."""
@@ -24,7 +25,7 @@ class SlurmJob:
         cpus_per_task: for each process; None for the cluster's default.
         time: limit, as Slurm writes it.
         partition: None for the cluster's default.
-        restarts: how often the script starts the job again after a failure.
+        restarts: how often the script starts the job again after a failure; ends with `REQUEUE` are none.
         output: file of the log.
     """
 
@@ -61,10 +62,7 @@ def script(job: SlurmJob, command: list[str]) -> str:
     Example:
         >>> print(script(SlurmJob("cnn", nodes="2"), ["python", "recipes/train_cnn.py"]))  # doctest: +SKIP
     """
-    if not command:
-        raise UserError(
-            "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
-        )
+    refuse_no_command(command)
     # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
     ranged = "-" in job.nodes
     cpus = job.cpus_per_task
@@ -103,29 +101,20 @@ def script(job: SlurmJob, command: list[str]) -> str:
 srun --kill-on-bad-exit=1{tasks} {shlex.join(command)}
 status=$?
 
-# {REQUEUE} is "I have saved, run me again" (preempted, out of time, a hang). 2 is flags that are refused, and
-# above that the job has failed: it starts again from its last checkpoint, {job.restarts} times at most.
-starts=${{SLURM_RESTART_COUNT:-0}}
-echo "srun ended with status $status after $starts restarts"
-failed=$(( status != 0 && status != 2 && starts < {job.restarts} ))
-if [ $status = {REQUEUE} ] || [ $failed = 1 ]; then
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600  # until Slurm ends this script
-fi
+# {REQUEUE} is "I was told to stop, run me again" (preempted, out of time). 2 is flags that are refused.
+# Others are failures ({FAULT}: a hang, a lost process): the job starts again from its last checkpoint,
+# {job.restarts} times at most. Slurm keeps the count as the job's comment.
+failures=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k | sed -n 's/^failures: //p')
+echo "srun ended with status $status; restarts: ${{SLURM_RESTART_COUNT:-0}}, for failures: ${{failures:=0}}"
+case $status in
+    0 | 2) exit $status ;;
+    {REQUEUE}) ;;
+    *) [ "$failures" -lt {job.restarts} ] || exit $status
+       scontrol update job="$SLURM_JOB_ID" comment="failures: $(( failures + 1 ))" || exit $status ;;
+esac
+scontrol requeue "$SLURM_JOB_ID" && sleep 600  # until Slurm ends this script
 exit $status
 """
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a job file.
-
-    Raises:
-        UserError: a path that cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
 
 
 def submit(path: Path) -> str:

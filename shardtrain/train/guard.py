@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from shardtrain import compat
-from shardtrain.errors import REQUEUE, UserError
+from shardtrain.errors import FAULT, REQUEUE, UserError
 from shardtrain.train.events import Events
 from shardtrain.train.health import Health, OnNan
 from shardtrain.train.metrics import Row
@@ -37,7 +37,7 @@ class Preempted(SystemExit):
 class Guard:
     """Watches over a run; `Trainer.fit` takes one. As a context it also watches what is before and after.
 
-    - No progress for `watchdog` seconds: all stacks on stderr, who is missing or behind, exit status 75.
+    - No progress for `watchdog` seconds: all stacks on stderr, who is missing or behind, exit status 76.
     - SIGTERM on any process: all of them save the same step (where `fit` has `checkpoints`) and exit with 75.
       A second one: at once.
     - An exception in one of several processes: its message, and all of them exit within seconds.
@@ -109,7 +109,7 @@ class Guard:
             try:
                 self._part(error)
             except MissingError as missing:
-                self._watch.leave(REQUEUE, str(missing))
+                self._watch.leave(FAULT, str(missing))
         elif error is not None and self.events.folder is not None and not isinstance(error, Preempted):
             text = " ".join(str(error).split()) or type(error).__name__
             self.events("exit", self.progress.step, text[:500])

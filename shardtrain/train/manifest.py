@@ -7,13 +7,14 @@ the CRC-32 of each file stand in the manifest, and are compared before anything 
 for accidents; it comes with Python, runs without its lock, and reads over 1 GB/s on one core.
 """
 
+import contextlib
 import functools
 import json
 import platform
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,16 @@ PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run is made of."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | installed(PACKAGES)
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def revision(folder: Path | None = None) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shardtrain import compat
-from shardtrain.errors import REQUEUE, UserError
+from shardtrain.errors import FAULT, REQUEUE, UserError
 from shardtrain.train.events import Events
 from shardtrain.train.peers import Beats, MissingError, Peers, named
 from shardtrain.train.profile import Clock, Progress
@@ -124,7 +124,7 @@ class Watch:
                 self._hang(what, age)
             if self.peers is not None and self.clock.now() - self._contact > self.silence:
                 self._dump()
-                self.leave(REQUEUE, f"the coordinator, rank 0, does not answer for {self.silence:.0f} s")
+                self.leave(FAULT, f"the coordinator, rank 0, does not answer for {self.silence:.0f} s")
 
     def _signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
@@ -175,7 +175,7 @@ class Watch:
         if self.beats is not None:  # in a thread of its own: the coordinator may be what hangs
             _thread(look, self.beats).join(timeout=5 * PERIOD)
             found = found or ["the coordinator, rank 0, does not answer"]
-        self.leave(REQUEUE, "; ".join([message, *found]))
+        self.leave(FAULT, "; ".join([message, *found]))
 
     def _dump(self) -> None:
         with contextlib.suppress(ValueError, OSError):  # stderr may be anything
@@ -217,11 +217,15 @@ class Watch:
         self.events("watchdog", self.progress.step, f"{message}; stacks follow", level=logging.ERROR)
         self._dump()
         self._notice("lost", message)
-        self.leave(REQUEUE, message)
+        self.leave(FAULT, message)
 
-    def _notice(self, kind: str, text: str, code: int = REQUEUE) -> None:
+    def _notice(self, kind: str, text: str, code: int = FAULT) -> None:
         if self.peers is not None:
-            self.peers.tell("notice", json.dumps({"kind": kind, "text": text, "code": code}))
+            self.peers.tell("notice", json.dumps({"kind": kind, "text": text, "code": self._fair(code)}))
+
+    def _fair(self, code: int) -> int:
+        """A fault while stopping is not counted: some processes may be gone before others have saved."""
+        return REQUEUE if code == FAULT and self._stopping else code
 
     # Ways out.
 
@@ -232,12 +236,12 @@ class Watch:
                 self._blame(self.beats)
         text = " ".join(str(error).split())
         if isinstance(error, UserError):
-            code, words = 2, text
+            code, words = error.status, text
             print(f"error: {text}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
             code, words = 130, "interrupted"
         else:
-            code = REQUEUE if compat.is_collective_failure(error) else 1
+            code = FAULT if compat.is_collective_failure(error) else 1
             words = f"{type(error).__name__}: {text}"
             traceback.print_exception(error)
         sys.stderr.flush()
@@ -252,15 +256,16 @@ class Watch:
             notice = json.loads(said)
             if rank != beats.peers.rank and notice["kind"] != "stop":
                 self._hear(rank, notice)
+            self._stopping = self._stopping or notice["kind"] == "stop"
         if survey.gone:
             self._notice("lost", str(survey))
-            self.leave(REQUEUE, f"a collective failed: {survey}")
+            self.leave(FAULT, f"a collective failed: {survey}")
 
     def leave(self, code: int, why: str) -> NoReturn:
         """Ends the process now, with a last line; no exit handler of jax waits for others that never come."""
         if not self._leaving.acquire(blocking=False):
             threading.Event().wait()  # another thread is on its way out
-        step = self.progress.step
+        step, code = self.progress.step, self._fair(code)
         # Whatever blocks, a full pipe or the coordinator, does so in a thread that is left behind.
         _thread(self._goodbye, why, code, step).join(timeout=LINGER + 2)
         os._exit(code)

@@ -129,6 +129,9 @@ def test_restarts_are_counted_by_whoever_restarts():
     assert restarts({}) == 0
     assert restarts({"SLURM_RESTART_COUNT": "2"}) == 2
     assert restarts({"SHARDTRAIN_RESTARTS": "3"}) == 3
+    # `launch local` in a batch job that was requeued twice: its own first attempt, and a second one
+    assert restarts({"SHARDTRAIN_RESTARTS": "0", "SLURM_RESTART_COUNT": "2"}) == 2
+    assert restarts({"SHARDTRAIN_RESTARTS": "1", "SLURM_RESTART_COUNT": "2"}) == 3
 
 
 def test_processes_of_a_host_share_its_gpus():

@@ -1,5 +1,6 @@
 """Recipes and the doctor in jobs of real processes, as a user starts them."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,22 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recipe_process import ROOT, environment
 
 from shardtrain import UserError
 from shardtrain.cli.start import check_out
 from shardtrain.launch.local import free_port
+from shardtrain.train.checkpoint import UNFINISHED
 
-ROOT = Path(__file__).parent.parent.parent
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
 SENTENCE_2 = ["--processes", "2", "--steps", "2"]
-
-
-def environment(**more):
-    """Nothing of the test's jax, nor of a scheduler around it."""
-    ours = ("JAX_", "XLA_", "SLURM_", "SHARDTRAIN_", "OMPI_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHONPATH": str(ROOT)} | more
 
 
 def run(command, limit=240, **more):
@@ -96,7 +91,7 @@ def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", *SENTENCE_2, "--process-id", str(rank)]
     start = time.monotonic()
     done = run([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 76, done.stderr
     said = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,7 +113,7 @@ def test_a_port_that_is_taken(tmp_path):
                 str(tmp_path / "a"),
             ]
         )
-    assert done.returncode == 2
+    assert done.returncode == 76
     assert "cannot be used (Address already in use)" in done.stderr
 
 
@@ -126,6 +121,33 @@ def test_a_mesh_that_processes_cannot_share(tmp_path):
     done = run([*launch("-n", 2), *RECIPE, "--mesh", "data=3", "--out", str(tmp_path / "a")])
     assert done.returncode == 2
     assert "mesh 'data=3' has 3 devices, which 2 processes cannot share evenly" in done.stderr
+
+
+@pytest.mark.parametrize("there", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
+def test_processes_with_different_folders_are_refused(tmp_path, there):
+    """As two hosts are whose --out is the same path on disks of their own."""
+    outs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for rank in there:
+        outs[rank].mkdir(parents=True)
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--coordinator", address, *SENTENCE_2, "--start-limit", "10", "--mesh", "data=2"]
+    jobs = [
+        subprocess.Popen(
+            [*RECIPE, *flags, "--process-id", str(rank), "--out", str(out)],
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], said
+    sentence = f"process 1 on {socket.gethostname()} cannot see what process 0 writes there"
+    assert all(sentence in text and "Traceback" not in text for text in said), said
+    assert [rank for rank, out in enumerate(outs) if out.exists()] == there  # as they were
+    assert not any(list(outs[rank].iterdir()) for rank in there)
 
 
 def test_doctor_alone(tmp_path):
@@ -238,36 +260,58 @@ def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_pat
     np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
 
 
+def unfinished(out):
+    """The checkpoints that are being written, or were when a process was killed."""
+    found = set()
+    for path in (out / "checkpoints").glob(f"*{UNFINISHED}*"):
+        with contextlib.suppress(FileNotFoundError):  # it is finished now
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(tmp_path):
     """Of any process, also while one saves: every run ends, with the losses of the undisturbed one."""
     random = np.random.default_rng(0)
-    losses = reference(tmp_path, 400)
-    job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=400)
-    kills, waits = 0, []
+    losses = reference(tmp_path, 500)
+    job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=500)
+    kills, waits, torn = 0, [], 0
     while kills < 20:
         attempt = log.read_bytes().count(b"launch: restart")
         until(lambda: processes_of(job), job)
-        # Some kills come while processes start and join, others between and in steps and checkpoints.
-        if random.random() < 0.7:
-            before = steps_done(out)
-            until(lambda: steps_done(out) != before or job.poll() is not None, job)  # noqa: B023
-        time.sleep(random.uniform(0, 2.0))
+        # Some kills come while processes start and join, others between and in steps, each fourth in a save.
+        if kills % 4 == 3:
+            earlier = unfinished(out)
+            until(lambda: unfinished(out) - earlier or job.poll() is not None, job)  # noqa: B023
+        else:
+            if random.random() < 0.7:
+                before = steps_done(out)
+                until(lambda: steps_done(out) != before or job.poll() is not None, job)  # noqa: B023
+            time.sleep(random.uniform(0, 2.0))
         left = list(processes_of(job).values())
         if job.poll() is not None or not left:
             break
+        saving = unfinished(out)
         os.kill(left[random.integers(len(left))], signal.SIGKILL)
         kills, start = kills + 1, time.monotonic()
         until(lambda: log.read_bytes().count(b"launch: restart") > attempt or job.poll() is not None, job)  # noqa: B023
         waits.append(time.monotonic() - start)
+        torn += kills % 4 == 0 and bool(
+            saving & unfinished(out)
+        )  # what was being written never came to its end
     job.wait(600)
     said = log.read_text(errors="replace")
     assert job.returncode == 0, said[-5000:]
     assert kills == 20
     assert max(waits) < 15
+    assert torn >= 1
+    begun = [int(step) for step in re.findall(r"resumed at step (\d+) of 500", said)]
+    assert len(set(begun) - {0}) > 3  # restarts went on, and none from further back than the one before
+    assert begun == sorted(begun)
+    print(f"{torn} kills in a save; resumed at {begun}; at most {max(waits):.1f} s until the next start")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert [row["step"] for row in rows] == list(range(1, 501))
     np.testing.assert_allclose([row["loss"] for row in rows], losses, rtol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """The JobSet manifest: as Kubernetes' own schemas and Kubeflow's model of JobSet see it."""
 
+import re
+
 import pytest
 import yaml
 
@@ -41,11 +43,24 @@ def test_a_pod_finds_its_place():
     _, _, pod = read(job)
     env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
     # Kubernetes sets the index in pods of Indexed Jobs, JobSet the annotation that the manifest refers to.
-    env |= {"JOB_COMPLETION_INDEX": "3", "SHARDTRAIN_RESTARTS": "2"}
+    env |= {"JOB_COMPLETION_INDEX": "3", "SHARDTRAIN_RESTARTS": "2", "JOBSET_UID": "b1d5", "NAMESPACE": "a"}
     place = detect(env)
     assert (place.coordinator, place.processes, place.process_id) == ("no-train-0-0.no:61440", 4, 3)
     assert restarts(env) == 2
     assert all(isinstance(value, str) for value in env.values())
+
+
+def test_a_jobset_of_the_same_name_is_another_job():
+    """Kubernetes puts the values of entries further up into the place of `$(NAME)`."""
+    _, _, pod = read(JOBS["large"])
+    entries = pod["containers"][0]["env"]
+    names = [entry["name"] for entry in entries]
+    said = entries[names.index("SHARDTRAIN_JOB")]["value"]
+    used = re.findall(r"\$\((\w+)\)", said)
+    assert used == ["NAMESPACE", "JOBSET_UID"]
+    assert max(map(names.index, used)) < names.index("SHARDTRAIN_JOB")
+    source = entries[names.index("JOBSET_UID")]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert source == "metadata.annotations['jobset.sigs.k8s.io/jobset-uid']"
 
 
 def test_75_restarts_all_and_is_not_counted():

@@ -106,6 +106,24 @@ def test_75_is_not_counted(capfd):
     assert "1 of 1 restarts are left" in err
 
 
+def test_a_fault_that_always_comes_back_is_counted(capfd):
+    """A hang, a lost process, a start that fails: 76. Being told to stop in between is free."""
+    program = "print(restart, processes); sys.exit(75 if restart == 1 else 76)"
+    status, out, err = launch(capfd, program, 2, restarts=2)
+    assert status == 76
+    assert sizes(out) == [2, 2, 2, 2]
+    assert "no restart is left of 2" in err
+
+
+def test_a_launcher_in_a_job_that_is_restarted_goes_on_with_it(capfd, monkeypatch):
+    program = "print(os.environ['SHARDTRAIN_JOB'], restart); sys.exit(0 if restart == 3 else 1)"
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SHARDTRAIN_RESTARTS", "2")
+    status, out, _ = launch(capfd, program, 1, restarts=1)
+    assert status == 0
+    assert out.splitlines() == ["[0] 4711 2", "[0] 4711 3"]
+
+
 def test_75_passes_where_nothing_restarts(capfd):
     assert launch(capfd, "sys.exit(75)", 2)[0] == 75
 

@@ -3,17 +3,19 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+from recipe_process import ROOT, environment
 
-ROOT = Path(__file__).parent.parent.parent
 WORKER = [sys.executable, str(ROOT / "tests" / "launch" / "worker.py")]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
+on_cpu = partial(environment, JAX_PLATFORMS="cpu")
 
 _spec = importlib.util.spec_from_file_location("namespace_hosts", ROOT / "tools" / "namespace_hosts.py")
 assert _spec is not None
@@ -29,15 +31,6 @@ pytestmark = [
         bool(namespace_hosts.missing()), reason=f"hosts of one's own need {namespace_hosts.missing()}"
     ),
 ]
-
-
-def environment(**more):
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_", "XLA_", "SHARDTRAIN_"))
-    }
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more
 
 
 def losses(out):
@@ -62,7 +55,7 @@ def start(up, rank, processes, command, coordinator=None):
     }
     return subprocess.Popen(
         up.on(up.names[rank], command),
-        env=environment(**place),
+        env=on_cpu(**place),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,7 +73,7 @@ def test_hosts_give_the_losses_of_one_process(up, tmp_path, processes):
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir()
     many.mkdir()
-    subprocess.run([*WORKER, str(one), "10"], env=environment(), check=True, cwd=ROOT)
+    subprocess.run([*WORKER, str(one), "10"], env=on_cpu(), check=True, cwd=ROOT)
     statuses, said = ends(
         [start(up, rank, processes, [*WORKER, str(many), "10"]) for rank in range(processes)]
     )
@@ -143,66 +136,81 @@ def wait(ready, what, limit=300):
         time.sleep(0.2)
 
 
+def submit(env, folder, command, *flags):
+    """Hands a job to Slurm: its number."""
+    launch = [sys.executable, "-m", "shardtrain", "launch", "slurm", "--submit", "--time", "20", *flags]
+    files = ["--log", str(folder / "log"), "--out", str(folder / "job.sbatch")]
+    done = subprocess.run(
+        [*launch, *files, "--", *command], env=env, cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return done.stdout.split()[-1]
+
+
+def state(env, number):
+    """What Slurm says of a job."""
+    show = ["scontrol", "show", "job", number]
+    said = subprocess.run(show, env=env, capture_output=True, text=True, check=True).stdout
+    return dict(word.strip().split("=", 1) for word in re.split(r"\n| (?=\w+=)", said) if "=" in word)
+
+
+def until_it_ends(env, number, said):
+    ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    wait(lambda: state(env, number)["JobState"] in ends, said, 600)
+    return state(env, number)
+
+
 @slurm
-def test_slurm_takes_the_script(up, tmp_path):
-    write = [
-        sys.executable,
-        "-m",
-        "shardtrain",
-        "launch",
-        "slurm",
-        "--nodes",
-        "2-3",
-        "--out",
-        str(tmp_path / "job"),
-    ]
-    subprocess.run([*write, "--", "true"], env=environment(), check=True, cwd=ROOT)
+def test_a_fault_that_always_comes_back_ends_the_job(up, tmp_path):
+    """One that was told to stop first, which is free: Slurm keeps the count of failures in between."""
+    program = f'echo start >> {tmp_path}/starts; [ "$(wc -l < {tmp_path}/starts)" = 1 ] && exit 75; exit 76'
     with namespace_hosts.slurm(up) as env:
-        subprocess.run(["sbatch", "--test-only", str(tmp_path / "job")], env=env, check=True)
+        env = on_cpu(SLURM_CONF=env["SLURM_CONF"])
+        number = submit(env, tmp_path, ["sh", "-c", program], "--restarts", "1")
+        last = until_it_ends(env, number, lambda: (tmp_path / "log").read_text())
+    said = (tmp_path / "log").read_text()
+    assert last["JobState"] == "FAILED", said
+    assert (last["Restarts"], last["Comment"]) == ("2", "failures: 1")
+    ended = [line for line in said.splitlines() if line.startswith("srun ended")]
+    assert ended == [
+        "srun ended with status 75; restarts: 0, for failures: 0",
+        "srun ended with status 76; restarts: 1, for failures: 0",
+        "srun ended with status 76; restarts: 2, for failures: 1",
+    ]
 
 
 @slurm
-def test_a_node_dies_and_the_job_goes_on(tmp_path):
-    """Submit, run on three nodes, kill one, requeue, resume on two, finish: the losses of one process."""
+def test_a_recipe_is_told_to_stop_and_loses_a_node_and_goes_on(tmp_path):
+    """Submit, run on three nodes, SIGTERM, resume, kill a node, resume on two: the losses of one process."""
+    recipe = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet", "--x64"]
+    recipe += ["--mesh", "data=-1", "--batch-size", "24", "--checkpoint-every", "50", "--steps", "600"]
     one, out = tmp_path / "one", tmp_path / "run"
-    one.mkdir()
-    out.mkdir()
-    x64 = {"JAX_ENABLE_X64": "1"}  # no difference can hide in rounding
-    subprocess.run([*WORKER, str(one), "60"], env=environment(**x64), check=True, cwd=ROOT)
-    submit = [sys.executable, "-m", "shardtrain", "launch", "slurm", "--submit", "--name", "drill"]
-    flags = ["--nodes", "2-3", "--time", "20", "--log", str(out / "log"), "--out", str(out / "job.sbatch")]
+    command = [*recipe, "--devices", "1", "--out", str(one)]
+    subprocess.run(command, env=on_cpu(), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def said():
+        return (tmp_path / "log").read_text(errors="replace") if (tmp_path / "log").exists() else "no log"
+
+    def steps():
+        rows = out / "metrics.jsonl"
+        return len(rows.read_text().splitlines()) if rows.exists() else 0
+
     with namespace_hosts.hosts(3) as up, namespace_hosts.slurm(up) as env:
-        env = environment(SLURM_CONF=env["SLURM_CONF"], **x64)
-        done = subprocess.run(
-            [*submit, *flags, "--", *WORKER, str(out), "60", "0.3"],
-            env=env,
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        number = done.stdout.split()[-1]
-
-        def said():
-            return (out / "log").read_text(errors="replace") if (out / "log").exists() else "no log"
-
-        wait((out / "at-17").exists, said)
+        env = on_cpu(SLURM_CONF=env["SLURM_CONF"])
+        number = submit(env, tmp_path, [*recipe, "--out", str(out)], "--name", "cnn", "--nodes", "2-3")
+        wait(lambda: steps() > 60, said)
+        subprocess.run(["scancel", "--signal=TERM", number], env=env, check=True)
+        wait(lambda: "resumed at step" in said(), said)
+        wait(lambda: steps() > 250, said)
         up.end(up.names[1])
-
-        def state():
-            show = subprocess.run(
-                ["scontrol", "show", "job", number], env=env, capture_output=True, text=True
-            ).stdout
-            return dict(word.split("=", 1) for word in show.split() if "=" in word)
-
-        wait(lambda: state()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), said, 600)
-        last = state()
+        last = until_it_ends(env, number, said)
     print(f"{last}\n{said()}")  # for those who want to see it: pytest -s
     assert last["JobState"] == "COMPLETED", said()
-    assert int(last["Restarts"]) >= 1
-    assert "process 0 of 3 begins at step 0" in said()
-    assert "process 0 of 2 begins at step 15" in said()
-    got, processes = losses(out)
-    assert len(got) == 60
-    assert set(processes) == {2, 3}
-    np.testing.assert_allclose(got, losses(one)[0], rtol=1e-6)
+    assert int(last["Restarts"]) == 2
+    assert "srun ended with status 75; restarts: 0, for failures: 0" in said()
+    first, second = (int(step) for step in re.findall(r"resumed at step (\d+) of 600", said()))
+    assert f"step {first} is saved" in said()  # the step at which it was told to stop
+    assert first > 60
+    assert second >= 250
+    found, expected = (json.loads((run / "result.json").read_text()) for run in (out, one))
+    assert found["processes"] == 2
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 from shardtrain import UserError
-from shardtrain.launch.slurm import SlurmJob, script, submit, write
+from shardtrain.cli.launch import put
+from shardtrain.launch.slurm import SlurmJob, script, submit
 
 COMMAND = ["python", "recipes/train_cnn.py", "--out", "/shared/my runs"]
 
@@ -44,42 +45,58 @@ def test_a_range_of_nodes_leaves_the_tasks_to_srun():
     assert "srun --kill-on-bad-exit=1 --ntasks=$((SLURM_NNODES * 8)) --cpus-per-task=2 python" in text
 
 
-def run(tmp_path, status, starts, restarts=3):
-    """Runs the script with a srun that ends with `status`: the script's status, srun's words, requeues."""
+def run(tmp_path, status, comment="(null)", restarts=3):
+    """Runs the script with a srun that ends with `status`, in a job with a comment: the script's status, srun's
+    words, what Slurm is asked to do."""
     text = script(SlurmJob("cnn", restarts=restarts), COMMAND)
     # Slurm's own commands are not here; the shell's logic is what is run.
     (tmp_path / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit {status}\n')
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $1 $2 >> {tmp_path}/requeued\n")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{comment}'\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "sleep").write_text("#!/bin/sh\n")
-    for name in ("srun", "scontrol", "sleep"):
+    for name in ("srun", "squeue", "scontrol", "sleep"):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    env |= {"SLURM_RESTART_COUNT": str(starts)} if starts else {}
     done = subprocess.run(["bash", "-eu", "-c", f"set +e\n{text}"], env=env, capture_output=True, text=True)
-    requeued = tmp_path / "requeued"
-    said = requeued.read_text() if requeued.exists() else ""
-    requeued.unlink(missing_ok=True)
+    requests = tmp_path / "asked"
+    said = requests.read_text().splitlines() if requests.exists() else []
     return done.returncode, (tmp_path / "words").read_text().splitlines(), said
 
 
 @pytest.mark.parametrize(
-    ("status", "starts", "again"),
-    [(0, 0, False), (2, 0, False), (1, 0, True), (137, 2, True), (1, 3, False), (75, 0, True), (75, 9, True)],
+    ("status", "comment", "again"),
+    [
+        (0, "(null)", False),
+        (2, "(null)", False),
+        (1, "(null)", True),
+        (76, "a comment of 2024", True),
+        (137, "failures: 2", True),
+        (1, "failures: 3", False),
+        (76, "failures: 3", False),
+        (75, "(null)", True),
+        (75, "failures: 3", True),
+    ],
 )
-def test_what_starts_again(tmp_path, status, starts, again):
-    ended, _, said = run(tmp_path, status, starts)
+def test_what_starts_again(tmp_path, status, comment, again):
+    ended, _, said = run(tmp_path, status, comment)
     assert ended == status
-    assert said == ("requeue 7\n" if again else "")
+    assert said[-1:] == (["requeue 7"] if again else [])
+
+
+def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):
+    assert run(tmp_path, 76)[2] == ["update job=7 comment=failures: 1", "requeue 7"]
+    assert run(tmp_path, 134, "failures: 1")[2][2:] == ["update job=7 comment=failures: 2", "requeue 7"]
+    assert run(tmp_path, 75, "failures: 2")[2][4:] == ["requeue 7"]
 
 
 def test_the_command_arrives_word_for_word(tmp_path):
-    _, words, _ = run(tmp_path, 0, 0)
+    _, words, _ = run(tmp_path, 0)
     assert words == ["--kill-on-bad-exit=1", *COMMAND]
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck here")
 def test_shellcheck(tmp_path):
-    write(tmp_path / "job.sbatch", script(SlurmJob("cnn", "2-3"), COMMAND))
+    put(tmp_path / "job.sbatch", script(SlurmJob("cnn", "2-3"), COMMAND))
     subprocess.run(["shellcheck", "-e", "SC2086", str(tmp_path / "job.sbatch")], check=True)
 
 
@@ -104,4 +121,4 @@ def test_no_command_and_no_slurm(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         submit(tmp_path / "job.sbatch")
     with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text("") == 0 else None
+        put(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text("") == 0 else None

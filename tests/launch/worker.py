@@ -1,12 +1,11 @@
-"""One process of a job that saves as it goes: `worker.py OUT STEPS [PAUSE]`, on the mesh data=-1.
+"""One process of a job that saves as it goes: `worker.py OUT STEPS`, on the mesh data=-1.
 
 Process 0 writes the losses of what it has trained to OUT/losses.jsonl, each with its step and the number of
-processes, and every process a file OUT/at-STEP when it gets there.
+processes.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ import jax
 from shardtrain.launch import Limits, connect
 
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
-pause = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
 connect(limits=Limits(start=60.0, heartbeat=10, shutdown=30))
 jax.config.update("jax_num_cpu_devices", 1)
 
@@ -41,8 +39,6 @@ def watch(step, row):
         with (out / "losses.jsonl").open("a") as file:
             line = {"step": step, "loss": row["loss"], "processes": jax.process_count()}
             file.write(json.dumps(line) + "\n")
-        (out / f"at-{step}").touch()
-    time.sleep(pause)
 
 
 feed = st.data.train_batches(digits.train, BATCH, seed=0, start=start, rows=trainer.rows(BATCH))

@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from recipe_process import ROOT, environment
 
 from .models import MODELS
 from .parity import GROUPS, check
@@ -44,8 +44,7 @@ def test_gradients_on_more_meshes(name, mesh, group):
 
 def check_on_sixteen(name, mesh, group):
     """In a process of its own, since the tests' has eight devices."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), env.get("PYTHONPATH"))))
+    env = environment(PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
     command = [sys.executable, "-m", "pipeline.sixteen", name, mesh, group]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

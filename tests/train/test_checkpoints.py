@@ -16,9 +16,11 @@ import numpy as np
 import optax
 import pytest
 from pipelines import Small, close, trainer, wide
+from recipe_process import environment
 
 import shardtrain as st
 from shardtrain import Checkpoints, UserError
+from shardtrain.launch.local import free_port
 from shardtrain.train import manifest
 
 BATCH = 16
@@ -283,10 +285,9 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def python(program, *args, **kwargs):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, "-c", program, *map(str, args)]
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )
 
 
@@ -381,9 +382,6 @@ WORKER = Path(__file__).parent / "checkpoint_worker.py"
 
 def job(processes, mesh, folder, steps):
     """Results of every process of a job on four devices."""
-    from test_processes import free_port
-
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     port = free_port()
     outs = [folder.with_name(f"out{rank}") for rank in range(processes)]
     commands = [
@@ -391,7 +389,7 @@ def job(processes, mesh, folder, steps):
         for rank, out in enumerate(outs)
     ]
     jobs = [
-        subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True)
         for command in commands
     ]
     errors = [one.communicate(timeout=200)[1] for one in jobs]

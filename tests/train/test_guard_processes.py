@@ -1,24 +1,19 @@
 """Guards over real processes: what is signalled, stopped, killed or raised, and who says what, how fast."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from recipe_process import environment
+
+from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "guard_worker.py"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Job:
@@ -27,14 +22,15 @@ class Job:
     def __init__(self, folder, processes=2, **wishes):
         folder.mkdir(exist_ok=True)
         self.folder, self.run = folder, folder / "run"
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
         port = free_port()
         self.processes = []
         for rank in range(processes):
             command = [sys.executable, str(WORKER), str(port), str(processes), str(rank), str(self.run)]
             with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
                 self.processes.append(
-                    subprocess.Popen([*command, json.dumps(wishes)], stdout=out, stderr=err, env=env)
+                    subprocess.Popen(
+                        [*command, json.dumps(wishes)], stdout=out, stderr=err, env=environment()
+                    )
                 )
 
     def __enter__(self):
@@ -107,17 +103,28 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         job.wait_for_step(5)
         job.processes[rank].send_signal(signal.SIGSTOP)
         other = 1 - rank
-        assert job.codes(limit=20, ranks=[other]) == [75]
+        assert job.codes(limit=20, ranks=[other]) == [76]
         said = job.err(other)
         assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
         assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
         assert "in run" in said
 
 
+def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
+    """The host of one is gone before the others have saved, as preempted ones are."""
+    with Job(tmp_path, watchdog=5) as job:
+        job.wait_for_step(5)
+        job.processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.codes(limit=20, ranks=[0]) == [75]
+        assert re.search(r"rank 1\b.* did not (answer|come)", job.err(0))
+
+
 def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
     with Job(tmp_path, watchdog=5, fault="hang", rank=1, at=6) as job:
         job.wait_for_step(4)
-        assert job.codes(limit=25) == [75, 75]
+        assert job.codes(limit=25) == [76, 76]
         assert "no progress for" in job.err(0) + job.err(1)
         assert "in spin" in job.err(1)
         told = job.err(0)
@@ -128,7 +135,7 @@ def test_a_killed_rank_is_named(tmp_path):
     with Job(tmp_path) as job:
         job.wait_for_step(5)
         job.processes[1].kill()
-        assert job.codes(limit=15, ranks=[0]) == [75]
+        assert job.codes(limit=15, ranks=[0]) == [76]
         assert "rank 1 did not answer" in job.err(0)
 
 
@@ -158,7 +165,7 @@ def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
 def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
     with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:
         job.wait_for_step(5)
-        assert job.codes(limit=30) == [75, 75]
+        assert job.codes(limit=30) == [76, 76]
         assert re.search("rank 1 (did not come to 'the end'|is behind)", job.err(0)), job.err(0)
 
 
@@ -171,6 +178,6 @@ def test_one_process(tmp_path):
         assert job.saved() == [max(job.rows(0))]
     before = job.saved()[0]
     with Job(tmp_path, processes=1, watchdog=2, fault="hang", at=before + 3) as job:
-        assert job.codes(limit=30) == [75]
+        assert job.codes(limit=30) == [76]
         assert f"step {before + 3}: watchdog: no progress for 2 s in 'data'" in job.err(0)
         assert "in spin" in job.err(0)
