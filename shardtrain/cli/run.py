@@ -255,7 +255,6 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> N
             checkpoints=own,
             guard=guard,
         )
-    guard.progress.at("evaluating")
     test = trainer.evaluate(task.test(rows_here))
     with tempfile.TemporaryDirectory() as aside:  # the other processes help to compute, their files go
         report = task.report(trainer, out if first_process else Path(aside))
