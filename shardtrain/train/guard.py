@@ -111,7 +111,7 @@ class Guard:
             try:
                 self._part(error)
             except MissingError as missing:
-                self._watch.leave(FAULT, str(missing))
+                self._watch.give_up(str(missing))
             except KeyboardInterrupt:
                 self._watch.leave(130, "interrupted")
             except Exception as failure:  # not to leave here is to hang in jax's own end, which waits for all

@@ -223,8 +223,7 @@ class Watch:
         message = f"{named(ranks)} did not answer for {self.silence:.0f} s"
         self.events("watchdog", self.progress.step, f"{message}; stacks follow", level=logging.ERROR)
         self._dump()
-        self._notice("lost", message)
-        self.leave(FAULT, message)
+        self.give_up(message)
 
     def _notice(self, kind: str, text: str, code: int = FAULT) -> None:
         if self.peers is not None:
@@ -235,6 +234,12 @@ class Watch:
         return REQUEUE if code == FAULT and self._stopping else code
 
     # Ways out.
+
+    def give_up(self, message: str) -> NoReturn:
+        """Ends this process, and tells the others, because of those that did not answer or come."""
+        with contextlib.suppress(Exception):
+            self._notice("lost", message)
+        self.leave(FAULT, message)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process of several after an exception, with its message first, and tells the others."""
@@ -268,8 +273,7 @@ class Watch:
                 self._hear(rank, notice)
             self._stopping = self._stopping or notice["kind"] == "stop"
         if survey.gone:
-            self._notice("lost", str(survey))
-            self.leave(FAULT, f"a collective failed: {survey}")
+            self.give_up(f"a collective failed: {survey}")
 
     def leave(self, code: int, why: str) -> NoReturn:
         """Ends the process now, with a last line; no exit handler of jax waits for others that never come."""
