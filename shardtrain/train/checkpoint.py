@@ -93,7 +93,7 @@ class Checkpoints:
 
         They are those that the first process sees: a network file system may show the others older ones.
         """
-        return [int(step) for step in everyone(" ".join(map(str, self._here()[-50:])))[0].split()]
+        return [int(step) for step in everyone(" ".join(map(str, self._here())))[0].split()]
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
@@ -114,7 +114,7 @@ class Checkpoints:
         Args:
             step: that it is of. What was saved already is not saved again.
             state: a tree of dictionaries, lists and named tuples, with arrays on any mesh or numpy arrays.
-            metrics: of this step.
+            metrics: of this step; without them it is not among the best.
             about: more entries of the manifest.
 
         Returns:
@@ -127,7 +127,7 @@ class Checkpoints:
             return self._path(step)
         self._newest = None
         values = {key: float(value) for key, value in (metrics or {}).items()}
-        if self._best is not None:
+        if self._best is not None and metrics is not None:
             if self._best not in values:
                 raise UserError(
                     f"Checkpoints: there is no metric {self._best!r}; there are {', '.join(values)}"

@@ -42,6 +42,9 @@ AGAIN = 1.0
 LINGER = 10.0
 """Seconds that the coordinator stays for the others to hear why: without it jax aborts them."""
 
+LAST_WORD = 2.0
+"""Seconds that others take to say that they go: the coordinator may be what does not answer."""
+
 
 class Watch:
     """Watches over one process, and hears what the others say.
@@ -281,7 +284,8 @@ class Watch:
             threading.Event().wait()  # another thread is on its way out
         step, code = self.progress.step, self._fair(code)
         # Whatever blocks, a full pipe or the coordinator, does so in a thread that is left behind.
-        _thread(self._goodbye, why, code, step).join(timeout=LINGER + 2)
+        linger = LINGER if self.peers is not None and self.peers.rank == 0 else 0
+        _thread(self._goodbye, why, code, step).join(timeout=linger + LAST_WORD)
         os._exit(code)
 
     def _goodbye(self, why: str, code: int, step: int) -> None:

@@ -129,7 +129,15 @@ def test_a_ragged_batch_counts_the_rows_that_there_are(tmp_path):
 
 def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
     """The trace begins on one rank between the bad step and the next one."""
-    wishes = {"fault": "nan", "rank": 0, "at": 4, "on_nan": "rollback", "profile": [5, 7], "every": 2, "watchdog": 2}
+    wishes = {
+        "fault": "nan",
+        "rank": 0,
+        "at": 4,
+        "on_nan": "rollback",
+        "profile": [5, 7],
+        "every": 2,
+        "watchdog": 2,
+    }
     with Job(tmp_path, steps=8, **wishes) as job:
         assert job.codes(limit=40) == [0, 0]
         assert [row["checkpoint"] for row in job.events("rollback")] == [2]
