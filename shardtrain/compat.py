@@ -97,7 +97,7 @@ def process_count() -> int:
 
 def is_collective_failure(error: BaseException) -> bool:
     """Whether an error may only say that another process is gone: runtimes have no type for it."""
-    words = ("Gloo", "NCCL", "coordination", "collective", "Connection closed", "Connection reset")
+    words = ("Gloo", "NCCL", "coordination", "collective", "Connection closed", "Connection reset", "barrier")
     return not isinstance(error, UserError) and any(word in str(error) for word in words)
 
 

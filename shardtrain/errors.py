@@ -7,6 +7,16 @@ FAULT = 76
 """Exit status of a run that hung, lost a process or could not start: to be run again, so many times."""
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an exception's message, of `most` characters at most; its type where it has none.
+
+    Example:
+        >>> first_line(OSError("no space" + chr(10) + "at all")), first_line(ValueError())
+        ('no space', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class UserError(ValueError):
     """What was asked cannot be done; the message says what is possible instead.
 

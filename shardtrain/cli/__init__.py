@@ -1,8 +1,9 @@
 """Recipes on the command line: their flags and checks, and a run from its first step to its files."""
 
+from shardtrain.cli.flags import Folder, RunFlags, at_least_1, one_of
 from shardtrain.cli.pictures import picture
 from shardtrain.cli.pipeline import draw
-from shardtrain.cli.run import Folder, Report, RunFlags, Task, at_least_1, kinds, make_trainer, one_of, run
+from shardtrain.cli.run import Report, Task, kinds, make_trainer, run
 from shardtrain.cli.start import main
 
 __all__ = [

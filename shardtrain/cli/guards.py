@@ -1,6 +1,7 @@
 """What a recipe's flags say of guards, and what guards have to say of a run at its end."""
 
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.train import Guard
+from shardtrain.train.watch import PATIENCE
 
 
 def guard(flags: Any, out: Path) -> Guard:
@@ -29,6 +31,11 @@ def guard(flags: Any, out: Path) -> Guard:
         raise UserError(f"--spike {spike:g}: a spike is more than 1 times the median, such as 3")
     traced = steps_of(flags.profile, flags.steps) if flags.profile else None
     return Guard(out, watchdog=watchdog or None, on_nan=flags.on_nan, spike=spike, profile=traced)
+
+
+def patience(flags: Any) -> float:
+    """Seconds that the processes of a run wait for each other where one may be compiling."""
+    return PATIENCE * flags.watchdog or math.inf
 
 
 def steps_of(text: str, steps: int) -> range:

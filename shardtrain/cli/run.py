@@ -1,4 +1,4 @@
-"""What all recipes have in common: flags, optimizer, and the way from the first step to the files."""
+"""What all recipes have in common: the optimizer, and the way from the first step to the files."""
 
 import itertools
 import json
@@ -8,119 +8,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from shardtrain.cli import guards, resume
+from shardtrain.cli.flags import Flags, RunFlags, check, one_of
 from shardtrain.cli.start import check_out, open_run, refuse_other_folders, start_jax
-from shardtrain.errors import UserError
 from shardtrain.launch import Limits, connect, job
-from shardtrain.mesh import make_mesh, parse, size
+from shardtrain.mesh import make_mesh, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
 from shardtrain.train import Checkpoints, Guard, Trainer, losses, manifest, metrics
+from shardtrain.train.processes import meet
 from shardtrain.train.step import PerExample
-
-OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 
 OF_STAGES = ("schedule", "stages", "in_flight", "overlap")
 """Arguments of `Trainer` that the same run on one device does without."""
-
-Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
-
-
-@dataclass(frozen=True)
-class RunFlags:
-    """The flags of every recipe, which says its defaults for the first three and may add its own.
-
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class Flags(RunFlags):
-        ...     mesh: str = "data=2,height=2"
-        ...     data: str = "digits"
-        ...     out: Folder = Path("runs/mine")
-    """
-
-    mesh: str
-    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features; pipe the
-    layers, into stages. One size may be -1 and takes the devices that are left."""
-    data: str
-    """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
-    .npz files."""
-    out: Folder
-    """Folder of the run. An earlier run in it is moved aside, never overwritten."""
-    steps: int = 200
-    """Updates in all."""
-    batch_size: int = 128
-    """Examples for one update, over all devices."""
-    seed: int = 0
-    """Of initial weights, data order and dropout."""
-    optimizer: str = "sgd"
-    """sgd (momentum 0.9), adam, adamw, lamb."""
-    lr: float = 0.1
-    """Peak learning rate."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that are later
-    resumed with more --steps."""
-    weight_decay: float = 5e-4
-    """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
-    clip_norm: float | None = None
-    """Clip gradients to this global norm."""
-    accumulate: int = 1
-    """Microbatches for one update."""
-    parameters: str = ""
-    """Mesh axis to spread parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
-    remat: Literal["none", "contractions", "nothing"] = "none"
-    """What the backward pass keeps: everything, only outputs of convolutions and linear maps, or nothing."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Compute in it; parameters and optimizer stay in float32."""
-    x64: bool = False
-    """Everything in float64, to compare meshes to the last bit."""
-    devices: int | None = None
-    """Simulated CPU devices of each process where there is no accelerator; what the mesh needs by default."""
-    checkpoint_every: int | None = None
-    """Steps from one checkpoint to the next, written while steps go on; there is one at the end anyway."""
-    keep: int = 3
-    """Last checkpoints that are kept."""
-    resume: str = "never"
-    """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
-    or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
-    watchdog: float = 600.0
-    """Seconds without a step, after which the run shows where it hangs and ends with status 76, to be run
-    again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
-    on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
-    go on behind that batch."""
-    spike: float | None = None
-    """A loss above this many times the median of the last 32 steps counts as not finite."""
-    profile: str = ""
-    """Steps to trace with jax's profiler, such as 10:20; SIGUSR1 traces the next 5 of a run at any time."""
-    compare: bool = False
-    """At the end, repeat the first 20 steps on one device and show both losses."""
-    coordinator: str | None = None
-    """In a job of several processes, HOST:PORT of process 0. This and the next two are known by themselves
-    under Slurm, Open MPI, Kubernetes (Indexed Job, JobSet) and `shardtrain launch`."""
-    processes: int | None = None
-    """Processes of the job."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-    start_limit: float = 300.0
-    """Seconds to wait for all processes to be there."""
-
-    free: ClassVar[frozenset[str]] = frozenset()
-    """Flags of a recipe's own that a resumed run may change, because they say how to compute and not what."""
-
-
-Flags = TypeVar("Flags", bound=RunFlags)
 
 
 @runtime_checkable  # a recipe may be imported where types are checked at run time
@@ -179,30 +89,6 @@ def kinds(flags: RunFlags) -> dict[str, Any]:
     return {"param_dtype": jnp.float64 if flags.x64 else jnp.float32, "rngs": nnx.Rngs(flags.seed)}
 
 
-def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
-    """Refuses a value of a flag that is none of the possible ones.
-
-    Example:
-        >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
-        Traceback (most recent call last):
-        shardtrain.errors.UserError: --model resnet19: there is no such model; there are resnet8, resnet18
-    """
-    if value not in possible:
-        raise UserError(f"--{flag} {value}: there is {what}; there are {', '.join(possible)}")
-
-
-def at_least_1(flag: str, *values: int) -> None:
-    """Refuses a flag's values below 1.
-
-    Example:
-        >>> at_least_1("features", 8, 0)
-        Traceback (most recent call last):
-        shardtrain.errors.UserError: --features 8 0: use 1 or more
-    """
-    if any(value < 1 for value in values):
-        raise UserError(f"--{flag} {' '.join(map(str, values))}: use 1 or more")
-
-
 def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     """Trains, evaluates, and writes the run's files; `make_task` is called when jax is set up.
 
@@ -226,13 +112,22 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> N
     refuse_other_folders(out, flags.start_limit)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
     said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
-    own = Checkpoints(out / "checkpoints", every=flags.checkpoint_every, keep=flags.keep, manifest=said)
+    own = Checkpoints(
+        out / "checkpoints",
+        every=flags.checkpoint_every,
+        keep=flags.keep,
+        best=flags.best or None,
+        mode="min" if flags.best == "loss" else "max",
+        manifest=said,
+    )
     source = (own, None) if resume.started_again(own) else resume.source(flags.resume, own)
     if source is not None:
         checkpoints, step = source
         known = checkpoints.newest()[1] if step is None else checkpoints.manifest(step)
         resume.compare(flags, RunFlags, known, checkpoints.folder)
     task = make_task(flags)
+    if flags.best:
+        one_of("best", flags.best, ["loss", *measured(task)], "no such metric")
     trainer = make_trainer(flags, task, mesh)
     goes_on = source is not None and source[0] is own
     start = resume.take_up(trainer, *source, flags, goes_on=goes_on) if source is not None else 0
@@ -240,14 +135,16 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> N
     feed = task.train(start=start, rows=rows_here)
     first = next(feed)
     trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
-    multihost_utils.sync_global_devices("all have looked at the folder")
+    meet("all have looked at the folder", guards.patience(flags))
     if first_process:
-        open_run(out, resume=goes_on)
-    multihost_utils.sync_global_devices("the folder is open")
+        with metrics.writing(out):
+            open_run(out, resume=goes_on)
+    meet("the folder is open", guards.patience(flags))
     done = int(trainer.state.step)
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
-    guard.health.recall(row for row in metrics.read(out / "metrics.jsonl") if row["step"] <= done)
+    before = metrics.read(out / "metrics.jsonl") if first_process else []
+    guard.health.recall(row for row in before if row["step"] <= done)
     with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
         trainer.fit(
             itertools.chain([first], feed),
@@ -256,19 +153,25 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> N
             checkpoints=own,
             guard=guard,
         )
-    guard.progress.at("evaluating")
     test = trainer.evaluate(task.test(rows_here))
-    with tempfile.TemporaryDirectory() as aside:  # the other processes help to compute, their files go
+    # The other processes help to compute, and their files go.
+    with metrics.writing(out), tempfile.TemporaryDirectory() as aside:
         report = task.report(trainer, out if first_process else Path(aside))
-    if first_process:
-        conclude(flags, task, trainer, out, test, report)
-    multihost_utils.sync_global_devices("the first process is done")
+        if first_process:
+            conclude(flags, task, trainer, own, test, report)
+    meet("the first process is done", guards.patience(flags))
 
 
 def conclude(
-    flags: RunFlags, task: Task, trainer: Trainer, out: Path, test: Mapping[str, float], report: Report
+    flags: RunFlags,
+    task: Task,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    test: Mapping[str, float],
+    report: Report,
 ) -> None:
     """Writes the files of a run that has ended, and prints its tables."""
+    out, best = checkpoints.folder.parent, checkpoints.best()
     rows = metrics.read(out / "metrics.jsonl")
     speeds = sorted(row["images_per_second"] for row in rows)
     result = {
@@ -282,6 +185,7 @@ def conclude(
         f"test_{task.score}": test[task.score],
         "images_per_second": speeds[len(speeds) // 2],
         "census": census.summary(census.census(trainer.compiled_text(), trainer.mesh)),
+        **({} if best is None else {"best_checkpoint": best}),
         **report.result,
         "flags": resume.as_json(flags),
     }
@@ -296,21 +200,11 @@ def conclude(
         console.print(comparison(flags, task, result["losses"]))
 
 
-def check(flags: RunFlags) -> None:
-    """Refuses flags that no data and no mesh could make right."""
-    one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
-    for name in ("steps", "batch_size", "accumulate", "keep"):
-        at_least_1(name.replace("_", "-"), getattr(flags, name))
-    if not 0 < flags.lr < float("inf"):
-        raise UserError(f"--lr {flags.lr}: use a positive learning rate")
-    if flags.x64 and flags.dtype != "float32":
-        raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
-    if flags.checkpoint_every is not None:
-        at_least_1("checkpoint-every", flags.checkpoint_every)
-    if flags.resume != "never" and flags.compare:
-        raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
-    if flags.parameters and flags.parameters not in parse(flags.mesh):
-        raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
+def measured(task: Task) -> list[str]:
+    """Names of the metrics that the rows of a task have."""
+    if task.metrics is None:
+        return ["accuracy"] if task.loss is losses.cross_entropy else []
+    return list(task.metrics)
 
 
 def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
@@ -375,6 +269,8 @@ def closing_table(
         table.add_row(name, value)
     folder = flags.out
     table.add_row("checkpoint", str(folder / "checkpoints" / str(flags.steps)))
+    if "best_checkpoint" in result:
+        table.add_row(f"best by {flags.best}", str(folder / "checkpoints" / str(result["best_checkpoint"])))
     table.add_row("metrics", f"{folder / 'metrics.jsonl'} (TensorBoard: {folder / 'tensorboard'})")
     table.add_row("plot", str(folder / "curve.png"))
     table.add_row("all numbers", str(folder / "result.json"))

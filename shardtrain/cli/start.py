@@ -200,6 +200,9 @@ def open_run(folder: Path, *, resume: bool) -> None:
 
 
 def _run_of(folder: Path) -> list[str]:
-    """Names of the files of the run in a folder, without earlier runs and what other processes try there."""
-    aside = ("earlier-", ".write-test-", ".doctor-")
+    """Names of the files of the run in a folder, without earlier runs and what other processes try there.
+
+    NFS keeps a file that is deleted while it is open under a name that begins with `.nfs`.
+    """
+    aside = ("earlier-", ".write-test-", ".doctor-", ".nfs")
     return [f.name for f in folder.iterdir() if not f.name.startswith(aside)] if folder.exists() else []

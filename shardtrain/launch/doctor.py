@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, first_line
 from shardtrain.launch.card import Card, differences, own_card
 from shardtrain.launch.cluster import Cluster
 from shardtrain.launch.connect import devices_of, nvidia_gpus
@@ -183,9 +183,7 @@ def devices(cluster: Cluster | None) -> list[Finding]:
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, own)))
         seen = jax.local_devices()
     except (RuntimeError, UserError) as error:
-        return [
-            Finding("devices", False, f"none: {str(error).splitlines()[0][:150]}", "see the sentence itself")
-        ]
+        return [Finding("devices", False, f"none: {first_line(error, 150)}", "see the sentence itself")]
     kinds = sorted({f"{device.platform} ({device.device_kind})" for device in seen})
     found = f"{len(seen)} of {', '.join(kinds)}"
     if cards and seen[0].platform == "cpu":

@@ -1,6 +1,8 @@
 """The whole run to disk and back, by name: a checkpoint knows no mesh."""
 
 import logging
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from shardtrain.errors import UserError
+from shardtrain import compat
+from shardtrain.errors import UserError, first_line
 from shardtrain.train import manifest
 from shardtrain.train.processes import everyone, meet
 from shardtrain.train.storage import Handler, Kept, Save, read
@@ -82,15 +85,15 @@ class Checkpoints:
             return
         try:
             self.close()
-        except UserError as second:  # the first error says more
-            log.error("%s", second)
+        except Exception as second:  # the first error says more
+            log.error("%s", first_line(second, 500))
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have got their names, whatever is in their files now.
 
         They are those that the first process sees: a network file system may show the others older ones.
         """
-        return [int(step) for step in everyone(" ".join(map(str, self._here()[-50:])))[0].split()]
+        return [int(step) for step in everyone(" ".join(map(str, self._here())))[0].split()]
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after this step."""
@@ -111,7 +114,7 @@ class Checkpoints:
         Args:
             step: that it is of. What was saved already is not saved again.
             state: a tree of dictionaries, lists and named tuples, with arrays on any mesh or numpy arrays.
-            metrics: of this step.
+            metrics: of this step; without them it is not among the best.
             about: more entries of the manifest.
 
         Returns:
@@ -124,7 +127,7 @@ class Checkpoints:
             return self._path(step)
         self._newest = None
         values = {key: float(value) for key, value in (metrics or {}).items()}
-        if self._best is not None:
+        if self._best is not None and metrics is not None:
             if self._best not in values:
                 raise UserError(
                     f"Checkpoints: there is no metric {self._best!r}; there are {', '.join(values)}"
@@ -136,7 +139,8 @@ class Checkpoints:
             state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), state)
             manager.save(step, args=Save(state, entries={"step": step, **self._entries, **more}), force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._unwritten(error) from error
+            self._tell(error)
+            raise
         self._saved = step
         return self._path(step)
 
@@ -150,7 +154,8 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except (OSError, ValueError, RuntimeError) as error:
-                raise self._unwritten(error) from error
+                self._tell(error)
+                raise
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
@@ -302,12 +307,27 @@ class Checkpoints:
         there = set(self._here()) | {self._saved}
         self._kept.scores = {step: score for step, score in self._kept.scores.items() if step in there}
 
-    def _unwritten(self, error: Exception) -> UserError:
+    def _tell(self, error: Exception) -> None:
+        """Raises what a disk said to a save as a sentence; another process that is gone is another thing."""
         self._saved = None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].rpartition('": ')[2][:300]  # tensorstore names many files before it says why
-        left = ", ".join(map(str, self._here())) or "none"
-        return UserError(
-            f"a checkpoint could not be written to {self.folder} ({reason}); make room there, or name "
-            f"another folder; the earlier ones are as they were: {left}"
-        )
+        if (reason := _of_disk(error)) is not None:
+            left = ", ".join(map(str, self._here())) or "none"
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder} ({reason}); make room there, or name "
+                f"another folder; the earlier ones are as they were: {left}"
+            ) from error
+
+
+def _of_disk(error: Exception) -> str | None:
+    """What a file system said to a save that failed; None for other failures, as of a process that is gone.
+
+    Tensorstore raises a ValueError that names many files, then the reason, and the system's number of it.
+    Orbax raises a TimeoutError, which is an OSError, where processes wait in vain for each other.
+    """
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.errno is not None:
+        return first_line(error, 300)
+    if isinstance(error, TimeoutError) and compat.process_count() == 1:
+        return f"it was not complete after {LIMIT} s"
+    return None

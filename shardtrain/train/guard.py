@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from shardtrain import compat
-from shardtrain.errors import FAULT, REQUEUE, UserError
+from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
 from shardtrain.train.events import Events
 from shardtrain.train.health import Health, OnNan
 from shardtrain.train.metrics import Row
@@ -35,11 +35,11 @@ class Preempted(SystemExit):
 
 
 class Guard:
-    """Watches over a run; `Trainer.fit` takes one. As a context it also watches what is before and after.
+    """Watches over a run; `Trainer.fit` takes one. As a context it watches what is before and after it, too.
 
     - No progress for `watchdog` seconds: all stacks on stderr, who is missing or behind, exit status 76.
-    - SIGTERM on any process: all of them save the same step (where `fit` has `checkpoints`) and exit with 75.
-      A second one: at once.
+    - SIGTERM on any process: all of them save the same step (where `fit` has `checkpoints`) and exit with 75,
+      also after the last step, in its save, or in the evaluation. A second one: at once.
     - An exception in one of several processes: its message, and all of them exit within seconds.
     - A loss or gradient that is not finite, or a spike: `on_nan`.
     - SIGUSR1: the next steps are traced by jax's profiler into `folder/profile`.
@@ -91,8 +91,10 @@ class Guard:
         self._bad = 0
         self.counts = {"skipped": 0, "rollback": 0}
         self._rolled: tuple[int, int] = (-1, 0)
+        self.watching = False
 
     def __enter__(self) -> "Guard":
+        self.watching = True
         self.progress.at("starting")
         if self._peers is not None:  # keys of an earlier guard of this job are not ours
             self._peers.scope = f"shardtrain/{next(_numbers)}"
@@ -109,17 +111,22 @@ class Guard:
             try:
                 self._part(error)
             except MissingError as missing:
-                self._watch.leave(FAULT, str(missing))
+                self._watch.give_up(str(missing))
+            except KeyboardInterrupt:
+                self._watch.leave(130, "interrupted")
+            except Exception as failure:  # not to leave here is to hang in jax's own end, which waits for all
+                self._watch.leave(FAULT, f"the coordinator does not answer ({first_line(failure)})")
         elif error is not None and self.events.folder is not None and not isinstance(error, Preempted):
             text = " ".join(str(error).split()) or type(error).__name__
             self.events("exit", self.progress.step, text[:500])
         self._watch.end()
+        self.watching = False
 
     def _part(self, error: BaseException | None) -> None:
         """The end of one of several processes: with the others where there is no error."""
         assert self._peers is not None
         if error is None or isinstance(error, SystemExit):
-            self.progress.at("ending")
+            self.progress.at("stopping" if isinstance(error, Preempted) else "ending")
             self._peers.meet("the end", "", self._limit)
             if isinstance(error, SystemExit):
                 code = error.code if isinstance(error.code, int) else int(error.code is not None)

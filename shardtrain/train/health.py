@@ -1,10 +1,13 @@
 """Which steps a run had better not have taken: losses that are no numbers, and spikes."""
 
+import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Literal
+
+from shardtrain.train.processes import everyone
 
 OnNan = Literal["stop", "skip", "rollback"]
 
@@ -38,8 +41,13 @@ class Health:
         self._losses.extend(loss for loss in losses if math.isfinite(loss))
 
     def recall(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """The steps of a run that is resumed, as its `metrics.jsonl` has them."""
-        self.remember(row["loss"] for row in rows if not {"skipped", "rolled_back"} & set(row))
+        """The steps of a run that is resumed, as its `metrics.jsonl` has them.
+
+        In a job of several processes all call this, and what the first one knows counts: a network file
+        system may show the others an older file, and all must judge alike.
+        """
+        losses = [row["loss"] for row in rows if not {"skipped", "rolled_back"} & set(row)][-WINDOW:]
+        self.remember(json.loads(everyone(json.dumps(losses))[0]))
 
     @property
     def limit(self) -> float:

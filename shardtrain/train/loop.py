@@ -30,17 +30,21 @@ def run(
     checkpoints: Checkpoints | None = None,
     guard: Guard | None = None,
 ) -> list[Row]:
-    """Trains until `trainer.state.step` is `steps` or the batches end.
+    """Trains until `trainer.state.step` is `steps` or the batches end, under the guard if there is one.
 
     The order matters: the metrics of a step are read only when the next one is under way, so that the
     devices never wait for the host, but for those of a step that is saved: its arrays are waited for anyway,
     and what is bad is not to be saved.
     """
+    if guard is not None and not guard.watching:
+        with guard:
+            return run(trainer, batches, steps, observers, checkpoints, guard)
     guard = guard or Guard(watchdog=None, on_nan=None)
     rows: list[Row] = []
     begun = done = int(trainer.state.step)
-    pending: tuple[int, range, dict[str, jax.Array]] | None = None
+    pending: tuple[int, int, dict[str, jax.Array]] | None = None
     kept: int | None = None
+    told = False
     clock = time.perf_counter()
     progress, feed = guard.progress, iter(batches)
     guard.start(done, steps, trainer.mesh.shape)
@@ -51,10 +55,13 @@ def run(
         nonlocal clock, pending
         if pending is None:
             return True
-        (step, which, sums), pending = pending, None
+        (step, size, sums), pending = pending, None
         values = {key: float(np.asarray(value)) for key, value in jax.device_get(sums).items()}
         now = time.perf_counter()
         examples = values.pop("examples")
+        first = trainer.examples - size  # how many of a batch are real is known when its sums are
+        which = range(first, first + int(examples))
+        trainer.examples = which.stop
         row = {key: value / max(examples, 1) for key, value in values.items()}
         row |= {"images_per_second": examples / (now - clock), "seconds": now - clock}
         spent = progress.take()
@@ -82,7 +89,9 @@ def run(
             path = trainer.save(checkpoints, rows[-1] if rows else None)
             guard.say("checkpoint", done, f"being written to {path}", path=str(path))
 
-    while done < steps and not guard.stops_before(done + 1):
+    while done < steps:
+        if told := guard.stops_before(done + 1):
+            break
         progress.at("data", done + 1)
         if (item := next(feed, None)) is None:
             break
@@ -90,7 +99,7 @@ def run(
         progress.at("compiling")
         step = trainer.compiled_step(batch)
         if guard.profiler.is_edge(done + 1):
-            settle()
+            jax.block_until_ready(trainer.state)  # reading could roll back, a step before other processes do
             guard.profile()
         if not rows and pending is None:
             clock = time.perf_counter()  # compiling is no step
@@ -101,22 +110,20 @@ def run(
         if not read():
             _roll_back(trainer, guard, checkpoints, done)
             trainer.state, sums = step(trainer.state, batch)
-        size = place.rows_of(item[0]) if jax.process_count() == 1 else batch.rows
-        which = range(trainer.examples, trainer.examples + size)
-        trainer.examples += size
+        trainer.examples += batch.rows
         done += 1
-        pending = done, which, sums
+        pending = done, batch.rows, sums
         if checkpoints is not None and checkpoints.due(done):
             save()
-    stopped = done < steps and guard.stops_before(done + 1)
-    if not stopped or done > begun:
+    if not told or done > begun:
         save()
-    if guard.profiler.running:
-        guard.profile()
-    if stopped:
         if checkpoints is not None:
             checkpoints.wait()
-        raise guard.preempted(done, saved=checkpoints is not None and done > begun)
+    if guard.profiler.running:
+        guard.profile()
+    if told or guard.stops_before(done + 1):  # what comes after the last step counts as another one
+        raise guard.preempted(done, saved=kept == done)
+    progress.at("evaluating")
     if done < steps:
         log.warning("the batches ended after step %d of %d", done, steps)
     guard.say("end", done, f"{done} of {steps} steps are done")

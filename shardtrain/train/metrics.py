@@ -1,14 +1,22 @@
 """What a run says of itself: a live line in the terminal, JSON lines, TensorBoard, a picture."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shardtrain.errors import UserError
+
+REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
+"""What a file system says that takes no more."""
 
 Row = dict[str, float]
 
@@ -56,23 +64,47 @@ class Terminal:
             self.console.print(f"step {step}/{self.steps}  {line}", highlight=False)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While files are written: a disk that is full, or that may not be written to, in a sentence.
+
+    Raises:
+        UserError: what the system said.
+
+    Example:
+        >>> with writing(Path("runs/mine")):
+        ...     Path("runs/mine/notes.txt").write_text("...")  # doctest: +SKIP
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise UserError(
+            f"{folder} could not be written to ({error.strerror}); make room there, or name another folder; "
+            f"checkpoints that were there are as they were"
+        ) from error
+
+
 class Recorder:
-    """Writes every step to `metrics.jsonl` and to TensorBoard event files in `tensorboard/`.
+    """Writes every step to `metrics.jsonl` and to a TensorBoard event file in `tensorboard/`.
 
     Args:
         folder: of the run.
         start: updates done before; rows of later ones, from a run that went on past its checkpoint, are
             dropped.
+
+    Raises:
+        UserError: a full disk, then or at a later step.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
-        from tensorboardX import SummaryWriter  # takes a second to import, and only a run needs it
-
-        self.path = folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= start] if start else []
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        with writing(folder):
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.file = self.path.open("a")
+            self.board = Board(folder / "tensorboard", start)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -80,14 +112,49 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        self.board.close()
+        for file in (self.file, self.board):  # after an error that says more, what is lost here is no news
+            with contextlib.suppress(OSError) if kind is not None else writing(self.folder):
+                file.close()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        with writing(self.folder):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+            self.board(step, metrics)
+
+
+class Board:
+    """Writes scalars for TensorBoard.
+
+    tensorboardX's own `SummaryWriter` does so in a thread, which dies of a full disk without a word, and
+    later steps wait for it forever.
+
+    Args:
+        folder: for the event file.
+        start: updates done before; what TensorBoard has of later ones it shall forget.
+    """
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # takes a second, and only a run needs it
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if start:
+            again = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=start + 1, session_log=again, wall_time=time.time()))
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self.board.add_scalar(key, value, step)
+            row = self._event(step=step, summary=self._scalar(key, value), wall_time=time.time())
+            self._writer.write_event(row)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ORDER = (
+    "starting", "data", "compiling", "compute", "checkpoint", "stopping", "evaluating", "ending", "gone",
+)  # fmt: skip
+"""What a process is at, in the order of a run."""
+
 POLL = 0.1
 """Seconds between two looks at what others have said."""
 
@@ -130,10 +135,9 @@ class Beats:
 
     def behind(self, step: int, what: str) -> list[int]:
         """Ranks that are at an earlier step, or at an earlier part of this one."""
-        order = ["starting", "data", "compiling", "compute", "checkpoint", "evaluating", "ending", "gone"]
 
         def place(step: int, what: str) -> tuple[int, int]:
-            return step, order.index(what) if what in order else len(order)
+            return step, ORDER.index(what) if what in ORDER else len(ORDER)
 
         return sorted(
             rank

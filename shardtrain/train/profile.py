@@ -22,15 +22,19 @@ class Clock:
     """Seconds between two ticks, beyond which it was asleep."""
 
     def __init__(self) -> None:
-        self._sum, self._last = 0.0, time.monotonic()
+        self._read = 0.0, time.monotonic()  # of one piece, as other threads see it
 
     def tick(self) -> None:
         """Counts the time since the last one."""
-        self._sum, self._last = self.now(), time.monotonic()
+        self._read = self._at(now := time.monotonic()), now
 
     def now(self) -> float:
         """Seconds awake so far."""
-        return self._sum + min(time.monotonic() - self._last, self.LONGEST)
+        return self._at(time.monotonic())
+
+    def _at(self, now: float) -> float:
+        awake, last = self._read
+        return awake + min(now - last, self.LONGEST)
 
 
 class Progress:

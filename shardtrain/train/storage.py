@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from shardtrain.errors import UserError
+from shardtrain.errors import UserError, first_line
 from shardtrain.train import manifest
 
 
@@ -103,7 +103,7 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
     except (ValueError, KeyError, TypeError, OSError) as error:
         made = entries.get("versions", {}).get("orbax-checkpoint")
         raise UserError(
-            f"the checkpoint {folder} is whole but cannot be read ({str(error).splitlines()[0][:200]}); it "
+            f"the checkpoint {folder} is whole but cannot be read ({first_line(error)}); it "
             f"was written by orbax-checkpoint {made}, this is {manifest.versions()['orbax-checkpoint']}"
         ) from error
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shardtrain import compat
-from shardtrain.errors import FAULT, REQUEUE, UserError
+from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
 from shardtrain.train.events import Events
 from shardtrain.train.peers import Beats, MissingError, Peers, named
 from shardtrain.train.profile import Clock, Progress
@@ -25,7 +25,10 @@ from shardtrain.train.stop import Stop
 PATIENCE = 5
 """How many times as long as a step the start, a compilation, a save, the evaluation and the end may take."""
 
-SLOW = ("starting", "compiling", "checkpoint", "evaluating", "ending")
+SLOW = ("starting", "compiling", "checkpoint", "stopping", "evaluating", "ending")
+
+OVER = ("evaluating", "ending")
+"""What comes after training: who is told to stop then leaves at once."""
 
 PERIOD = 1.0
 """Seconds between two signs of life to the other processes."""
@@ -38,6 +41,9 @@ AGAIN = 1.0
 
 LINGER = 10.0
 """Seconds that the coordinator stays for the others to hear why: without it jax aborts them."""
+
+LAST_WORD = 2.0
+"""Seconds that others take to say that they go: the coordinator may be what does not answer."""
 
 
 class Watch:
@@ -78,6 +84,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts the threads, and takes the signals where this is the main thread."""
+        self._ended.clear()
         self.clock.tick()
         self._contact = self.clock.now()
         self._ear, mouth = socket.socketpair()
@@ -122,6 +129,8 @@ class Watch:
             what, age = self.progress.what, self.clock.now() - since
             if self.seconds is not None and age > self.seconds * (PATIENCE if what in SLOW else 1):
                 self._hang(what, age)
+            if what in OVER and self.stop.last is not None:  # it was agreed on before, for a step too late
+                self.leave(REQUEUE, f"{self.why}; the training was over")
             if self.peers is not None and self.clock.now() - self._contact > self.silence:
                 self._dump()
                 self.leave(FAULT, f"the coordinator, rank 0, does not answer for {self.silence:.0f} s")
@@ -155,10 +164,10 @@ class Watch:
         except MissingError as error:
             self.leave(REQUEUE, f"{self.why}; {error}; the last checkpoint is the one before")
         except Exception as error:  # the coordinator is gone
-            self.leave(REQUEUE, f"{self.why}; the coordinator does not answer ({_first_line(error)})")
+            self.leave(REQUEUE, f"{self.why}; the coordinator does not answer ({first_line(error)})")
         if last is None:
             self.leave(REQUEUE, f"{self.why}; no step was done yet")
-        if self.progress.what in ("evaluating", "ending"):
+        if self.progress.what in OVER:
             self.leave(REQUEUE, f"{self.why}; the training was over")
         self.events("preempted", self.progress.step, f"{self.why}; stopping after step {last}")
 
@@ -185,7 +194,7 @@ class Watch:
     # The thread that speaks with the other processes, and waits for the coordinator where it must.
 
     def _listen(self, beats: Beats) -> None:
-        while not self._ended.wait(PERIOD):
+        while not self._ended.is_set():
             try:
                 beats.tell(self.progress.step, self.progress.what)
                 notices = beats.peers.told("notice")
@@ -193,13 +202,14 @@ class Watch:
                     beats.look()
                     self._lose(beats.silent(self.silence))
             except Exception as error:  # the other thread counts how long there is no answer
-                self.events("peers", self.progress.step, f"no answer ({_first_line(error)})")
-                continue
-            self._contact = self.clock.now()
-            for rank, text in notices.items():
-                if rank != beats.peers.rank and text not in self._heard:
-                    self._heard.add(text)
-                    self._hear(rank, json.loads(text))
+                self.events("peers", self.progress.step, f"no answer ({first_line(error)})")
+            else:
+                self._contact = self.clock.now()
+                for rank, text in notices.items():
+                    if rank != beats.peers.rank and text not in self._heard:
+                        self._heard.add(text)
+                        self._hear(rank, json.loads(text))
+            self._ended.wait(PERIOD)
 
     def _hear(self, rank: int, notice: dict[str, Any]) -> None:
         kind, text = notice["kind"], notice["text"]
@@ -216,8 +226,7 @@ class Watch:
         message = f"{named(ranks)} did not answer for {self.silence:.0f} s"
         self.events("watchdog", self.progress.step, f"{message}; stacks follow", level=logging.ERROR)
         self._dump()
-        self._notice("lost", message)
-        self.leave(FAULT, message)
+        self.give_up(message)
 
     def _notice(self, kind: str, text: str, code: int = FAULT) -> None:
         if self.peers is not None:
@@ -229,22 +238,31 @@ class Watch:
 
     # Ways out.
 
+    def give_up(self, message: str) -> NoReturn:
+        """Ends this process, and tells the others, because of those that did not answer or come."""
+        with contextlib.suppress(Exception):
+            self._notice("lost", message)
+        self.leave(FAULT, message)
+
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process of several after an exception, with its message first, and tells the others."""
         if self.beats is not None and compat.is_collective_failure(error):
             with contextlib.suppress(Exception):
                 self._blame(self.beats)
         text = " ".join(str(error).split())
+        said = [f"error: {text}\n"]
         if isinstance(error, UserError):
             code, words = error.status, text
-            print(f"error: {text}", file=sys.stderr)
+        elif isinstance(error, MissingError):
+            code, words = FAULT, text
         elif isinstance(error, KeyboardInterrupt):
-            code, words = 130, "interrupted"
+            code, words, said = 130, "interrupted", []
         else:
             code = FAULT if compat.is_collective_failure(error) else 1
-            words = f"{type(error).__name__}: {text}"
-            traceback.print_exception(error)
-        sys.stderr.flush()
+            words, said = f"{type(error).__name__}: {text}", traceback.format_exception(error)
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+            sys.stderr.writelines(said)
+            sys.stderr.flush()
         with contextlib.suppress(Exception):
             self._notice("failed", words[:500], code)
         self.leave(code, words)
@@ -258,8 +276,7 @@ class Watch:
                 self._hear(rank, notice)
             self._stopping = self._stopping or notice["kind"] == "stop"
         if survey.gone:
-            self._notice("lost", str(survey))
-            self.leave(FAULT, f"a collective failed: {survey}")
+            self.give_up(f"a collective failed: {survey}")
 
     def leave(self, code: int, why: str) -> NoReturn:
         """Ends the process now, with a last line; no exit handler of jax waits for others that never come."""
@@ -267,7 +284,8 @@ class Watch:
             threading.Event().wait()  # another thread is on its way out
         step, code = self.progress.step, self._fair(code)
         # Whatever blocks, a full pipe or the coordinator, does so in a thread that is left behind.
-        _thread(self._goodbye, why, code, step).join(timeout=LINGER + 2)
+        linger = LINGER if self.peers is not None and self.peers.rank == 0 else 0
+        _thread(self._goodbye, why, code, step).join(timeout=linger + LAST_WORD)
         os._exit(code)
 
     def _goodbye(self, why: str, code: int, step: int) -> None:
@@ -292,7 +310,3 @@ def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:
     thread = threading.Thread(target=target, args=args, daemon=True, name="guard")
     thread.start()
     return thread
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

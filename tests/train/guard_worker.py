@@ -1,11 +1,12 @@
 """One process of a guarded job: `guard_worker.py PORT PROCESSES RANK FOLDER '{"fault": ..., ...}'`.
 
 Its batches take a moment each, and one of them may hold a fault: of the keys `rank` and `at` the place, and of
-`fault` the kind.
+`fault` the kind. Of `ragged` a step and the rows that each rank has of it.
 """
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -43,24 +44,60 @@ def spin():
         time.sleep(0.1)
 
 
+def here(fault, step):
+    return fault == wishes.get("fault") and wishes.get("rank", rank) == rank and wishes.get("at") == step
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5)  # the ranks agree meanwhile
+
+
+def die_in_a_save(event, args):
+    """Kills this process where it looks for checkpoints, or where it writes the second one."""
+    where = {"os.listdir": "checkpoints", "open": "/2.orbax-checkpoint-tmp/"}
+    if event == wishes["at"] and where[event] in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def feed(rows, start):
     for step in range(start + 1, 1000):
         r = np.random.default_rng(step)
         x, y = r.standard_normal((8, 4)).astype(np.float32), r.integers(0, 3, 8).astype(np.int32)
         time.sleep(0.05)
-        if wishes.get("rank", rank) == rank and wishes.get("at") == step:
-            if wishes["fault"] == "raise":
-                raise RuntimeError("the disk of rank 1 is on fire")
-            if wishes["fault"] == "user error":
-                raise st.UserError("this folder is empty; name another one")
-            if wishes["fault"] == "hang":
-                spin()
-        yield x[rows.start : rows.stop], y[rows.start : rows.stop]
+        if here("raise", step):
+            raise RuntimeError("the disk of rank 1 is on fire")
+        if here("user error", step):
+            raise st.UserError("this folder is empty; name another one")
+        if here("hang", step):
+            spin()
+        if here("sigterm", step):
+            terminate()
+        if here("nan", step):
+            x[rows.start] = np.nan
+        stop = rows.stop
+        if step == wishes.get("ragged", [0])[0]:
+            stop = rows.start + wishes["ragged"][1][rank]
+        yield x[rows.start : stop], y[rows.start : stop]
+
+
+def observe(step, row):
+    print(json.dumps({"step": step, "loss": row["loss"]}), flush=True)
+    if here("sigterm in save", step):
+        terminate()
 
 
 trainer = st.Trainer(Net(), optax.adam(0.01), mesh=st.make_mesh("data=2"))
-checkpoints = st.Checkpoints(folder / "checkpoints")
-with st.Guard(folder, watchdog=wishes.get("watchdog", 20)) as guard, checkpoints:
+checkpoints = st.Checkpoints(folder / "checkpoints", every=wishes.get("every"))
+if wishes.get("fault") == "killed in a save" and rank == wishes["rank"]:
+    sys.addaudithook(die_in_a_save)
+guard = st.Guard(
+    folder,
+    watchdog=wishes.get("watchdog", 20),
+    on_nan=wishes.get("on_nan", "stop"),
+    profile=range(*wishes["profile"]) if rank == 1 and "profile" in wishes else None,
+)
+with guard, checkpoints:
     start = trainer.restore(checkpoints) if checkpoints.steps() else 0
     rows = trainer.rows(8)
     history = trainer.fit(
@@ -69,7 +106,8 @@ with st.Guard(folder, watchdog=wishes.get("watchdog", 20)) as guard, checkpoints
         progress=False,
         checkpoints=checkpoints,
         guard=guard,
-        observers=[lambda step, row: print(json.dumps({"step": step, "loss": row["loss"]}), flush=True)],
+        observers=[observe],
     )
+    print(f"trained to example {trainer.examples}", flush=True)
     if wishes.get("fault") == "late" and rank == wishes["rank"]:
         signal.pause()

@@ -45,7 +45,7 @@ class Job:
         return (self.folder / f"{rank}.err").read_text()
 
     def rows(self, rank):
-        lines = re.findall(r"^\{.*\}$", (self.folder / f"{rank}.out").read_text(), re.MULTILINE)
+        lines = re.findall(r"^\{.*\}$", self.out(rank), re.MULTILINE)
         return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
     def wait_for_step(self, step, limit=60):
@@ -64,6 +64,9 @@ class Job:
             pytest.fail(
                 f"still there after {limit} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
             )
+
+    def out(self, rank):
+        return (self.folder / f"{rank}.out").read_text()
 
     def saved(self):
         return sorted(int(p.name) for p in (self.run / "checkpoints").iterdir() if p.name.isdigit())
@@ -95,6 +98,61 @@ def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
     with Job(tmp_path / "b", processes=1, steps=last + 5) as straight:
         assert straight.codes(limit=40) == [0]
         assert first | job.rows(0) == pytest.approx(straight.rows(0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param("sigterm", marks=pytest.mark.slow), "sigterm in save"], ids=["step", "save"]
+)
+def test_sigterm_in_the_last_step_or_its_save_stops_after_the_save(fault, tmp_path):
+    """Nothing comes after it, and the same command again has nothing left to train."""
+    with Job(tmp_path, fault=fault, rank=1, at=6, steps=6) as job:
+        assert job.codes(limit=40) == [75, 75]
+        assert job.saved() == [6]
+        assert {row["step"] for row in job.events("preempted")} == {6}
+        assert "trained" not in job.out(0) + job.out(1)
+    with Job(tmp_path, steps=6) as job:
+        assert job.codes(limit=40) == [0, 0]
+        assert "trained to example 48" in job.out(0)
+        assert job.rows(0) == {}
+
+
+def test_a_ragged_batch_counts_the_rows_that_there_are(tmp_path):
+    """Of 8 rows a batch the fourth has 4 and 1; the run that takes this one up goes on behind them."""
+    with Job(tmp_path, ragged=[4, [4, 1]], steps=6) as job:
+        assert job.codes(limit=40) == [0, 0]
+        assert "trained to example 45" in job.out(0)
+        assert "trained to example 45" in job.out(1)
+    with Job(tmp_path, processes=1, steps=8) as job:
+        assert job.codes(limit=40) == [0]
+        assert "trained to example 61" in job.out(0)
+
+
+def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
+    """The trace begins on one rank between the bad step and the next one."""
+    wishes = {
+        "fault": "nan",
+        "rank": 0,
+        "at": 4,
+        "on_nan": "rollback",
+        "profile": [5, 7],
+        "every": 2,
+        "watchdog": 2,
+    }
+    with Job(tmp_path, steps=8, **wishes) as job:
+        assert job.codes(limit=40) == [0, 0]
+        assert [row["checkpoint"] for row in job.events("rollback")] == [2]
+        assert str(job.rows(0)) == str(job.rows(1))
+        assert [row["rank"] for row in job.events("profile")] == [1, 1]
+
+
+@pytest.mark.parametrize("at", ["os.listdir", "open"])
+def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
+    """It is named, and the other one ends so that it is run again; the checkpoint before is whole."""
+    with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=3) as job:
+        assert job.codes(limit=60) == [76, -signal.SIGKILL]
+        assert "rank 1 did not answer" in job.err(0), job.err(0)
+        assert "could not be written" not in job.err(0)
+        assert job.saved() == ([] if at == "os.listdir" else [1])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,0 +1,144 @@
+"""The flags that all recipes have, and what no data and no mesh could make right of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+import tyro
+
+from shardtrain.errors import UserError
+from shardtrain.mesh import parse
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
+
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags of every recipe, which says its defaults for the first three and may add its own.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Flags(RunFlags):
+        ...     mesh: str = "data=2,height=2"
+        ...     data: str = "digits"
+        ...     out: Folder = Path("runs/mine")
+    """
+
+    mesh: str
+    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features; pipe the
+    layers, into stages. One size may be -1 and takes the devices that are left."""
+    data: str
+    """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
+    .npz files."""
+    out: Folder
+    """Folder of the run. An earlier run in it is moved aside, never overwritten."""
+    steps: int = 200
+    """Updates in all."""
+    batch_size: int = 128
+    """Examples for one update, over all devices."""
+    seed: int = 0
+    """Of initial weights, data order and dropout."""
+    optimizer: str = "sgd"
+    """sgd (momentum 0.9), adam, adamw, lamb."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that are later
+    resumed with more --steps."""
+    weight_decay: float = 5e-4
+    """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
+    clip_norm: float | None = None
+    """Clip gradients to this global norm."""
+    accumulate: int = 1
+    """Microbatches for one update."""
+    parameters: str = ""
+    """Mesh axis to spread parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
+    remat: Literal["none", "contractions", "nothing"] = "none"
+    """What the backward pass keeps: everything, only outputs of convolutions and linear maps, or nothing."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute in it; parameters and optimizer stay in float32."""
+    x64: bool = False
+    """Everything in float64, to compare meshes to the last bit."""
+    devices: int | None = None
+    """Simulated CPU devices of each process where there is no accelerator; what the mesh needs by default."""
+    checkpoint_every: int | None = None
+    """Steps from one checkpoint to the next, written while steps go on; there is one at the end anyway."""
+    keep: int = 3
+    """Last checkpoints that are kept."""
+    best: str = ""
+    """Keep the best checkpoint, too: by loss (the lowest) or by another metric of the training rows, such as
+    accuracy (the highest), as it was in the step that was saved."""
+    resume: str = "never"
+    """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
+    or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
+    watchdog: float = 600.0
+    """Seconds without a step, after which the run shows where it hangs and ends with status 76, to be run
+    again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
+    go on behind that batch."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 32 steps counts as not finite."""
+    profile: str = ""
+    """Steps to trace with jax's profiler, such as 10:20; SIGUSR1 traces the next 5 of a run at any time."""
+    compare: bool = False
+    """At the end, repeat the first 20 steps on one device and show both losses."""
+    coordinator: str | None = None
+    """In a job of several processes, HOST:PORT of process 0. This and the next two are known by themselves
+    under Slurm, Open MPI, Kubernetes (Indexed Job, JobSet) and `shardtrain launch`."""
+    processes: int | None = None
+    """Processes of the job."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    start_limit: float = 300.0
+    """Seconds to wait for all processes to be there."""
+
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Flags of a recipe's own that a resumed run may change, because they say how to compute and not what."""
+
+
+Flags = TypeVar("Flags", bound=RunFlags)
+
+
+def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
+    """Refuses a value of a flag that is none of the possible ones.
+
+    Example:
+        >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: --model resnet19: there is no such model; there are resnet8, resnet18
+    """
+    if value not in possible:
+        raise UserError(f"--{flag} {value}: there is {what}; there are {', '.join(possible)}")
+
+
+def at_least_1(flag: str, *values: int) -> None:
+    """Refuses a flag's values below 1.
+
+    Example:
+        >>> at_least_1("features", 8, 0)
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: --features 8 0: use 1 or more
+    """
+    if any(value < 1 for value in values):
+        raise UserError(f"--{flag} {' '.join(map(str, values))}: use 1 or more")
+
+
+def check(flags: RunFlags) -> None:
+    """Refuses flags that no data and no mesh could make right."""
+    one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
+    for name in ("steps", "batch_size", "accumulate", "keep"):
+        at_least_1(name.replace("_", "-"), getattr(flags, name))
+    if not 0 < flags.lr < float("inf"):
+        raise UserError(f"--lr {flags.lr}: use a positive learning rate")
+    if flags.x64 and flags.dtype != "float32":
+        raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
+    if flags.checkpoint_every is not None:
+        at_least_1("checkpoint-every", flags.checkpoint_every)
+    if flags.resume != "never" and flags.compare:
+        raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
+    if flags.parameters and flags.parameters not in parse(flags.mesh):
+        raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
