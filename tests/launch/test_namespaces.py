@@ -210,7 +210,7 @@ def test_a_recipe_is_told_to_stop_and_loses_a_node_and_goes_on(tmp_path):
     first, second = (int(step) for step in re.findall(r"resumed at step (\d+) of 600", said()))
     assert f"step {first} is saved" in said()  # the step at which it was told to stop
     assert first > 60
-    assert second >= 250
+    assert second >= 200  # or 250, unless the kill fell into that save
     found, expected = (json.loads((run / "result.json").read_text()) for run in (out, one))
     assert found["processes"] == 2
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6)
