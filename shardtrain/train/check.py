@@ -1,15 +1,17 @@
 """Refuses what cannot work: arguments, and operators outside the islands that XLA would get wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.mesh import SPATIAL, size, text
+from shardtrain.nn.base import Partitioned, name
 
 REMAT = ("contractions", "nothing")
 
@@ -104,3 +106,35 @@ def _dtype(name: DTypeLike) -> Any:
         return jnp.dtype(name)
     except TypeError:
         return jnp.dtype(bool)
+
+
+def plain(model: nnx.Module, kind: type) -> list[str]:
+    """Paths of the layers of a kind that know of no mesh."""
+    modules = nnx.iter_modules(model)
+    return [name(path) for path, m in modules if isinstance(m, kind) and not isinstance(m, Partitioned)]
+
+
+def refuse_plain_dropout(model: nnx.Module, accumulate: int) -> None:
+    """Refuses microbatches to a model whose dropout does not tell them apart.
+
+    Raises:
+        UserError: names the layer.
+    """
+    if (masks := plain(model, nnx.Dropout)) and accumulate > 1:
+        raise UserError(
+            f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
+            f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
+        )
+
+
+def refuse_ragged(rows: int, norms: Sequence[str]) -> None:
+    """Refuses a batch that is smaller than the first to a model with plain batch norms.
+
+    Raises:
+        UserError: names the layer.
+    """
+    if norms:
+        raise UserError(
+            f"a batch of {rows} rows is smaller than the first, and {norms[0]!r} is a plain nnx.BatchNorm, "
+            f"which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
+        )

@@ -135,14 +135,8 @@ class Trainer:
         )
         self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
-        plain = [(path, m) for path, m in nnx.iter_modules(model) if not isinstance(m, Partitioned)]
-        masks = [name(path) for path, m in plain if isinstance(m, nnx.Dropout)]
-        if masks and accumulate > 1:
-            raise UserError(
-                f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
-                f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
-            )
-        self._plain_norms = [name(path) for path, m in plain if isinstance(m, nnx.BatchNorm)]
+        check.refuse_plain_dropout(model, accumulate)
+        self._plain_norms = check.plain(model, nnx.BatchNorm)
         self._batch_only = not any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}
@@ -214,11 +208,8 @@ class Trainer:
                 raise place.indivisible(rows, rows * size / mine, self.mesh, self._shards(), self.accumulate)
             self._batch_size = size
         batch = self._placed(inputs, targets, self._batch_size)
-        if self._plain_norms and rows < len(self.rows(self._batch_size)):
-            raise UserError(
-                f"a batch of {rows} rows is smaller than the first, and {self._plain_norms[0]!r} is a plain "
-                f"nnx.BatchNorm, which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
-            )
+        if rows < len(self.rows(self._batch_size)):
+            check.refuse_ragged(rows, self._plain_norms)
         return place.limited(batch, limit, self.mesh) if self._program.skip_bad else batch
 
     def shapes_of(self, inputs: Any, targets: Any) -> Batch:
@@ -319,6 +310,9 @@ class Trainer:
 
         Raises:
             UserError: no batches at all.
+
+        Example:
+            >>> trainer.evaluate([(images, labels)])["accuracy"]
         """
         totals: dict[str, Array] = {}
         size: int | None = None
@@ -336,6 +330,9 @@ class Trainer:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
 
         In a job of several processes each brings equally many rows and gets the outputs of its own.
+
+        Example:
+            >>> trainer.predict(images).argmax(-1)
         """
         rows = place.rows_of(inputs)
         size = place.global_batch_size(rows, self.mesh, self._rows)
@@ -390,7 +387,11 @@ class Trainer:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes that parameters take on the device that has most of them."""
+        """Bytes that parameters take on the device that has most of them.
+
+        Raises:
+            UserError: on a mesh with `pipe`, before the first batch says which device has what.
+        """
         refuse_uncut(self._plan, self.pipeline)
         return bytes_on_a_device(self.state.params)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from pipelines import Small, close, trainer, wide
 from recipe_process import environment
@@ -22,6 +23,7 @@ import shardtrain as st
 from shardtrain import Checkpoints, UserError
 from shardtrain.launch.local import free_port
 from shardtrain.train import manifest
+from shardtrain.train.storage import Handler, Restore
 
 BATCH = 16
 _random = np.random.default_rng(0)
@@ -397,14 +399,40 @@ def job(processes, mesh, folder, steps):
     return [json.loads(out.read_text()) for out in outs]
 
 
-def test_two_processes_take_up_what_one_left_and_back(tmp_path):
-    (alone,) = job(1, "data=4", tmp_path / "alone" / "run", 9)
+def arrays(folder):
+    """Every leaf of a checkpoint by its name."""
+    handler = Handler()
+    tree = handler.metadata(folder / "default").tree
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    found = handler.restore(folder / "default", args=Restore(restore_args=whole))
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)}
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        ["data=2,height=2"],
+        pytest.param(["pipe=2,data=2"], marks=pytest.mark.slow),
+        pytest.param(["pipe=2,data=2", "data=4", "data=2,pipe=2"], marks=pytest.mark.slow),
+    ],
+    ids=["pixels", "stages", "stages and back"],
+)
+def test_two_processes_take_up_what_one_left_and_back(two, tmp_path):
+    """Each job saves; every array of each of its checkpoints is that of the run that never stopped."""
+    parts, alone = tmp_path / "parts" / "run", tmp_path / "alone" / "run"
+    jobs = [(1, "data=4", 3), *((2, mesh, 3) for mesh in two), (1, "data=1", 20)]
     losses = []
-    for processes, mesh in ((1, "data=4"), (2, "data=2,height=2"), (1, "data=1")):
-        results = job(processes, mesh, tmp_path / "parts" / "run", len(losses) + 3)
+    for processes, mesh, steps in jobs:
+        results = job(processes, mesh, parts, len(losses) + steps)
         assert {result["start"] for result in results} == {len(losses)}
-        assert {result["examples"] for result in results} == {32 * (len(losses) + 3)}
+        assert {result["examples"] for result in results} == {32 * (len(losses) + steps)}
         assert all(result["losses"] == results[0]["losses"] for result in results)
         losses += results[0]["losses"]
-    np.testing.assert_allclose(losses, alone["losses"], rtol=1e-10)
-    assert results[0]["norms"] == pytest.approx(alone["norms"], rel=1e-9)
+    (straight,) = job(1, "data=4", alone, len(losses))
+    np.testing.assert_allclose(losses, straight["losses"], rtol=1e-9)
+    for step in (3, 3 * len(two) + 3, len(losses)):
+        ours, theirs = arrays(parts / str(step)), arrays(alone / str(step))
+        assert ours.keys() == theirs.keys()
+        assert any("opt_state" in name and "mu" in name for name in ours)
+        for name, x in ours.items():
+            np.testing.assert_allclose(x, theirs[name], rtol=1e-7, atol=1e-9, err_msg=name)

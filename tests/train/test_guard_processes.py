@@ -161,7 +161,7 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         job.wait_for_step(5)
         job.processes[rank].send_signal(signal.SIGSTOP)
         other = 1 - rank
-        assert job.codes(limit=20, ranks=[other]) == [76]
+        assert job.codes(limit=30, ranks=[other]) == [76]
         said = job.err(other)
         assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
         assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
