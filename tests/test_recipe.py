@@ -100,6 +100,17 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     assert "was made with --seed 0, not --seed 1" in other.stderr
 
 
+def test_the_best_checkpoint_is_kept_too(tmp_path):
+    flags = ("--batch-size", 32, "--mesh", "data=1", "--model", "lenet", "--lr", 0.3, "--steps", 12)
+    done = run(*flags, "--checkpoint-every", 2, "--keep", 1, "--best", "loss", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    best = min(range(2, 13, 2), key=lambda step: result["losses"][step - 1])
+    assert result["best_checkpoint"] == best
+    assert {f.name for f in (tmp_path / "checkpoints").iterdir()} == {str(best), "12"}
+    assert "best by loss" in done.stdout
+
+
 def test_an_earlier_run_is_kept(short, tmp_path):
     out = tmp_path / "run"
     flags = ("--steps", 2, "--batch-size", 8, "--mesh", "data=1", "--model", "lenet", "--out", out)
@@ -130,6 +141,7 @@ def bad_idx(folder):
     [
         (["--mesh", "data=2,hight=2"], "no axis 'hight'"),
         (["--mesh", "data:2"], "'data:2' is not axis=number"),
+        (["--best", "speed"], "--best speed: there is no such metric; there are loss, accuracy"),
         (["--mesh", "data=16", "--devices", "8"], "needs 16 devices, there are 8; data=8 would fit"),
         (["--mesh", "data=3"], "a batch of 128 does not divide by data=3; use 126 or 129"),
         (

@@ -100,3 +100,17 @@ def log_to_stderr() -> None:
     log = logging.getLogger("shardtrain")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
+
+
+def hush_late_failures() -> None:
+    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed.
+
+    Each of the files that a full disk refused is one more, and its traceback would hide our sentence.
+    """
+    before = sys.unraisablehook
+
+    def hook(late: Any) -> None:
+        if not (isinstance(late.exc_value, RuntimeError) and "Event loop is closed" in str(late.exc_value)):
+            before(late)
+
+    sys.unraisablehook = hook

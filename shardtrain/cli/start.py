@@ -16,7 +16,7 @@ from typing import TypeVar
 import jax
 import tyro
 
-from shardtrain.cli.guards import log_to_stderr
+from shardtrain.cli.guards import hush_late_failures, log_to_stderr
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse
 from shardtrain.train.processes import everyone
@@ -57,6 +57,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
     parsed = tyro.cli(flags, description=description)
     log_to_stderr()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
+    hush_late_failures()
     with one_sentence():
         recipe(parsed)
 

@@ -141,7 +141,7 @@ class Board:
 
         self._event, self._scalar = Event, scalar
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        self._writer = EventsWriter(str(folder / "events"), f".{start}")  # else of the second alone
         if start:
             again = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(step=start + 1, session_log=again, wall_time=time.time()))

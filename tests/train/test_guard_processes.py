@@ -239,3 +239,32 @@ def test_one_process(tmp_path):
         assert job.codes(limit=30) == [76]
         assert f"step {before + 3}: watchdog: no progress for 2 s in 'data'" in job.err(0)
         assert "in spin" in job.err(0)
+
+
+LAST = """
+from shardtrain import Guard
+from shardtrain.train.peers import Peers
+
+class Gone:
+    def __getattr__(self, name):
+        raise RuntimeError("UNAVAILABLE: failed to connect to all addresses")
+
+guard = Guard(watchdog=None)
+with guard:
+    guard._peers = Peers(Gone(), 1, 2, "job")
+print("hangs in the end of jax")
+"""
+
+
+def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LAST],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 76
+    assert "does not answer (UNAVAILABLE: failed" in done.stderr
+    assert done.stdout == ""
