@@ -101,6 +101,8 @@ def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
     """
     if path.is_dir():
         raise UserError(f"--png {path} is a folder; name a file in it")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--png {path}: the picture is a PNG; name a file that ends in .png")
     drawn = bars(schedule, costs)
     length = max(1, *(bar.end for bar in drawn))
     panels = math.ceil(length / PANEL)

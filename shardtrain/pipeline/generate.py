@@ -19,7 +19,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
     | gpipe | B | m | (p-1) / (m+p-1) |
     | 1f1b | B | p-r | (p-1) / (m+p-1) |
     | interleaved | B | (v-1)p + 2(p-1-r) + 1, each 1/v | (p-1) / (vm+p-1), p divides m |
-    | zb-h1 | I, W | p | (p-1) / (3m+p-1) |
+    | zb-h1 | I, W | p | (p-1) / (3m+p-1), m >= p |
     | zb-v | I, W | 2p, each 1/2 | (p-1) / (6m+p-1), m >= 2p-1 |
 
     Args:

@@ -102,7 +102,7 @@ class Layers:
             if position not in self.begins:
                 raise UserError(
                     f"pipeline: stage {stage} begins inside a layer, or behind all of them, which no layout "
-                    f"can say; split the model again with stages={len(positions) + 1}"
+                    f"can say; use stages={len(positions) + 1} without a layout, or fewer stages"
                 )
         return "|".join(",".join(names) for names in self.names(positions))
 

@@ -114,12 +114,23 @@ def plain(model: nnx.Module, kind: type) -> list[str]:
     return [name(path) for path, m in modules if isinstance(m, kind) and not isinstance(m, Partitioned)]
 
 
-def refuse_plain_dropout(model: nnx.Module, accumulate: int) -> None:
-    """Refuses microbatches to a model whose dropout does not tell them apart.
+def refuse_model(model: nnx.Module, accumulate: int) -> None:
+    """Refuses variables that cannot be trained or saved, and dropout that does not tell microbatches apart.
 
     Raises:
-        UserError: names the layer.
+        UserError: names the variable or the layer.
     """
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_value()
+        if hasattr(value, "shape") and 0 in value.shape:
+            raise UserError(
+                f"{name(path)!r} has the shape {value.shape}, no elements, and cannot be saved; leave it out"
+            )
+        if isinstance(variable, nnx.Param) and not jnp.issubdtype(value.dtype, jnp.inexact):
+            raise UserError(
+                f"{name(path)!r} is an nnx.Param of {value.dtype}, which has no gradient; make it an "
+                f"nnx.Variable, or floating"
+            )
     if (masks := plain(model, nnx.Dropout)) and accumulate > 1:
         raise UserError(
             f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "

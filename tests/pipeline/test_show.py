@@ -139,6 +139,7 @@ def test_the_command_shows_and_writes(tmp_path, capsys):
         ("--csv {tmp}/no/a.csv", "error: schedule file {tmp}/no/a.csv cannot be written (No such file"),
         ("--png {tmp}/no/a.png", "error: --png {tmp}/no/a.png cannot be written (No such file"),
         ("--png {tmp}", "error: --png {tmp} is a folder; name a file in it"),
+        ("--png {tmp}/x.xyz", "error: --png {tmp}/x.xyz: the picture is a PNG; name a file that ends in .png"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(flags, sentence, tmp_path, capsys):

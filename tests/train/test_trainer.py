@@ -61,6 +61,14 @@ class PlainDropout(Small):
         self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
 
 
+class WithParam(Small):
+    """Has one more parameter."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.extra = nnx.Param(value)
+
+
 class WithScale(Small):
     def __init__(self):
         super().__init__()
@@ -374,6 +382,14 @@ def test_every_parameter_gradient_is_summed_once():
         (
             lambda: small_trainer("data=2", model=PlainDropout(), accumulate=2),
             "'drop' is a plain nnx.Dropout",
+        ),
+        (
+            lambda: small_trainer("data=2", model=WithParam(jnp.ones((2, 0)))),
+            r"'extra' has the shape \(2, 0\), no elements",
+        ),
+        (
+            lambda: small_trainer("data=2", model=WithParam(jnp.arange(3))),
+            "'extra' is an nnx.Param of int64, which has no gradient",
         ),
         (
             lambda: small_trainer("channel=2", model=WithScale()),
