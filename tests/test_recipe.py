@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from recipe_process import ROOT, environment
 
+from shardtrain.cli.start import held
+from shardtrain.errors import FAULT, StartError
+
 RECIPE = ROOT / "recipes" / "train_cnn.py"
 
 
@@ -167,6 +170,8 @@ def bad_idx(folder):
         (["--mesh", "data=--5"], "'data=--5' is not axis=number"),
         (["--mesh", "data=200000"], "at most 512 can be simulated"),
         (["--lr", "nan"], "--lr nan"),
+        (["--weight-decay", "nan"], "--weight-decay nan: use 0 for none"),
+        (["--start-limit", "inf"], "--start-limit inf: use a positive number of seconds"),
         (["--resume", "auto", "--compare"], "leave out --resume or --compare"),
     ],
 )
@@ -189,6 +194,26 @@ def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
     assert done.stdout == ""
     assert not out.exists()
     assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_folder_in_which_another_run_writes_is_left_alone(tmp_path):
+    out = tmp_path / "run"
+    flags = ("--mesh", "data=1", "--model", "lenet", "--batch-size", 32, "--steps", 2, "--out", out)
+    with held(out, wait=0.0):
+        (out / "metrics.jsonl").write_text("the other's")
+        done = run(*flags)
+        assert done.returncode == FAULT
+        assert f"error: --out {out}: another run is writing there" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert (out / "metrics.jsonl").read_text() == "the other's"
+        assert not (out / "checkpoints").exists()
+        with pytest.raises(StartError), held(out, wait=0.1):
+            pass
+    assert run(*flags).returncode == 0
+    (out / "metrics.jsonl").unlink()
+    done = run(*flags, "--resume", "auto")
+    assert done.returncode == 2
+    assert "metrics.jsonl is not there any more" in done.stderr
 
 
 def test_help_names_every_flag():

@@ -134,6 +134,10 @@ def check(flags: RunFlags) -> None:
         at_least_1(name.replace("_", "-"), getattr(flags, name))
     if not 0 < flags.lr < float("inf"):
         raise UserError(f"--lr {flags.lr}: use a positive learning rate")
+    if not 0 <= flags.weight_decay < float("inf"):
+        raise UserError(f"--weight-decay {flags.weight_decay}: use 0 for none, or a positive number")
+    if not 0 < flags.start_limit < float("inf"):
+        raise UserError(f"--start-limit {flags.start_limit}: use a positive number of seconds")
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
     if flags.checkpoint_every is not None:

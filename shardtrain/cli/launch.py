@@ -36,7 +36,7 @@ class Local:
     has back those lost earlier; one less again where the command refuses the number (status 2). For meshes
     with a size of -1."""
     grace: float = 30.0
-    """Seconds that processes have to save and end after SIGTERM or Ctrl-C, before SIGKILL."""
+    """Seconds that processes have to save and end after SIGTERM (to end after Ctrl-C), before SIGKILL."""
 
     def run(self, command: Sequence[str]) -> None:
         """Runs the command, and ends with its status."""

@@ -33,7 +33,14 @@ def started_again(own: Checkpoints) -> bool:
     It goes on from there then, whatever --resume said of its first start. The checkpoints of an earlier job,
     which lie in --out until this one gets to its first step, are another thing.
     """
-    return restarts(os.environ) > 0 and bool(own.steps()) and own.newest()[1].get("job") == job(os.environ)
+
+    def is_ours(step: int) -> bool:
+        try:
+            return own.manifest(step).get("job") == job(os.environ)
+        except UserError:  # a damaged one, of whatever job
+            return False
+
+    return restarts(os.environ) > 0 and any(is_ours(step) for step in reversed(own.steps()))
 
 
 def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | None:

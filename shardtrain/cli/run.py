@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +20,9 @@ from rich.table import Table
 
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
-from shardtrain.cli.start import check_out, open_run, refuse_other_folders, start_jax
-from shardtrain.launch import Limits, connect, job
+from shardtrain.cli.start import check_out, held, open_run, refuse_other_folders, start_jax
+from shardtrain.errors import UserError
+from shardtrain.launch import Limits, connect, job, restarts
 from shardtrain.mesh import make_mesh, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
@@ -102,12 +103,12 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     check(flags)
     cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
     start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
-    with guards.guard(flags, flags.out.expanduser().absolute()) as guard:
-        guarded(flags, make_task, guard)
+    with ExitStack() as folder, guards.guard(flags, flags.out.expanduser().absolute()) as guard:
+        guarded(flags, make_task, guard, folder)
 
 
-def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> None:
-    """The run itself: what goes wrong in one process ends all."""
+def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, folder: ExitStack) -> None:
+    """The run itself: what goes wrong in one process ends all. `folder` is closed when the run is over."""
     mesh, out = make_mesh(flags.mesh), check_out(flags.out)
     refuse_other_folders(out, flags.start_limit)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
@@ -138,6 +139,7 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard) -> N
     meet("all have looked at the folder", guards.patience(flags))
     if first_process:
         with metrics.writing(out):
+            folder.enter_context(held(out, flags.start_limit if restarts(os.environ) else 0.0))
             open_run(out, resume=goes_on)
     meet("the folder is open", guards.patience(flags))
     done = int(trainer.state.step)
@@ -173,6 +175,11 @@ def conclude(
     """Writes the files of a run that has ended, and prints its tables."""
     out, best = checkpoints.folder.parent, checkpoints.best()
     rows = metrics.read(out / "metrics.jsonl")
+    if not rows:
+        raise UserError(
+            f"{out / 'metrics.jsonl'} is not there any more, so there is nothing to tell of the run, which "
+            f"has all its steps; ask for more --steps, or name another --out"
+        )
     speeds = sorted(row["images_per_second"] for row in rows)
     result = {
         "mesh": dict(trainer.mesh.shape),

@@ -1,5 +1,6 @@
 """Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
 
+import fcntl
 import itertools
 import logging
 import os
@@ -17,9 +18,11 @@ import jax
 import tyro
 
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
-from shardtrain.errors import UserError
+from shardtrain.errors import StartError, UserError
 from shardtrain.mesh import parse
 from shardtrain.train.processes import everyone
+
+log = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags")
 
@@ -36,6 +39,9 @@ RUN_FILES = (
     "profile",
 )
 """What a run leaves in its folder; nothing else is ever moved."""
+
+LOCK = ".run-lock"
+"""A file of a run's folder, locked while the run is in it."""
 
 SEEN = 60.0
 """Seconds after which a file that another host has written is not going to be seen."""
@@ -185,6 +191,43 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
         )
 
 
+@contextmanager
+def held(folder: Path, wait: float) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made where it is not there.
+
+    The lock is the system's and ends with its process, however that ends. Some file systems have no locks.
+
+    Args:
+        folder: of the run.
+        wait: seconds to wait for a run that may be on its way out, as before a restart.
+
+    Raises:
+        StartError: another run is in it.
+
+    Example:
+        >>> with held(Path("runs/mine"), wait=0):  # doctest: +SKIP
+        ...     open_run(Path("runs/mine"), resume=False)
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + wait
+    with (folder / LOCK).open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.5)
+                    continue
+                raise StartError(
+                    f"--out {folder}: another run is writing there; stop it, wait for its end, or name "
+                    f"another folder"
+                ) from None
+            except OSError as error:
+                log.warning("%s cannot be locked against other runs (%s)", folder, error.strerror)
+            break
+        yield
+
+
 def open_run(folder: Path, *, resume: bool) -> None:
     """Makes the folder of a run; an earlier run's files move to `earlier-<time>/` in it unless it goes on."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,5 +248,5 @@ def _run_of(folder: Path) -> list[str]:
 
     NFS keeps a file that is deleted while it is open under a name that begins with `.nfs`.
     """
-    aside = ("earlier-", ".write-test-", ".doctor-", ".nfs")
+    aside = ("earlier-", ".write-test-", ".doctor-", ".nfs", LOCK)
     return [f.name for f in folder.iterdir() if not f.name.startswith(aside)] if folder.exists() else []

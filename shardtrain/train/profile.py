@@ -1,5 +1,6 @@
 """Where a step's time goes: what the host waits for, device memory, and traces of jax's profiler."""
 
+import logging
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import jax
 
 from shardtrain import compat
+from shardtrain.errors import first_line
+
+log = logging.getLogger(__name__)
 
 STEPS = 5
 """Steps that are profiled when a signal asks for it."""
@@ -98,13 +102,22 @@ class Profiler:
         return step >= self.steps.stop if self.running else step in self.steps
 
     def turn(self) -> range | None:
-        """At an edge: begins a trace, or ends it and returns the steps that are in it."""
-        if not self.running:
-            jax.profiler.start_trace(self.folder)
-            self.running = True
+        """At an edge: begins a trace, or ends it and returns the steps that are in it.
+
+        A trace that cannot be written is no reason to end a run: it is said, and there is none.
+        """
+        begins = not self.running
+        try:
+            if begins:
+                jax.profiler.start_trace(self.folder)
+                self.running = True
+                return None
+            self.running = False
+            jax.profiler.stop_trace()
+        except (jax.errors.JaxRuntimeError, OSError) as error:
+            self.steps = None
+            log.error("no profile could be written to %s (%s)", self.folder, first_line(error))
             return None
-        jax.profiler.stop_trace()
-        self.running = False
         done, self.steps = self.steps, None
         return done
 

@@ -89,6 +89,25 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def test_a_restart_goes_on_from_its_own_job_and_from_no_older_run(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, manifest={"job": "mine"}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": np.zeros(3)})
+    monkeypatch.setenv("SHARDTRAIN_JOB", "mine")
+    assert not resume.started_again(Checkpoints(folder))  # a first start
+    monkeypatch.setenv("SHARDTRAIN_RESTARTS", "1")
+    assert resume.started_again(Checkpoints(folder))
+    monkeypatch.setenv("SHARDTRAIN_JOB", "another")
+    assert not resume.started_again(Checkpoints(folder))
+    monkeypatch.setenv("SHARDTRAIN_JOB", "mine")
+    manifests = sorted(folder.glob("*/default/manifest.json"))
+    manifests[1].unlink()
+    assert resume.started_again(Checkpoints(folder))  # from the one before
+    manifests[0].unlink()
+    assert not resume.started_again(Checkpoints(folder))  # nothing says that they are this job's
+
+
 def test_from_where(run, tmp_path):
     own, new = Checkpoints(run / "checkpoints"), Checkpoints(tmp_path / "new" / "checkpoints")
     assert resume.source("never", own) is None
