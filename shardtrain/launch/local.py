@@ -26,6 +26,7 @@ from shardtrain.errors import REQUEUE, UserError
 from shardtrain.launch import cluster
 from shardtrain.launch.cluster import COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS
 from shardtrain.launch.command import refuse_no_command
+from shardtrain.train.watch import FOLLOWS
 
 REFUSED = 2
 """Exit status of a command that refuses its flags: starting it again would not help."""
@@ -108,7 +109,7 @@ def run_local(
         0
     """
     refuse_no_command(command)
-    if processes < 1 or restarts < 0 or grace <= 0 or (devices is not None and devices < 1):
+    if processes < 1 or restarts < 0 or not grace > 0 or (devices is not None and devices < 1):
         raise UserError("launch local: use --processes, --devices and --grace above 0, and --restarts from 0")
     if not shutil.which(command[0]):
         raise UserError(f"{command[0]} cannot be started: there is no such program")
@@ -268,18 +269,29 @@ class Attempts:
         if not failed:
             status = 128 + self.stopped if self.stopped and forced else 0
             return Outcome(status, 0)
-        first = failed[0]
-        if not self.stopped and first.status != REQUEUE:
+        # Rank 0 stays until the others have heard from it why it fails, so they end before it does.
+        status = failed[0].status
+        cause = followed(words[failed[0].rank])
+        first = next((end for end in [*failed, *forced] if end.rank == cause), failed[0])
+        if not self.stopped and status != REQUEUE:
             say(
                 f"process {first.rank} failed first: it {first}"
                 + (", its last words:" if words[first.rank] else "")
             )
             for line in words[first.rank]:
                 sys.stderr.buffer.write(b"    " + line)
-            for end in [*failed[1:], *forced]:
-                say(f"process {end.rank} {end} {end.time - first.time:.1f} s later")
+            for end in [*failed, *forced]:
+                if end is not first:
+                    order = "later" if end.time >= first.time else "before it, which had told the others"
+                    say(f"process {end.rank} {end} {abs(end.time - first.time):.1f} s {order}")
         lost = sum(end.status == -signal.SIGKILL for end in own)
-        return Outcome(first.status if first.status > 0 else 128 - first.status, lost)
+        return Outcome(status if status > 0 else 128 - status, lost)
+
+
+def followed(words: deque[bytes]) -> int | None:
+    """The process because of whose failure another one says that it leaves."""
+    found = [match for line in words if (match := FOLLOWS.search(line.decode(errors="replace")))]
+    return int(found[-1][1]) if found else None
 
 
 def say(text: str) -> None:

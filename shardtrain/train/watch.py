@@ -5,6 +5,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -44,6 +45,9 @@ LINGER = 10.0
 
 LAST_WORD = 2.0
 """Seconds that others take to say that they go: the coordinator may be what does not answer."""
+
+FOLLOWS = re.compile(r": exit: rank (\d+) (?:failed|gave up|saw no progress)")
+"""In the last line of a process that leaves because another one said that it does: which one that is."""
 
 
 class Watch:
@@ -218,7 +222,8 @@ class Watch:
             return
         if kind == "hung":
             self._dump()
-        self.leave(notice["code"], text if kind != "failed" else f"rank {rank} failed: {text}")
+        verb = {"failed": f"rank {rank} failed: ", "lost": f"rank {rank} gave up: "}.get(kind, "")
+        self.leave(notice["code"], verb + text)
 
     def _lose(self, ranks: list[int]) -> None:
         if not ranks:

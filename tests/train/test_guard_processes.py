@@ -210,6 +210,20 @@ def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
         assert first["rank"] == rank
 
 
+def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
+    """Which stays until the others have heard of its failure."""
+    wishes = {"fault": "user error", "rank": 0, "at": 4}
+    place = f'{sys.executable} {WORKER} "${{SHARDTRAIN_COORDINATOR#*:}}" 2 "$SHARDTRAIN_PROCESS_ID" "$0" "$1"'
+    job = ["sh", "-c", place, str(tmp_path / "run"), json.dumps(wishes)]
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", *job]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 2
+    _, first, words = done.stderr.partition("launch: process 0 failed first: it ended with status 2")
+    assert first, done.stderr
+    assert "    error: this folder is empty; name another one" in words.splitlines()
+    assert "launch: process 1 ended with status 2" in words
+
+
 @pytest.mark.slow
 def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
     with Job(tmp_path, fault="user error", rank=1, at=4) as job:
