@@ -85,11 +85,12 @@ class Slurm:
 
     def run(self, command: Sequence[str]) -> None:
         """Writes the script, and submits it if asked to."""
+        tasks = max(1, self.gpus_per_node) if self.tasks_per_node is None else self.tasks_per_node
         job = slurm.SlurmJob(
             name=self.name,
             nodes=self.nodes,
             gpus_per_node=self.gpus_per_node,
-            tasks_per_node=self.tasks_per_node or max(1, self.gpus_per_node),
+            tasks_per_node=tasks,
             cpus_per_task=self.cpus_per_task,
             time=self.time,
             partition=self.partition,

@@ -94,7 +94,7 @@ def restarts(env: Mapping[str, str]) -> int:
         >>> restarts({"SLURM_RESTART_COUNT": "2", "SHARDTRAIN_RESTARTS": "0"})
         2
     """
-    return int(env.get(RESTARTS) or 0) + int(env.get("SLURM_RESTART_COUNT") or 0)
+    return _whole(env, RESTARTS) + _whole(env, "SLURM_RESTART_COUNT")
 
 
 def job(env: Mapping[str, str]) -> str:
@@ -107,12 +107,20 @@ def job(env: Mapping[str, str]) -> str:
     return env.get(JOB) or env.get("SLURM_JOB_ID") or ""
 
 
+def _whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    """The whole number that a variable holds; the default where it is not set, or empty."""
+    text = env.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{name}={text}: set this variable to a whole number, or unset it") from error
+
+
 def _own(env: Mapping[str, str]) -> Cluster | None:
     if PROCESSES not in env:
         return None
-    processes = int(env[PROCESSES])
-    index = env.get(PROCESS_ID) or env.get("JOB_COMPLETION_INDEX")
-    process_id = -1 if index is None else int(index)
+    processes = _whole(env, PROCESSES)
+    process_id = _whole(env, PROCESS_ID if env.get(PROCESS_ID) else "JOB_COMPLETION_INDEX", -1)
     if LOCAL in env:
         coordinator, local = env.get(COORDINATOR, ""), (process_id, processes)
         return Cluster("launch local", coordinator, processes, process_id, local, hosts=1)
@@ -141,8 +149,8 @@ def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
     if "OMPI_COMM_WORLD_SIZE" not in env or "OMPI_COMM_WORLD_RANK" not in env:
         return None
-    size, rank = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
-    local = int(env.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)), int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", size))
+    size, rank = _whole(env, "OMPI_COMM_WORLD_SIZE"), _whole(env, "OMPI_COMM_WORLD_RANK")
+    local = _whole(env, "OMPI_COMM_WORLD_LOCAL_RANK"), _whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
     # Process 0 runs on mpirun's own host, whose address Open MPI 4 tells in a variable and 5 in a job's name.
     host, job = "", 0
     if uri := re.match(r"(\d+)\.\d+;tcp6?://\[?([^,:\]]+)", env.get("OMPI_MCA_orte_hnp_uri", "")):
@@ -160,15 +168,15 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
     # Only srun sets the variables of a step: a batch script, or a shell in an allocation, is one process.
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
-    size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-    node = int(env.get("SLURM_NODEID", 0))
+    size = _whole(env, "SLURM_STEP_NUM_TASKS") or _whole(env, "SLURM_NTASKS")
+    node = _whole(env, "SLURM_NODEID")
     tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    local = (int(env.get("SLURM_LOCALID", 0)), tasks[node]) if node < len(tasks) else None
-    hosts = int(env.get("SLURM_STEP_NUM_NODES", 1))
+    local = (_whole(env, "SLURM_LOCALID"), tasks[node]) if node < len(tasks) else None
+    hosts = _whole(env, "SLURM_STEP_NUM_NODES", 1)
     # Two steps of one job, or a restart of it, find other ports.
-    job = sum(int(env.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    job = sum(_whole(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     coordinator = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
-    return Cluster("Slurm", coordinator, size, int(env["SLURM_PROCID"]), local, hosts, node > 0)
+    return Cluster("Slurm", coordinator, size, _whole(env, "SLURM_PROCID"), local, hosts, node > 0)
 
 
 def _first_node(nodes: str) -> str:
@@ -184,4 +192,4 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _port(env: Mapping[str, str], job: int) -> int:
-    return int(env.get("JAX_COORDINATOR_PORT") or PORTS[job % len(PORTS)])
+    return _whole(env, "JAX_COORDINATOR_PORT", PORTS[job % len(PORTS)])

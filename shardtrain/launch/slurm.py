@@ -42,8 +42,13 @@ class SlurmJob:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", self.nodes):
             raise UserError(f"--nodes {self.nodes}: write a number such as 2, or a range such as 2-4")
-        if self.gpus_per_node < 0 or self.tasks_per_node < 1 or self.restarts < 0:
-            raise UserError("launch slurm: use --tasks-per-node above 0, --gpus-per-node, --restarts from 0")
+        least, _, most = self.nodes.partition("-")
+        if most and int(most) < int(least):
+            raise UserError(f"--nodes {self.nodes}: write the smaller number first, {most}-{least}")
+        if min(self.tasks_per_node, 1 if self.cpus_per_task is None else self.cpus_per_task) < 1:
+            raise UserError("launch slurm: use --tasks-per-node and --cpus-per-task above 0")
+        if self.gpus_per_node < 0 or self.restarts < 0:
+            raise UserError("launch slurm: use --gpus-per-node and --restarts from 0")
         for flag in ("name", "time", "partition", "output"):
             if re.search(r"\s", getattr(self, flag) or ""):
                 raise UserError(f"--{flag} {getattr(self, flag)!r}: leave out the blanks")

@@ -125,6 +125,23 @@ def test_half_a_job_is_refused(given, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SHARDTRAIN_PROCESSES": "abc"},
+        {"SHARDTRAIN_PROCESS_ID": "x", "SHARDTRAIN_PROCESSES": "2"},
+        {"SLURM_PROCID": "x", "SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_RANK": "x", "OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(env):
+    name, value = next(iter(env.items()))
+    with pytest.raises(UserError, match=f"^{name}={value}: set this variable to a whole number"):
+        detect(env)
+    with pytest.raises(UserError, match=r"^SHARDTRAIN_RESTARTS=often:"):
+        restarts({"SHARDTRAIN_RESTARTS": "often"})
+
+
 def test_restarts_are_counted_by_whoever_restarts():
     assert restarts({}) == 0
     assert restarts({"SLURM_RESTART_COUNT": "2"}) == 2

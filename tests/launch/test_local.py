@@ -246,3 +246,5 @@ def test_mistakes_are_sentences():
         run_local(["no-such-program"], 2)
     with pytest.raises(UserError, match="above 0"):
         run_local(["true"], 0)
+    with pytest.raises(UserError, match="--grace above 0"):
+        run_local(["true"], 1, grace=float("nan"))

@@ -105,7 +105,9 @@ def test_shellcheck(tmp_path):
     [
         ({"nodes": "two"}, "--nodes two"),
         ({"nodes": "0"}, "--nodes 0"),
+        ({"nodes": "3-2"}, "--nodes 3-2: write the smaller number first, 2-3"),
         ({"tasks_per_node": 0}, "above 0"),
+        ({"cpus_per_task": 0}, "above 0"),
         ({"partition": "gpu\n#SBATCH --uid=0"}, "leave out the blanks"),
     ],
 )
