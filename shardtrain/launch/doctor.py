@@ -6,7 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -109,17 +109,22 @@ def examine(
 @contextmanager
 def beacon(out: Path, rank: int) -> Iterator[str]:
     """While it lasts, a file of process 0 in `out`, for which the others look; its name, or nothing."""
-    file = out / f".doctor-{os.getpid()}-{time.time_ns()}"
-    try:
-        if rank == 0:
-            file.touch()
-    except OSError:
+    if rank:
         yield ""
         return
+    file, made, name = out / f".doctor-{os.getpid()}-{time.time_ns()}", [], ""
     try:
-        yield file.name if rank == 0 else ""
+        with suppress(OSError):  # which the row "folder" explains
+            made = [folder for folder in (out, *out.parents) if not folder.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            name = file.name
+        yield name
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # another may have come into a folder
+            file.unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()
 
 
 def place(cluster: Cluster | None) -> Finding:
@@ -162,9 +167,7 @@ def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
         if where.startswith("127.") and several and (cluster is None or cluster.process_id):
             fix = f"give {host} its real address in /etc/hosts, or name another with --coordinator"
             return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
-        if cluster is None:
-            return Finding("coordinator", True, f"{host} is {where}")
-        if cluster.process_id == 0:
+        if here(where) if cluster is None else cluster.process_id == 0:
             refuse_elsewhere(host, where)
             listen(port).close()
             return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
@@ -172,6 +175,16 @@ def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
         problem, _, fix = str(error).partition("; ")
         return Finding("coordinator", False, problem, fix)
     return Finding("coordinator", True, f"{host} is {where}")
+
+
+def here(where: str) -> bool:
+    """Whether an address is one of this host's own."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+            probe.bind((where, 0))
+    except OSError:
+        return False
+    return True
 
 
 def devices(cluster: Cluster | None) -> list[Finding]:
@@ -214,8 +227,8 @@ def packages() -> list[Finding]:
 def folder(out: Path) -> list[Finding]:
     """Whether a run can be written to --out, and the clock of the disk is that of this host."""
     out = out.expanduser().absolute()
-    nearest = next(path for path in (out, *out.parents) if path.exists())
     try:
+        nearest = next(path for path in (out, *out.parents) if path.exists())
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".doctor-") as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
@@ -239,7 +252,10 @@ def same_folder(out: Path, name: str) -> list[Finding]:
     """Whether the file of process 0 is in the folder of this one, if it could make one."""
     if not name:
         return []
-    if (out / name).exists():
+    there = False
+    with suppress(OSError):  # which the row "folder" explains
+        there = (out / name).exists()
+    if there:
         return [Finding("shared folder", True, f"{out} is that of process 0")]
     fix = "name a folder of a file system that all hosts share with --out; checkpoints need it"
     return [Finding("shared folder", False, f"{out} is not the folder that process 0 writes to", fix)]

@@ -17,6 +17,7 @@ from recipe_process import ROOT, environment
 
 from shardtrain import UserError
 from shardtrain.cli.start import check_out
+from shardtrain.launch.doctor import address, folder
 from shardtrain.launch.local import free_port
 from shardtrain.train.checkpoint import UNFINISHED
 
@@ -158,11 +159,12 @@ def test_doctor_alone(tmp_path):
 
 
 def test_doctor_of_a_job(tmp_path):
-    done = run([*launch("-n", 3, "--devices", 2), *DOCTOR, "--out", str(tmp_path)])
+    done = run([*launch("-n", 3, "--devices", 2), *DOCTOR, "--out", str(tmp_path / "not" / "yet")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 3 are there" in done.stdout
     assert "equal in all processes" in done.stdout
     assert "2 of cpu" in done.stdout
+    assert "shared folder" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,6 +188,26 @@ def test_doctor_finds_what_is_wrong(tmp_path):
     done = run([*DOCTOR, "--out", str(tmp_path)], SLURM_JOB_ID="7", SLURM_NTASKS="4")
     assert done.returncode == 1
     assert "srun shardtrain doctor" in done.stdout
+
+
+def test_doctor_alone_looks_at_the_port_of_this_host():
+    with socket.create_server(("", free_port())) as server:
+        finding = address(f"[::1]:{server.getsockname()[1]}")
+    assert not finding.good
+    assert "Address already in use" in finding.found
+    assert "is free" in address(f"[::1]:{free_port()}").found
+
+
+def test_doctor_where_a_folder_may_not_be_looked_into(monkeypatch):
+    """Root may look everywhere, and `exists` raises this before Python 3.12."""
+
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    (finding,) = folder(Path("/closed/runs"))
+    assert (finding.good, finding.check) == (False, "folder")
+    assert "cannot be written (Permission denied)" in finding.found
 
 
 def begin(tmp_path, *flags, steps):
