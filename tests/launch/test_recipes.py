@@ -14,7 +14,6 @@ SMALL = {
     "train_pipeline": "--mesh pipe=2,data=2 --model lenet --batch-size 32 --microbatches 4",
     "train_alexnet_hybrid": "--mesh channel=2 --width 8 --hidden 32 --batch-size 16",
 }
-QUICK = "train_volume"
 
 
 def run(recipe, out, *launcher):
@@ -27,9 +26,8 @@ def run(recipe, out, *launcher):
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in SMALL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMALL)
 @pytest.mark.timeout(600)
 def test_two_processes_give_the_losses_and_files_of_one(recipe, tmp_path):
     if recipe == "train_volume":

@@ -15,6 +15,7 @@ QUICK = [
     ("resnet", "pipe=4,channel=2"),
     ("alexnet", "pipe=2,height=2"),
 ]
+LONG = [(QUICK[1], "interleaved"), (QUICK[2], "one stage a rank")]
 SLOW = [
     (name, f"pipe={ranks}{inner}")
     for name in MODELS
@@ -29,8 +30,14 @@ SLOW = [
 SIXTEEN = ["pipe=4,data=2,height=2", "pipe=8,data=2", "pipe=8,height=2", "pipe=8,channel=2"]
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize(("name", "mesh"), QUICK)
+@pytest.mark.parametrize(
+    ("name", "mesh", "group"),
+    [
+        pytest.param(*one, group, marks=pytest.mark.slow if (one, group) in LONG else ())
+        for one in QUICK
+        for group in GROUPS
+    ],
+)
 def test_gradients(name, mesh, group):
     check(name, mesh, group, 8)
 
