@@ -40,7 +40,8 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_losses_of_one(tmp_path, processes):
     """float32, the numbers of one process on the same mesh; the run's files are those of process 0 alone."""
     mesh = ["--mesh", "data=2,height=2", "--steps", "6"]
