@@ -1,16 +1,19 @@
 """What checkpoints cost: steps while one is being written, and saving and restoring beside a plain file copy.
 
     python tools/bench_checkpoint.py --markdown
+    python tools/bench_checkpoint.py --spare --markdown
 
 A ResNet-18 in float32 with adam, on batches of random images. Blocks of steps take turns: in every other
 one a save is begun before the first step. "While it is written" are the steps that ended before it was
 complete; "a block with a save" is all of it, from the call of save on. Bandwidths are of the run's
-bytes, with no steps beside; the copy is of one file of as many bytes, in the same folder.
+bytes, with no steps beside; the copy is of one file of as many bytes, in the same folder. Steps of
+simulated devices take every core, those of GPUs do not: `--spare` holds them to one, on one device.
 """
 
 import argparse
 import itertools
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -130,12 +133,16 @@ class Bench:
         return time.perf_counter() - clock
 
 
-def measure(mesh: str, width: int, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+def measure(mesh: str, width: int, batch: int, rounds: int, steps: int, spare: bool) -> dict[str, Any]:
     """All that is timed, a list with an entry for every round."""
+    cores = os.sched_getaffinity(0)
+    if spare:
+        os.sched_setaffinity(0, {min(cores)})  # the threads of the device, which is opened here, stay there
     trainer, host = build(mesh, width, batch)
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="bench-checkpoint-") as place:
         bench = Bench(trainer, host, Path(place) / "checkpoints")
         bench.without(3)
+        os.sched_setaffinity(0, cores)
         bench.with_save(2)  # the first one opens the folder and starts the writers
         found: dict[str, list[Any]] = {"without": [], "with": [], "save": [], "restore": [], "copy": []}
         for _ in range(rounds):
@@ -146,7 +153,7 @@ def measure(mesh: str, width: int, batch: int, rounds: int, steps: int) -> dict[
             found["save"].append(bench.save())
             found["restore"].append(bench.restore())
         bench.checkpoints.close()
-        return {"mesh": mesh, "bytes": bench.bytes, "steps": steps, "rounds": rounds, **found}
+        return {"mesh": mesh, "bytes": bench.bytes, "steps": steps, "rounds": rounds, "spare": spare, **found}
 
 
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -188,9 +195,10 @@ def caption(found: dict[str, Any]) -> str:
     blocked = 1000 * statistics.median(row["blocked"] for row in found["with"])
     written = 1000 * statistics.median(row["written"] for row in found["with"])
     during = statistics.median(row["steps"] for row in found["with"])
+    cores = "steps are held to one core" if found["spare"] else "steps and writers share the cores"
     return (
         f"ResNet-18 with adam, {found['bytes'] / 1e6:,.0f} MB, mesh {found['mesh']}, simulated devices: "
-        f"steps and writers share the cores. Medians of {found['rounds']} rounds in turns; speed: without "
+        f"{cores}. Medians of {found['rounds']} rounds in turns; speed: without "
         f"over with. The call of save takes {blocked:,.0f} ms, all of it {written:,.0f} ms and {during:.0f} "
         f"steps. {machine()}."
     )
@@ -201,7 +209,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mesh", default="data=2", metavar="MESH", help="of <= 8 devices (data=2)")
+    parser.add_argument("--mesh", metavar="MESH", help="of <= 8 devices (data=2; data=1 with --spare)")
+    parser.add_argument("--spare", action="store_true", help="steps on one core, the others for writers")
     parser.add_argument("--width", type=int, default=64, metavar="N", help="features of the first block (64)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images of a step (32)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds of blocks (9)")
@@ -222,12 +231,13 @@ def main() -> None:
     from bench_step import markdown, show_table
     from census_conv import write_between
 
-    found = measure(args.mesh, args.width, args.batch, args.rounds, args.steps)
+    mesh = args.mesh or ("data=1" if args.spare else "data=2")
+    found = measure(mesh, args.width, args.batch, args.rounds, args.steps, args.spare)
     show_table("what a checkpoint costs", cells(found), caption(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.markdown:
-        write_between(MARKER, markdown(cells(found), caption(found)))
+        write_between(MARKER + "_spare" * args.spare, markdown(cells(found), caption(found)))
 
 
 if __name__ == "__main__":

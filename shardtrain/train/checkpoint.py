@@ -16,7 +16,7 @@ from shardtrain import compat
 from shardtrain.errors import UserError, first_line
 from shardtrain.train import manifest
 from shardtrain.train.processes import everyone, meet
-from shardtrain.train.storage import Handler, Kept, Save, read
+from shardtrain.train.storage import Handler, Kept, Save, aside, read
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class Checkpoints:
         try:
             manager = self._opened(step)
             state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), state)
-            manager.save(step, args=Save(state, entries={"step": step, **self._entries, **more}), force=True)
+            args = Save(state, entries={"step": step, **self._entries, **more})
+            aside(manager.save, step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             self._tell(error)
             raise
@@ -234,7 +235,7 @@ class Checkpoints:
         """
         entries: dict[str, Any]
         step, entries = self.newest() if step is None else (step, self.manifest(step))
-        state = read(self._path(step), like, several, entries)
+        state = aside(read, self._path(step), like, several, entries)
         self.close()  # what comes next may go another way than the checkpoints after this one
         self._saved = step
         log.info("restored step %d from %s", step, self.folder)

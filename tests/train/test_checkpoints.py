@@ -22,7 +22,7 @@ from recipe_process import environment
 import shardtrain as st
 from shardtrain import Checkpoints, UserError
 from shardtrain.launch.local import free_port
-from shardtrain.train import manifest
+from shardtrain.train import manifest, storage
 from shardtrain.train.storage import Handler, Restore
 
 BATCH = 16
@@ -119,6 +119,21 @@ def test_steps_go_on_while_a_checkpoint_is_written(other, tmp_path):
     assert other.restore(tmp_path) == int(before.step)
     close(other._named(), before, 0)
     assert other.examples == examples
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
+def test_threads_that_write_have_a_low_priority(other, tmp_path):
+    def niceness(task):
+        name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        return name, int(fields.split()[16])
+
+    with Checkpoints(tmp_path) as checkpoints:
+        other.save(checkpoints)
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    found = [niceness(task) for task in Path("/proc/self/task").iterdir()]
+    writers = {nice for name, nice in found if name == "ts_pool_worker"}
+    assert writers == {min(mine + storage.NICE, 19)}
+    assert mine in {nice for name, nice in found if name != "ts_pool_worker"}
 
 
 def test_the_manifest_says_what_the_run_was(saved):
