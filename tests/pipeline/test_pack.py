@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
+import shardtrain as st
+from shardtrain.pipeline.hold import Held
 from shardtrain.pipeline.pack import Pack, Rows, apart, dtype_of
 from shardtrain.pipeline.window import Pool, Sums
 
@@ -64,3 +66,11 @@ def test_buffers_of_their_own_are_not_taken_where_they_are_much_longer():
     assert alike.rows.lengths == {"float32 10 0": 20, "float32 90 0": 180}
     apart = Pool.of([[one], [one, nine]], [9, 1], [0, 1])
     assert apart.rows.lengths == {"float32": 100}
+
+
+def test_what_two_axes_cut_comes_back_from_its_devices():
+    mesh = st.make_mesh("pipe=2,data=2,channel=2")
+    arrays = [np.arange(24.0).reshape(3, 8), np.arange(8.0)]
+    held = Held(arrays, [0, 1], [((), ("data", "channel")), (("channel", "data"),)], (0, 1), mesh)
+    for value, back in zip(arrays, held.unpack(*held.pack(arrays)), strict=True):
+        np.testing.assert_array_equal(back, value)

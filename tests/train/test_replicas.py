@@ -31,6 +31,9 @@ def batches(part=slice(None)):
     return [(x[part], y[part]) for x, y in given]
 
 
+PARTS = slice(0, 8), slice(8, 16)  # the rows of each of two replicas
+
+
 def trainer(mesh):
     return st.Trainer(Net(nnx.Rngs(0)), optax.adam(0.01), mesh=mesh, accumulate=2, clip_norm=0.5)
 
@@ -43,7 +46,7 @@ def test_each_replica_is_a_model_of_its_own_on_its_own_examples():
     ours = trainer(st.make_mesh("replica=2,pipe=2,channel=2"))
     rows = ours.fit(batches(), steps=3, progress=False)
     alone = []
-    for part in (slice(0, 8), slice(8, 16)):
+    for part in PARTS:
         one = trainer(st.make_mesh("data=1", devices=jax.devices()[:1]))
         alone.append((one, one.fit(batches(part), steps=3, progress=False)))
     for number, (one, _) in enumerate(alone):
@@ -52,6 +55,12 @@ def test_each_replica_is_a_model_of_its_own_on_its_own_examples():
             np.testing.assert_allclose(value, theirs[path], rtol=0, atol=1e-10)
     for step, row in enumerate(rows):
         assert row["loss"] == pytest.approx(np.mean([r[step]["loss"] for _, r in alone]), rel=1e-12)
+    parts = [
+        one.evaluate([tuple(v[part] for v in batches()[0])])
+        for part, (one, _) in zip(PARTS, alone, strict=True)
+    ]
+    for name, value in ours.evaluate(batches()[:1]).items():
+        assert value == pytest.approx(np.mean([part[name] for part in parts]), rel=1e-9), name
     first, second = (weights(ours.replica(number)) for number in (0, 1))
     assert any(np.abs(first[path] - second[path]).max() > 1e-3 for path in first)
 
@@ -73,6 +82,12 @@ def test_replicas_survive_a_checkpoint(tmp_path):
     x, _ = batches()[0]
     x = jnp.asarray(x)  # a model called by hand takes arrays of jax
     np.testing.assert_allclose(early.model(x), ours.model(x), rtol=0, atol=1e-12)
+    for one in (ours, early):  # whose stages are packed only now, each replica's own
+        one.fit(batches()[2:], steps=3, progress=False)
+    for number in (0, 1):
+        theirs = weights(ours.replica(number))
+        for path, value in weights(early.replica(number)).items():
+            np.testing.assert_allclose(value, theirs[path], rtol=0, atol=1e-12)
 
 
 def test_replicas_without_stages_are_refused():
