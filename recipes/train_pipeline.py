@@ -119,7 +119,7 @@ def train(flags: Flags) -> None:
         raise UserError("--microbatches 1: stages would work one at a time; use for example --microbatches 8")
     sizes = parse(flags.mesh)
     if flags.schedule == "none":
-        if flags.stages or flags.in_flight or flags.overlap:
+        if flags.stages is not None or flags.in_flight is not None or flags.overlap:
             raise UserError("--schedule none has no stages; leave out --stages, --in-flight and --overlap")
         if sizes.get("replica", 1) != 1:
             raise UserError(

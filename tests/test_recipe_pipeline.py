@@ -94,6 +94,7 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
         (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
+        (["--schedule", "none", "--in-flight", "0"], "--schedule none has no stages"),
         (
             ["--schedule", "none", "--mesh", "replica=2,pipe=2"],
             "leave replica out of --mesh, or choose a schedule such as 1f1b",

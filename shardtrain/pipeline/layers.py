@@ -48,11 +48,11 @@ class Layers:
             for i in range(self.first[path], last[path]):
                 covered[i].add(path)
         self.begins: dict[int, int] = {}
-        free = frozenset(allowed)
+        free, firsts = frozenset(allowed), frozenset(self.first.values())
         inside = [i for i, layers in enumerate(covered) if layers]
         for before, i in itertools.pairwise(inside):
             places = [c for c in range(before + 1, i + 1) if c in free]
-            if places and not covered[before] & covered[i]:
+            if places and i in firsts and not covered[before] & covered[i]:
                 self.begins[min(places, key=lambda c: (arriving[c], -c))] = i
 
     def _holder(self, name: str) -> str:
@@ -96,15 +96,34 @@ class Layers:
         """The layout that says where `positions` cut.
 
         Raises:
-            UserError: a cut that is not between layers.
+            UserError: a cut that is not between layers; the nearest that is stands in the message.
         """
         for stage, position in enumerate(positions, 1):
             if position not in self.begins:
+                near = self._nearest(positions)
                 raise UserError(
-                    f"pipeline: stage {stage} begins inside a layer, or behind all of them, which no layout "
-                    f"can say; use stages={len(positions) + 1} without a layout, or fewer stages"
+                    f"pipeline: stage {stage} begins inside a layer, behind all of them, or with one that "
+                    f"ran before, which no layout can say; use stages={len(positions) + 1} without a layout, "
+                    f"or " + (f"the nearest that there is, {self._short(near)!r}" if near else "fewer stages")
                 )
         return "|".join(",".join(names) for names in self.names(positions))
+
+    def _nearest(self, positions: Sequence[int]) -> list[int]:
+        """The positions between layers that are nearest to `positions`; none if there are too few."""
+        free = sorted(self.begins)
+        out: list[int] = []
+        if len(free) < len(positions):
+            return []
+        for number, position in enumerate(positions, 1):
+            some = free[: len(free) - len(positions) + number]  # as many as are left stay for those behind
+            out.append(min(some, key=lambda c: abs(c - position)))
+            free = [c for c in free if c > out[-1]]
+        return out
+
+    def _short(self, positions: Sequence[int]) -> str:
+        """A layout that names the first layer of each later stage."""
+        heads = (names[0] for names in self.names(positions)[1:])
+        return "|".join([REST, *(f"{head},{REST}" for head in heads)])
 
     def positions(self, layout: str, stages: int) -> list[int]:
         """Where the stages of a layout begin.
@@ -127,14 +146,14 @@ class Layers:
         at = self._named(parts)
         self._fill(parts, at)
         out = []
-        for stage in range(1, stages):
+        for stage in range(stages):
             mine = [path for path in self.order if at[path] == stage]
             if not mine:
                 raise UserError(
                     f"layout {layout!r}: no layer is left for stage {stage}; name one, such as "
                     f"{self.example(stages)!r}"
                 )
-            out.append(self._place(mine[0], at))
+            out += [self._place(mine[0], at)] if stage else []
         return out
 
     def within(self, span: tuple[int, int]) -> list[str]:
@@ -160,7 +179,7 @@ class Layers:
                 if not matched:
                     raise UserError(
                         f"layout: the pattern {pattern!r} matches no layer; the layers are "
-                        f"{_listed(self.order)}"
+                        f"{_listed(self.order)} (functions in between, such as relu, are not named)"
                     )
                 for path in matched:
                     if at.setdefault(path, stage) != stage:

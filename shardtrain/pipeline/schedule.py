@@ -92,7 +92,7 @@ class Schedule:
                 if not cell.strip():
                     continue
                 try:
-                    action = Action.parse(cell)
+                    action = Action.parse(cell.strip().strip('"'))  # some spreadsheets quote all cells
                 except UserError as error:
                     raise UserError(f"schedule {name!r}, row {row}, column {column}: {error}") from None
                 if rank_of.setdefault(action.stage, rank) != rank:

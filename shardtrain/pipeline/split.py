@@ -172,6 +172,10 @@ def split(
         raise UserError(f"split: a {type(model).__name__} is no NNX model; give models.LeNet(...), for one")
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise UserError(f"split: stages={stages!r}; give a number from 1 up, such as 4")
+    if not isinstance(layout, str | None):
+        raise UserError(f"split: layout={layout!r}; write one such as '...|head', or None to balance")
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f"split: mesh={mesh!r}; give st.make_mesh('data=2'), for one, or leave it out")
     inner = None if mesh is None else _without_pipe(mesh)
     batch = _batch(inputs)
     flow = traced(model, batch, inner, layouts)
@@ -209,7 +213,8 @@ def _without_pipe(mesh: Mesh) -> Mesh | None:
 def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
     if hasattr(inputs, "shape"):
         return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
-    if not isinstance(inputs, Sequence) or not all(hasattr(n, "__index__") for n in inputs) or not inputs:
+    numbers = isinstance(inputs, Sequence) and all(hasattr(n, "__index__") for n in inputs)
+    if not numbers or not inputs or min(inputs) < 1:
         raise UserError(f"split: inputs={inputs!r}; give the shape of a microbatch, such as (8, 28, 28, 1)")
     return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
 

@@ -207,7 +207,7 @@ def test_files_come_back_as_they_were(name, tmp_path):
 
 def test_a_file_of_a_spreadsheet_is_read(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_bytes("\ufeff0F0, ,0F1,,0B0,0B1,\r\n,1F0,1B0,1F1,1B1,,\r\n,,,,,,\r\n".encode())
+    path.write_bytes('\ufeff0F0, ,0F1,,0B0,0B1,\r\n,"1F0","1B0", "1F1",1B1,,\r\n,,,,,,\r\n'.encode())
     one = make(str(path), ranks=2, microbatches=2)
     assert one.orders == make("1f1b", 2, 2).orders
     assert (one.name, one.ranks_of, one.microbatches) == ("mine.csv", (0, 1), 2)

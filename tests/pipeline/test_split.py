@@ -1,8 +1,10 @@
 """A model cut into stages computes what it computed whole, and is cut where the stages cost alike."""
 
 import functools
+import inspect
 import io
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -457,11 +459,46 @@ def test_ways_to_write_a_layout(layout):
             r"could be in any of the stages 0, 1, 2; name the first layer of each, as in '...\|.+,...\|.+,...'",
         ),
         ("stem,norm,blocks||mean,head", "no layer is left for stage 1; name one"),
+        ("|...|mean,head", "no layer is left for stage 0; name one"),
+        ("stem,relu,...|blocks.1,...|head", r"'relu' matches no layer; .*, \.\.\. \(functions in between"),
     ],
 )
 def test_layouts_that_a_model_does_not_have(layout, says):
     with pytest.raises(UserError, match=says):
         split(resnet8(), (8, 8, 8, 1), 3, layout=layout)
+
+
+class Pooling(nnx.Module):
+    """The same layer, one without parameters, runs several times."""
+
+    def __init__(self, rngs):
+        self.pool = nn.MaxPool((2, 2), strides=(2, 2))
+        self.convs = nnx.List([nn.Conv(n, 8, (3, 3), rngs=rngs) for n in (1, 8, 8)])
+        self.head = nn.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in self.convs:
+            x = self.pool(nnx.relu(conv(x)))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("make", [resnet8, lambda: Pooling(nnx.Rngs(0))])
+def test_the_layout_of_a_cut_cuts_there_again_or_is_refused(make):
+    layers = split(make(), (8, 8, 8, 1), 1)._layers
+    assert len(layers.begins) > 3
+    for both in itertools.combinations(layers.begins, 2):
+        assert layers.positions(layers.layout(both), 3) == list(both)
+    flow = traced(make(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32))
+    inside = [p for p in allowed(flow) if p not in layers.begins]
+    assert inside
+    for position in inside:
+        with pytest.raises(UserError, match="begins inside a layer") as refused:
+            layers.layout([position])
+        near = re.search(r"the nearest that there is, '(.*)'$", str(refused.value))
+        (found,) = layers.positions(near[1], 2)
+        assert abs(found - position) == min(abs(p - position) for p in layers.begins)
+    with pytest.raises(UserError, match=r"or fewer stages$"):
+        layers.layout(range(1, len(flow.main)))
 
 
 def test_what_runs_in_one_operation_is_not_cut():
@@ -483,8 +520,14 @@ def test_more_stages_than_there_are_places():
     for stages in (0, True):
         with pytest.raises(UserError, match="give a number from 1 up"):
             split(resnet8(), (8, 8, 8, 1), stages)
-    with pytest.raises(UserError, match="give the shape of a microbatch"):
-        split(resnet8(), 8, 2)
+    for inputs in (8, (), "8,8,8,1", (-8, 8, 8, 1), (0, 8, 8, 1)):
+        with pytest.raises(UserError, match="give the shape of a microbatch"):
+            split(resnet8(), inputs, 2)
+    bare = inspect.unwrap(split)  # jaxtyping, at work in tests alone, would speak first
+    with pytest.raises(UserError, match=r"layout=\['stem'\]; write one such as"):
+        bare(resnet8(), (8, 8, 8, 1), 2, layout=["stem"])
+    with pytest.raises(UserError, match=r"mesh='pipe=2'; give st\.make_mesh"):
+        bare(resnet8(), (8, 8, 8, 1), 2, mesh="pipe=2")
     with pytest.raises(UserError, match="no NNX model"):
         split(len, (8, 8, 8, 1), 2)
 
