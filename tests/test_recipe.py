@@ -105,12 +105,14 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
 
 def test_the_best_checkpoint_is_kept_too(tmp_path):
     flags = ("--batch-size", 32, "--mesh", "data=1", "--model", "lenet", "--lr", 0.3, "--steps", 12)
-    done = run(*flags, "--checkpoint-every", 2, "--keep", 1, "--best", "loss", "--out", tmp_path)
+    out = tmp_path / "[/odd] $x^$"  # which neither the table nor the picture may read as their own language
+    done = run(*flags, "--checkpoint-every", 2, "--keep", 1, "--best", "loss", "--out", out)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    assert "[/odd]$x^$/checkpoints/12" in re.sub(r"[\s│]", "", done.stdout)
+    result = json.loads((out / "result.json").read_text())
     best = min(range(2, 13, 2), key=lambda step: result["losses"][step - 1])
     assert result["best_checkpoint"] == best
-    assert {f.name for f in (tmp_path / "checkpoints").iterdir()} == {str(best), "12"}
+    assert {f.name for f in (out / "checkpoints").iterdir()} == {str(best), "12"}
     assert "best by loss" in done.stdout
 
 
