@@ -53,7 +53,7 @@ def steps_of(text: str, steps: int) -> range:
         raise UserError(f"--profile {text}: write the first and the last step to trace, such as 10:20")
     if int(first) > steps:
         raise UserError(f"--profile {text}: the run has --steps {steps}; trace earlier ones")
-    return range(int(first), int(last) + 1)
+    return range(int(first), min(int(last), steps) + 1)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:

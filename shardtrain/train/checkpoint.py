@@ -259,9 +259,14 @@ class Checkpoints:
         return entries, next(filter(None, everyone(trouble)), "")
 
     def _here(self) -> list[int]:
-        if not self.folder.is_dir():
+        try:
+            return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be looked into ({error.strerror}); name a folder that you may read"
+            ) from error
 
     def _warn_of_unfinished(self) -> None:
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
