@@ -287,7 +287,8 @@ class Checkpoints:
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
-                async_options=ocp.AsyncOptions(timeout_secs=LIMIT),
+                # Threads that wait for folders which could not be made would hold the process for LIMIT.
+                async_options=ocp.AsyncOptions(timeout_secs=LIMIT, create_directories_asynchronously=False),
             )
             self._manager = ocp.CheckpointManager(self.folder, item_handlers=Handler(), options=options)
         return self._manager
