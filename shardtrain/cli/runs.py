@@ -150,7 +150,7 @@ def compare(runs: Sequence[Run], path: Path) -> None:
     drawn = [run for run in runs if run.rows]
     if not drawn:
         raise UserError(f"--plot {path}: none of the runs has a step to draw")
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, where nobody may look
         raise UserError(f"--plot {path} is a folder; name a file in it")
     keys = [key for key in ("loss", "accuracy") if any(key in run.rows[0] for run in drawn)]
     beside = 0.25 * len(drawn)

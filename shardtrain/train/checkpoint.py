@@ -259,10 +259,10 @@ class Checkpoints:
         return entries, next(filter(None, everyone(trouble)), "")
 
     def _here(self) -> list[int]:
+        if not os.path.isdir(self.folder):  # False, too, where the path is longer than paths can be
+            return []
         try:
             return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except OSError as error:
             raise UserError(
                 f"{self.folder} cannot be looked into ({error.strerror}); name a folder that you may read"

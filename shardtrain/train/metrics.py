@@ -18,8 +18,11 @@ from shardtrain.errors import UserError
 
 log = logging.getLogger(__name__)
 
-REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
-"""What a file system says that takes no more."""
+REFUSED = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EEXIST", "EISDIR")
+}
+"""What a file system says that takes no more, or has something else in the place."""
 
 Row = dict[str, float]
 
@@ -162,9 +165,20 @@ class Board:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; lines that are damaged, such as a last one that a kill cut short, are
-    left out."""
+    left out.
+
+    Raises:
+        UserError: a file that may not be read.
+    """
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); move it away, or make it readable"
+        ) from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -54,6 +54,9 @@ def test_damaged_lines_are_left_out_and_no_others(tmp_path, caplog):
     with Recorder(tmp_path, start=7) as recorder:
         recorder(8, {"loss": 0.5})
     assert [row["step"] for row in read(path)] == [1, 7, 8]
+    assert read(tmp_path / "none") == []
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read(tmp_path)
 
 
 def test_what_a_file_system_refuses_is_a_sentence_and_nothing_else_is(tmp_path):
