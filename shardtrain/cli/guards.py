@@ -103,10 +103,11 @@ def log_to_stderr() -> None:
 
 
 def hush_late_failures() -> None:
-    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed.
+    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed, and asyncio that nobody asks.
 
     Each of the files that a full disk refused is one more, and its traceback would hide our sentence.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(late: Any) -> None:
