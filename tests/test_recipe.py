@@ -103,14 +103,38 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     assert "was made with --seed 0, not --seed 1" in other.stderr
 
 
+def test_a_run_taken_up_elsewhere_knows_the_losses_before(tmp_path):
+    """A spike is measured by the steps before it; none is one until there are 8 of them."""
+    shape = (
+        "--batch-size",
+        32,
+        "--mesh",
+        "data=1",
+        "--model",
+        "lenet",
+        "--lr",
+        1e-6,
+        "--lr-schedule",
+        "constant",
+    )
+    assert run(*shape, "--steps", 12, "--out", tmp_path / "a").returncode == 0
+    done = run(*shape, "--steps", 19, "--spike", 1.0001, "--resume", tmp_path / "a", "--out", tmp_path / "b")
+    assert done.returncode == 2, done.stderr
+    assert re.search(
+        r"error: step 1\d, .* is above 1.0001 times 2\.\d+, the median of the last 1\d steps", done.stderr
+    )
+
+
 def test_the_best_checkpoint_is_kept_too(tmp_path):
     flags = ("--batch-size", 32, "--mesh", "data=1", "--model", "lenet", "--lr", 0.3, "--steps", 12)
-    done = run(*flags, "--checkpoint-every", 2, "--keep", 1, "--best", "loss", "--out", tmp_path)
+    out = tmp_path / "[/odd] $x^$"  # which neither the table nor the picture may read as their own language
+    done = run(*flags, "--checkpoint-every", 2, "--keep", 1, "--best", "loss", "--out", out)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    assert "[/odd]$x^$/checkpoints/12" in re.sub(r"[\s│]", "", done.stdout)
+    result = json.loads((out / "result.json").read_text())
     best = min(range(2, 13, 2), key=lambda step: result["losses"][step - 1])
     assert result["best_checkpoint"] == best
-    assert {f.name for f in (tmp_path / "checkpoints").iterdir()} == {str(best), "12"}
+    assert {f.name for f in (out / "checkpoints").iterdir()} == {str(best), "12"}
     assert "best by loss" in done.stdout
 
 

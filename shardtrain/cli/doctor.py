@@ -46,7 +46,7 @@ class Doctor:
         if findings[0].process == (
             cluster.process_id if cluster else 0
         ):  # process 0 speaks for all it has met
-            Console(width=100).print(table(findings))
+            Console(width=100, markup=False).print(table(findings))
             for finding in bad:
                 print(f"process {finding.process}: {finding.check}: {finding.found}\n    {finding.fix}")
         sys.exit(1 if bad else 0)

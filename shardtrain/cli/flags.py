@@ -12,6 +12,9 @@ from shardtrain.mesh import parse
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 
+MOST = 2**31 - 1
+"""Updates that a run can count, and examples of a batch."""
+
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
@@ -131,7 +134,11 @@ def check(flags: RunFlags) -> None:
     """Refuses flags that no data and no mesh could make right."""
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
     for name in ("steps", "batch_size", "accumulate", "keep"):
-        at_least_1(name.replace("_", "-"), getattr(flags, name))
+        at_least_1(name.replace("_", "-"), value := getattr(flags, name))
+        if value > MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+    if not 0 <= flags.seed < 2**63:
+        raise UserError(f"--seed {flags.seed}: use a number from 0 to {2**63 - 1}")
     if not 0 < flags.lr < float("inf"):
         raise UserError(f"--lr {flags.lr}: use a positive learning rate")
     if not 0 <= flags.weight_decay < float("inf"):

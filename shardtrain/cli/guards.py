@@ -53,7 +53,7 @@ def steps_of(text: str, steps: int) -> range:
         raise UserError(f"--profile {text}: write the first and the last step to trace, such as 10:20")
     if int(first) > steps:
         raise UserError(f"--profile {text}: the run has --steps {steps}; trace earlier ones")
-    return range(int(first), int(last) + 1)
+    return range(int(first), min(int(last), steps) + 1)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:
@@ -103,10 +103,11 @@ def log_to_stderr() -> None:
 
 
 def hush_late_failures() -> None:
-    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed.
+    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed, and asyncio that nobody asks.
 
     Each of the files that a full disk refused is one more, and its traceback would hide our sentence.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(late: Any) -> None:

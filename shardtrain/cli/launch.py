@@ -85,6 +85,8 @@ class Slurm:
 
     def run(self, command: Sequence[str]) -> None:
         """Writes the script, and submits it if asked to."""
+        if self.submit and str(self.out) == "-":
+            raise UserError("--submit hands a file to Slurm, --out - makes none; leave out one of them")
         tasks = max(1, self.gpus_per_node) if self.tasks_per_node is None else self.tasks_per_node
         job = slurm.SlurmJob(
             name=self.name,

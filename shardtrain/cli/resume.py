@@ -63,9 +63,9 @@ def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | No
     place, step = Path(resume).expanduser().absolute(), None
     if place.name.isdecimal():
         place, step = place.parent, int(place.name)
-    elif (place / "checkpoints").is_dir():
+    elif os.path.isdir(place / "checkpoints"):  # False, too, where the path is longer than paths can be
         place = place / "checkpoints"
-    if place.resolve() == own.folder.resolve():
+    if os.path.realpath(place) == os.path.realpath(own.folder):
         raise UserError(
             f"--resume {resume} is in --out itself; go on with --resume auto, or name another --out"
         )

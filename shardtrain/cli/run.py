@@ -20,7 +20,14 @@ from rich.table import Table
 
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
-from shardtrain.cli.start import check_out, held, open_run, refuse_other_folders, start_jax
+from shardtrain.cli.start import (
+    check_out,
+    held,
+    open_run,
+    refuse_no_devices,
+    refuse_other_folders,
+    start_jax,
+)
 from shardtrain.errors import UserError
 from shardtrain.launch import Limits, connect, job, restarts
 from shardtrain.mesh import make_mesh, size
@@ -109,6 +116,7 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
 
 def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, folder: ExitStack) -> None:
     """The run itself: what goes wrong in one process ends all. `folder` is closed when the run is over."""
+    refuse_no_devices()
     mesh, out = make_mesh(flags.mesh), check_out(flags.out)
     refuse_other_folders(out, flags.start_limit)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
@@ -145,7 +153,9 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     done = int(trainer.state.step)
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
-    before = metrics.read(out / "metrics.jsonl") if first_process else []
+    before = []  # also of a run elsewhere: what a spike is, is measured by the steps before it
+    if source is not None and first_process:
+        before = metrics.read(source[0].folder.parent / "metrics.jsonl")
     guard.health.recall(row for row in before if row["step"] <= done)
     with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
         trainer.fit(
@@ -199,7 +209,7 @@ def conclude(
     title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
     metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     metrics.plot_curves(rows, out / "curve.png", title)
-    console = Console(width=100)
+    console = Console(width=100, markup=False)  # folders may have brackets in their names
     console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
     for table in report.tables:
         console.print(table)

@@ -65,7 +65,7 @@ class Runs:
         found = sorted((read(place, folder) for place in places(folder)), key=lambda run: run.when)
         if not found:
             raise UserError(f"there are no runs in {self.folder}; give a folder that --out was in")
-        Console(width=100).print(table(found))
+        Console(width=100, markup=False).print(table(found))
         if self.plot is not None:
             compare(found, self.plot)
 
@@ -150,7 +150,7 @@ def compare(runs: Sequence[Run], path: Path) -> None:
     drawn = [run for run in runs if run.rows]
     if not drawn:
         raise UserError(f"--plot {path}: none of the runs has a step to draw")
-    if path.is_dir():
+    if os.path.isdir(path):  # False, too, where nobody may look
         raise UserError(f"--plot {path} is a folder; name a file in it")
     keys = [key for key in ("loss", "accuracy") if any(key in run.rows[0] for run in drawn)]
     beside = 0.25 * len(drawn)
@@ -159,7 +159,11 @@ def compare(runs: Sequence[Run], path: Path) -> None:
             for key, axis in zip(keys, axes[0], strict=False):
                 _curves(axis, drawn, key)
             handles, labels = axes[0, 0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+            names = figure.legend(
+                handles, labels, loc="outside lower center", fontsize=8, frameon=False, ncols=2
+            )
+            for name in names.get_texts():
+                name.set_parse_math(False)  # a $ in a folder's name begins no formula
     except OSError as error:
         raise UserError(
             f"--plot {path} cannot be written ({error.strerror}); name a file in a folder that exists"
@@ -179,7 +183,8 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
         smooth = np.convolve(values, np.ones(span) / span, "valid")
         middle = steps[(span - 1) // 2 :][: len(smooth)]
         colour = colormaps["tab20"](k % 20) if len(runs) > 10 else colormaps["tab10"](k)
-        axis.plot(middle, smooth, color=colour, label=run.name, marker="." if len(smooth) == 1 else None)
+        name = f"./{run.name}" if run.name.startswith("_") else run.name  # matplotlib would leave it out
+        axis.plot(middle, smooth, color=colour, label=name, marker="." if len(smooth) == 1 else None)
         positive = positive and (values > 0).all()
         lowest, highest = min(lowest, smooth.min()), max(highest, values.max())
         starts = max(starts, values[0])

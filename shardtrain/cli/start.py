@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -18,7 +19,7 @@ import jax
 import tyro
 
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
-from shardtrain.errors import StartError, UserError
+from shardtrain.errors import StartError, UserError, first_line
 from shardtrain.mesh import parse
 from shardtrain.train.processes import everyone
 
@@ -64,6 +65,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
     log_to_stderr()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
     hush_late_failures()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a trace, before there are steps, too
     with one_sentence():
         recipe(parsed)
 
@@ -123,6 +125,25 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
         raise UserError(f"mesh {mesh!r} needs {simulated} devices; at most {MOST_DEVICES} can be simulated")
     jax.config.update("jax_num_cpu_devices", simulated)
     jax.config.update("jax_enable_x64", x64)
+
+
+def refuse_no_devices() -> None:
+    """Refuses to go on without devices: `JAX_PLATFORMS` may name a kind that is not here.
+
+    Raises:
+        UserError: says what jax says of it.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without words, where a plugin is missing
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms or not (isinstance(error, AssertionError) or "initialize backend" in str(error)):
+            raise
+        why = f" ({first_line(error)})" if str(error) else ""
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: jax finds no such devices here{why}; install what they need, "
+            f"or unset this variable"
+        ) from error
 
 
 def check_out(folder: Path) -> Path:

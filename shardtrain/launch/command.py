@@ -11,3 +11,12 @@ def refuse_no_command(command: Sequence[str]) -> None:
         raise UserError(
             "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
         )
+
+
+def refuse_unprintable(command: Sequence[str]) -> None:
+    """Refuses words that no script and no manifest can hold, such as file names that are no UTF-8."""
+    for word in command:
+        if not all(letter.isprintable() or letter in "\n\t" for letter in word):
+            raise UserError(
+                f"the command's {word!r} has characters that cannot be written down; name it otherwise"
+            )

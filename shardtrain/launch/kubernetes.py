@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
-from shardtrain.launch.command import refuse_no_command
+from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
 MOUNT = "/runs"
 """Where pods find the volume for --out."""
@@ -49,6 +49,8 @@ class KubernetesJob:
             raise UserError(f"--image {self.image!r}: name the container image that has shardtrain in it")
         if self.pods < 1 or self.gpus < 0 or self.restarts < 0 or self.grace < 1:
             raise UserError("launch k8s: use --pods and --grace above 0, --gpus and --restarts from 0")
+        if self.claim is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", self.claim):
+            raise UserError(f"--claim {self.claim!r}: use lower case letters, digits, - and .")
         for flag in ("cpu", "memory"):
             if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", getattr(self, flag)):
                 raise UserError(f"--{flag} {getattr(self, flag)}: write a quantity such as 4 or 16Gi")
@@ -62,12 +64,13 @@ def manifest(job: KubernetesJob, command: list[str]) -> str:
         command: program and arguments.
 
     Raises:
-        UserError: no command.
+        UserError: no command, or one that cannot be written down.
 
     Example:
         >>> print(manifest(KubernetesJob("cnn", "me/cnn:1", pods=2), ["python", "a.py"]))  # doctest: +SKIP
     """
     refuse_no_command(command)
+    refuse_unprintable(command)
     gpus = f"\n                      nvidia.com/gpu: {job.gpus}" if job.gpus else ""
     mounts = f"\n                    - {{name: runs, mountPath: {MOUNT}}}" if job.claim else ""
     volumes = (
@@ -76,7 +79,10 @@ def manifest(job: KubernetesJob, command: list[str]) -> str:
         if job.claim
         else ""
     )
-    words = "\n".join(f"                    - {json.dumps(word)}" for word in command)
+    # Kubernetes would put variables of its own in the place of $(NAME), and reads $$ as $. YAML knows JSON's
+    # escapes, but for pairs of them.
+    quoted = [json.dumps(word.replace("$", "$$"), ensure_ascii=False) for word in command]
+    words = "\n".join(f"                    - {word}" for word in quoted)
     return f"""\
 # Written by `shardtrain launch k8s`. It needs JobSet 0.6 or newer in the cluster (https://jobset.sigs.k8s.io):
 #     kubectl apply -f FILE; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name={job.name} --prefix

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardtrain.errors import FAULT, REQUEUE, UserError
-from shardtrain.launch.command import refuse_no_command
+from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
 SAVE = 120
 """Seconds before the time limit at which processes are told to save."""
@@ -49,9 +49,16 @@ class SlurmJob:
             raise UserError("launch slurm: use --tasks-per-node and --cpus-per-task above 0")
         if self.gpus_per_node < 0 or self.restarts < 0:
             raise UserError("launch slurm: use --gpus-per-node and --restarts from 0")
-        for flag in ("name", "time", "partition", "output"):
-            if re.search(r"\s", getattr(self, flag) or ""):
-                raise UserError(f"--{flag} {getattr(self, flag)!r}: leave out the blanks")
+        for flag, value in (
+            ("name", self.name),
+            ("time", self.time),
+            ("partition", self.partition),
+            ("log", self.output),
+        ):
+            if value is not None and not re.fullmatch(r"[^\s'\"\\#]+", value):  # sbatch has quotes of its own
+                raise UserError(
+                    f"--{flag} {value!r}: write it without blanks, quotes, \\ and #, and not empty"
+                )
 
 
 def script(job: SlurmJob, command: list[str]) -> str:
@@ -62,12 +69,13 @@ def script(job: SlurmJob, command: list[str]) -> str:
         command: program and arguments.
 
     Raises:
-        UserError: no command.
+        UserError: no command, or one that cannot be written down.
 
     Example:
         >>> print(script(SlurmJob("cnn", nodes="2"), ["python", "recipes/train_cnn.py"]))  # doctest: +SKIP
     """
     refuse_no_command(command)
+    refuse_unprintable(command)
     # Slurm takes no more nodes of a range than there are tasks, so the tasks of a range are srun's alone.
     ranged = "-" in job.nodes
     cpus = job.cpus_per_task

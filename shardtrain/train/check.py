@@ -79,7 +79,7 @@ def refuse_arguments(
         raise UserError(f"remat={remat!r}; there are None, {', '.join(map(repr, REMAT))} and jax's policies")
     if accumulate < 1:
         raise UserError(f"accumulate={accumulate}; use 1 for no accumulation, or more")
-    if clip_norm is not None and clip_norm <= 0:
+    if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm={clip_norm}; use a positive norm, or None for no clipping")
     if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
         raise UserError(f"dtype={dtype!r}; compute in 'bfloat16', 'float16', 'float32' or 'float64'")

@@ -259,9 +259,14 @@ class Checkpoints:
         return entries, next(filter(None, everyone(trouble)), "")
 
     def _here(self) -> list[int]:
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):  # False, too, where the path is longer than paths can be
             return []
-        return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
+        try:
+            return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be looked into ({error.strerror}); name a folder that you may read"
+            ) from error
 
     def _warn_of_unfinished(self) -> None:
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
@@ -282,7 +287,8 @@ class Checkpoints:
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
-                async_options=ocp.AsyncOptions(timeout_secs=LIMIT),
+                # Threads that wait for folders which could not be made would hold the process for LIMIT.
+                async_options=ocp.AsyncOptions(timeout_secs=LIMIT, create_directories_asynchronously=False),
             )
             self._manager = ocp.CheckpointManager(self.folder, item_handlers=Handler(), options=options)
         return self._manager

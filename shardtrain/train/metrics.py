@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shardtrain.errors import UserError
 
-REFUSED = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
-"""What a file system says that takes no more."""
+log = logging.getLogger(__name__)
+
+REFUSED = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EEXIST", "EISDIR")
+}
+"""What a file system says that takes no more, or has something else in the place."""
 
 Row = dict[str, float]
 
@@ -158,13 +164,31 @@ class Board:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a `metrics.jsonl`; lines that are damaged, such as a last one that a kill cut short, are
+    left out.
+
+    Raises:
+        UserError: a file that may not be read.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); move it away, or make it readable"
+        ) from error
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            step, loss = row["step"], row["loss"]
+        except (ValueError, TypeError, KeyError):
+            step = loss = None
+        if isinstance(step, int) and isinstance(loss, int | float):
+            rows.append(row)
+        elif number < len(lines):
+            log.warning("%s: line %d is damaged, and left out", path, number)
     return rows
 
 
@@ -201,7 +225,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
         axis.set(xlabel="step", ylabel=f"training {key}")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=120, format="png")
     os.replace(part, path)

@@ -37,6 +37,7 @@ def test_no_limit_and_both_ends_of_a_profile():
     made = guards.guard(flags(watchdog=0.0, profile="10:20"), Path("runs"))
     assert made.profiler.steps == range(10, 21)
     assert made._watch.seconds is None
+    assert guards.steps_of("90:999", steps=100) == range(90, 101)  # what will be traced is what is said
 
 
 def test_the_summary_says_where_the_time_went(tmp_path):

@@ -120,3 +120,5 @@ def test_from_where(run, tmp_path):
         resume.source(str(run), own)
     with pytest.raises(UserError, match=r"there is no checkpoint in .*name a run's folder"):
         resume.source(str(tmp_path / "nowhere"), new)
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*aaa;"):
+        resume.source("a" * 300, new)

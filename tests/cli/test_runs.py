@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from shardtrain import UserError
 from shardtrain.cli import command, runs
@@ -84,6 +85,18 @@ def test_a_run_itself_and_one_that_goes_on_after_its_result(folder, capsys):
 def test_the_picture(folder, tmp_path):
     runs.Runs(folder, tmp_path / "curves.png").run()
     assert (tmp_path / "curves.png").read_bytes()[:8] == PNG
+
+
+def test_names_with_brackets_dollars_and_underscores(tmp_path, capsys):
+    names = ["[/red]", "[bold]", "$x^$", "_under"]
+    for name in names:
+        write(tmp_path / name)
+    runs.Runs(tmp_path, tmp_path / "curves.png").run()
+    out = capsys.readouterr().out
+    assert all(f"{name} " in out for name in names)
+    axis = Figure().subplots()
+    runs._curves(axis, [runs.read(tmp_path / name, tmp_path) for name in names], "loss")
+    assert axis.get_legend_handles_labels()[1] == [*names[:3], "./_under"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_what_it_says(job):
     assert ("runs" in mounts) == (job.claim is not None)
 
 
+def test_the_command_arrives_word_for_word():
+    """Kubernetes replaces $(NAME) in a command, and reads $$ as $."""
+    words = ["python", "$(HOME)", "$$", "$", "\U0001f600", "\u00e9", 'a "b"', "two\nlines", "\\", "no", ""]
+    found = read(JOBS["small"], words)[2]["containers"][0]["command"]
+    assert all(re.fullmatch(r"([^$]|\$\$)*", word) for word in found)
+    assert [word.replace("$$", "$") for word in found] == words
+
+
 def test_a_pod_finds_its_place():
     job = JOBS["large"]
     _, _, pod = read(job)
@@ -122,6 +130,8 @@ def lost(before, after, path=""):
         ({"image": ""}, "name the container image"),
         ({"pods": 0}, "above 0"),
         ({"memory": "16 GB"}, "--memory 16 GB"),
+        ({"claim": ""}, "--claim '': use lower case"),
+        ({"claim": "my runs"}, "--claim 'my runs'"),
     ],
 )
 def test_mistakes_are_sentences(more, message):
@@ -129,3 +139,5 @@ def test_mistakes_are_sentences(more, message):
         KubernetesJob(**({"name": "cnn", "image": "me/cnn:1"} | more))
     with pytest.raises(UserError, match="write it after --"):
         manifest(JOBS["small"], [])
+    with pytest.raises(UserError, match="cannot be written down"):
+        manifest(JOBS["small"], ["python", "\x7f"])

@@ -3,11 +3,12 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from shardtrain import UserError
-from shardtrain.cli.launch import put
+from shardtrain.cli.launch import Slurm, put
 from shardtrain.launch.slurm import SlurmJob, script, submit
 
 COMMAND = ["python", "recipes/train_cnn.py", "--out", "/shared/my runs"]
@@ -108,7 +109,10 @@ def test_shellcheck(tmp_path):
         ({"nodes": "3-2"}, "--nodes 3-2: write the smaller number first, 2-3"),
         ({"tasks_per_node": 0}, "above 0"),
         ({"cpus_per_task": 0}, "above 0"),
-        ({"partition": "gpu\n#SBATCH --uid=0"}, "leave out the blanks"),
+        ({"partition": "gpu\n#SBATCH --uid=0"}, "write it without blanks"),
+        ({"partition": ""}, "--partition '': write it .* not empty"),
+        ({"time": '1"'}, "without blanks, quotes"),
+        ({"output": "it's"}, '--log "it\'s": write it without blanks, quotes'),
     ],
 )
 def test_mistakes_are_sentences(more, message):
@@ -119,6 +123,10 @@ def test_mistakes_are_sentences(more, message):
 def test_no_command_and_no_slurm(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="write it after --"):
         script(SlurmJob("cnn"), [])
+    with pytest.raises(UserError, match="cannot be written down"):
+        script(SlurmJob("cnn"), ["python", os.fsdecode(b"\xff.py")])
+    with pytest.raises(UserError, match="--out - makes none"):
+        Slurm(out=Path("-"), submit=True).run(COMMAND)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         submit(tmp_path / "job.sbatch")

@@ -25,6 +25,7 @@ import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import shardtrain as st  # noqa: E402
+from shardtrain.train import storage  # noqa: E402
 
 logging.basicConfig(level=logging.INFO, format=f"rank {rank} %(message)s", stream=sys.stderr)
 for noisy in ("absl", "jax", "orbax"):
@@ -53,11 +54,20 @@ def terminate():
     time.sleep(1.5)  # the ranks agree meanwhile
 
 
-def die_in_a_save(event, args):
-    """Kills this process where it looks for checkpoints, or where it writes the second one."""
-    where = {"os.listdir": "checkpoints", "open": "/2.orbax-checkpoint-tmp/"}
-    if event == wishes["at"] and where[event] in str(args[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_looking(event, args):
+    """Kills this process where it looks for checkpoints."""
+    if event == "os.listdir" and "checkpoints" in str(args[0]):
+        die()
+
+
+async def dies_writing(self, directory, args, write=storage.Handler.async_save):
+    """Kills this process where it has begun to write the second checkpoint."""
+    going_on = await write(self, directory, args)
+    return die() if "/2.orbax-checkpoint-tmp" in str(directory) else going_on
 
 
 def feed(rows, start):
@@ -90,7 +100,10 @@ def observe(step, row):
 trainer = st.Trainer(Net(), optax.adam(0.01), mesh=st.make_mesh("data=2"))
 checkpoints = st.Checkpoints(folder / "checkpoints", every=wishes.get("every"))
 if wishes.get("fault") == "killed in a save" and rank == wishes["rank"]:
-    sys.addaudithook(die_in_a_save)
+    if wishes["at"] == "writing":
+        storage.Handler.async_save = dies_writing
+    else:
+        sys.addaudithook(dies_looking)
 guard = st.Guard(
     folder,
     watchdog=wishes.get("watchdog", 20),

@@ -36,6 +36,29 @@ def test_a_recorder_goes_on_where_a_checkpoint_was(tmp_path):
     assert [e.step for e in found if e.session_log.status == SessionLog.START] == [3]
 
 
+def test_damaged_lines_are_left_out_and_no_others(tmp_path, caplog):
+    """A kill cuts the last line short; a bad disk may spoil any."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        b'{"step": 1, "loss": 1.0}',
+        b'{"step": 2, "lo',
+        b"[3]",
+        b'{"step": 4}',
+        b'\xff\xfe{"step": 5',
+        b"6",
+    ]
+    path.write_bytes(b"\n".join([*rows, b'{"step": 7, "loss": NaN}', b'{"step": 8']))
+    assert [row["step"] for row in read(path)] == [1, 7]
+    named = [record.getMessage() for record in caplog.records]
+    assert named == [f"{path}: line {number} is damaged, and left out" for number in range(2, 7)]
+    with Recorder(tmp_path, start=7) as recorder:
+        recorder(8, {"loss": 0.5})
+    assert [row["step"] for row in read(path)] == [1, 7, 8]
+    assert read(tmp_path / "none") == []
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read(tmp_path)
+
+
 def test_what_a_file_system_refuses_is_a_sentence_and_nothing_else_is(tmp_path):
     with (
         pytest.raises(UserError, match=r"could not be written to \(No space left on device\)"),

@@ -345,6 +345,7 @@ def test_every_parameter_gradient_is_summed_once():
         ),
         (lambda: small_trainer(accumulate=0), "accumulate=0"),
         (lambda: small_trainer(clip_norm=0.0), "clip_norm=0.0"),
+        (lambda: small_trainer(clip_norm=float("nan")), "clip_norm=nan"),
         (lambda: small_trainer("data=8").rows(12), "batch of 12 does not divide by data=8; use 8 or 16"),
         (
             lambda: curve(small_trainer("data=8"), batch=20),
