@@ -11,6 +11,9 @@ COORDINATOR, PROCESSES, PROCESS_ID = "SHARDTRAIN_COORDINATOR", "SHARDTRAIN_PROCE
 LOCAL, JOB, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_JOB", "SHARDTRAIN_RESTARTS"
 """What `shardtrain launch` tells the processes it starts; also for starters of your own."""
 
+JAX_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+"""jax's own variable, which wins over what a scheduler says."""
+
 PORTS = range(61440, 65536)
 """Above the ports that Linux hands out by itself, so that none is taken by chance."""
 
@@ -28,6 +31,7 @@ class Cluster:
         local: the number of this process among those on its host, and how many these are; None if unknown.
         hosts: that the job runs on; None if unknown.
         apart: this process is known to run on another host than process 0.
+        source: the flag or variable that somebody gave the coordinator in; nothing where a scheduler told it.
     """
 
     scheduler: str
@@ -37,6 +41,18 @@ class Cluster:
     local: tuple[int, int] | None = None
     hosts: int | None = None
     apart: bool = False
+    source: str = ""
+
+    @property
+    def given(self) -> str:
+        """What somebody wrote to name the coordinator: `"--coordinator node1:5"`; nothing if nobody did.
+
+        Example:
+            >>> Cluster("Slurm", "node1:5", 2, 0, source="JAX_COORDINATOR_ADDRESS").given
+            'JAX_COORDINATOR_ADDRESS=node1:5'
+        """
+        between = " " if self.source.startswith("--") else "="
+        return f"{self.source}{between}{self.coordinator}" if self.source else ""
 
 
 def detect(
@@ -62,11 +78,14 @@ def detect(
     found = next((c for find in (_own, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
     if found is None and coordinator is None and processes is None and process_id is None:
         return None
-    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
     cluster = found or Cluster("flags", "", 0, -1)
+    if coordinator:
+        cluster = replace(cluster, source="--coordinator")
+    elif coordinator := env.get(JAX_COORDINATOR):
+        cluster = replace(cluster, source=JAX_COORDINATOR)
     cluster = replace(
         cluster,
-        coordinator=cluster.coordinator if coordinator is None else coordinator,
+        coordinator=coordinator or cluster.coordinator,
         processes=cluster.processes if processes is None else processes,
         process_id=cluster.process_id if process_id is None else process_id,
     )
@@ -127,7 +146,7 @@ def _own(env: Mapping[str, str]) -> Cluster | None:
     if "JOB_COMPLETION_INDEX" in env:
         coordinator = env.get(COORDINATOR) or _first_pod(socket.getfqdn(), process_id)
         return Cluster("Kubernetes", coordinator, processes, process_id, None, processes, process_id > 0)
-    return Cluster("environment", env.get(COORDINATOR, ""), processes, process_id)
+    return Cluster("environment", env.get(COORDINATOR, ""), processes, process_id, source=COORDINATOR)
 
 
 def _first_pod(name: str, index: int) -> str:
@@ -192,4 +211,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _port(env: Mapping[str, str], job: int) -> int:
-    return _whole(env, "JAX_COORDINATOR_PORT", PORTS[job % len(PORTS)])
+    port = _whole(env, "JAX_COORDINATOR_PORT", PORTS[job % len(PORTS)])
+    if not 0 < port < 65536:
+        raise UserError(f"JAX_COORDINATOR_PORT={port}: set this variable to a port below 65536, or unset it")
+    return port

@@ -17,7 +17,7 @@ from shardtrain.errors import UserError, first_line
 from shardtrain.launch.card import Card, differences, own_card
 from shardtrain.launch.cluster import Cluster
 from shardtrain.launch.connect import devices_of, nvidia_gpus
-from shardtrain.launch.rendezvous import listen, meet, refuse_elsewhere, resolve, split_address
+from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
 from shardtrain.train.manifest import installed
 
 SKEW = 1.0
@@ -161,16 +161,17 @@ def own_name(cluster: Cluster | None) -> Finding:
 def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
     """Whether the coordinator's name leads to it, and its port is free."""
     try:
-        host, port = split_address(coordinator)
-        where = resolve(host, time.monotonic() + 1)
-        several = cluster is None or cluster.apart or (cluster.hosts or 1) > 1
-        if where.startswith("127.") and several and (cluster is None or cluster.process_id):
-            fix = f"give {host} its real address in /etc/hosts, or name another with --coordinator"
-            return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
-        if here(where) if cluster is None else cluster.process_id == 0:
-            refuse_elsewhere(host, where)
-            listen(port).close()
-            return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
+        with naming(cluster):
+            host, port = split_address(coordinator)
+            where = resolve(host, time.monotonic() + 1)
+            several = cluster is None or cluster.apart or (cluster.hosts or 1) > 1
+            if where.startswith("127.") and several and (cluster is None or cluster.process_id):
+                fix = f"give {host} its real address in /etc/hosts, or name another with --coordinator"
+                return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
+            if here(where) if cluster is None else cluster.process_id == 0:
+                refuse_elsewhere(host, where)
+                listen(port).close()
+                return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
     except UserError as error:
         problem, _, fix = str(error).partition("; ")
         return Finding("coordinator", False, problem, fix)

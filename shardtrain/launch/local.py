@@ -24,7 +24,9 @@ from typing import IO
 
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.launch import cluster
-from shardtrain.launch.cluster import COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS
+from shardtrain.launch.cluster import (
+    COORDINATOR, JAX_COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS,
+)  # fmt: skip
 from shardtrain.launch.command import refuse_no_command
 from shardtrain.train.watch import FOLLOWS
 
@@ -109,8 +111,10 @@ def run_local(
         0
     """
     refuse_no_command(command)
-    if processes < 1 or restarts < 0 or not grace > 0 or (devices is not None and devices < 1):
-        raise UserError("launch local: use --processes, --devices and --grace above 0, and --restarts from 0")
+    if processes < 1 or restarts < 0 or (devices is not None and devices < 1):
+        raise UserError("launch local: use --processes and --devices above 0, and --restarts from 0")
+    if not 0 < grace < float("inf"):
+        raise UserError(f"launch local: --grace {grace:g}: use seconds above 0 that have an end, such as 30")
     if not shutil.which(command[0]):
         raise UserError(f"{command[0]} cannot be started: there is no such program")
     attempts = Attempts(command, devices, grace)
@@ -227,6 +231,7 @@ class Attempts:
                 RESTARTS: str(self.before + number),
                 "PYTHONUNBUFFERED": "1",
             }
+            env.pop(JAX_COORDINATOR, None)  # of another job; it would win over ours
             if self.devices is not None:
                 env["JAX_NUM_CPU_DEVICES"] = str(self.devices)
             yield env

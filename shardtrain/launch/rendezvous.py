@@ -11,6 +11,8 @@ import os
 import selectors
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from shardtrain.errors import StartError, UserError
@@ -44,23 +46,41 @@ def meet(cluster: Cluster, card: Card, limit: float) -> list[Card]:
         UserError: a name, number or address that is wrong and stays so.
     """
     end = time.monotonic() + limit
-    host, port = split_address(cluster.coordinator)
-    name_end = end if cluster.scheduler == "Kubernetes" else min(end, time.monotonic() + NAME_LIMIT)
-    try:
-        address = resolve(host, name_end)
-    except UserError as error:
-        if cluster.scheduler in ("flags", "environment"):  # someone wrote it; a scheduler's names are right
-            raise
-        raise StartError(str(error)) from error
-    if cluster.apart and ipaddress.ip_address(address).is_loopback:
-        raise UserError(
-            f"the coordinator {host!r} is {address} here, which is this host itself "
-            f"({socket.gethostname()}), but process 0 runs on another; give it its real address in "
-            f"/etc/hosts or in DNS"
-        )
+    in_kubernetes = cluster.scheduler == "Kubernetes"  # whose names appear with their pods
+    name_end = end if in_kubernetes else min(end, time.monotonic() + NAME_LIMIT)
+    with naming(cluster):
+        host, port = split_address(cluster.coordinator)
+        try:
+            address = resolve(host, name_end)
+        except UserError as error:
+            if cluster.source and not in_kubernetes:  # someone wrote it; a scheduler's names are right
+                raise
+            raise StartError(str(error)) from error
+        if cluster.apart and ipaddress.ip_address(address).is_loopback:
+            raise UserError(
+                f"the coordinator {host!r} is {address} here, which is this host itself "
+                f"({socket.gethostname()}), but process 0 runs on another; give it its real address in "
+                f"/etc/hosts or in DNS"
+            )
+        if cluster.process_id == 0:
+            refuse_elsewhere(host, address)
+        else:
+            here = f"process {cluster.process_id} on {socket.gethostname()}"
+            connection = _connected(cluster, here, address, port, limit, end)
     if cluster.process_id == 0:
-        return _gather(cluster, card, host, address, port, limit, end)
-    return _report(cluster, card, address, port, limit, end)
+        return _gather(cluster, card, port, limit, end)
+    return _report(cluster, card, connection, here, limit, end)
+
+
+@contextmanager
+def naming(cluster: Cluster | None) -> Iterator[None]:
+    """Says of what is wrong with the coordinator's address which flag or variable gave it."""
+    try:
+        yield
+    except UserError as error:
+        if cluster is None or not cluster.given:
+            raise
+        raise type(error)(f"{cluster.given}: {error}") from error
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -75,7 +95,7 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator {address}: write HOST:PORT of process 0, such as node1:62000")
+        raise UserError(f"{address!r} is no address; write HOST:PORT of process 0, such as node1:62000")
     return host.strip("[]"), int(port)
 
 
@@ -97,11 +117,8 @@ def resolve(host: str, end: float) -> str:
         time.sleep(PAUSE)
 
 
-def _gather(
-    cluster: Cluster, card: Card, host: str, address: str, port: int, limit: float, end: float
-) -> list[Card]:
+def _gather(cluster: Cluster, card: Card, port: int, limit: float, end: float) -> list[Card]:
     """What process 0 does: collects the cards of all others, then sends the whole list to each."""
-    refuse_elsewhere(host, address)
     cards: dict[int, Card] = {0: card | {"skew": 0.0}}
     with listen(port) as server, selectors.DefaultSelector() as selector:
         selector.register(server, selectors.EVENT_READ)
@@ -156,10 +173,11 @@ def _refuse_impostor(cluster: Cluster, cards: dict[int, Card], rank: int, card: 
         )
 
 
-def _report(cluster: Cluster, card: Card, address: str, port: int, limit: float, end: float) -> list[Card]:
+def _report(
+    cluster: Cluster, card: Card, connection: socket.socket, here: str, limit: float, end: float
+) -> list[Card]:
     """What the others do: send their card to process 0, and wait for those of all."""
-    here = f"process {cluster.process_id} on {socket.gethostname()}"
-    with _connected(cluster, here, address, port, limit, end) as server:
+    with connection as server:
         message = card | {
             "process_id": cluster.process_id,
             "processes": cluster.processes,

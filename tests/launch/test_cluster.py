@@ -104,9 +104,21 @@ def test_launch_local_wins_over_an_allocation():
 
 
 def test_flags_win():
-    assert detect({}, "node1:5", 2, 1) == Cluster("flags", "node1:5", 2, 1)
+    assert detect({}, "node1:5", 2, 1) == Cluster("flags", "node1:5", 2, 1, source="--coordinator")
     assert detect(LOCAL, coordinator="node1:5").coordinator == "node1:5"
     assert detect({"JAX_COORDINATOR_ADDRESS": "node9:7"}, None, 2, 1).coordinator == "node9:7"
+
+
+def test_who_named_the_coordinator():
+    theirs = {"JAX_COORDINATOR_ADDRESS": "node9:7"}
+    assert detect(SLURM).given == ""
+    assert detect(SLURM | theirs).given == "JAX_COORDINATOR_ADDRESS=node9:7"
+    assert detect(SLURM | theirs, "node1:5").given == "--coordinator node1:5"
+    ours = {name: value for name, value in LOCAL.items() if name != "SHARDTRAIN_LOCAL"}
+    assert detect(ours).given == "SHARDTRAIN_COORDINATOR=127.0.0.1:61999"
+    for port in ("0", "-1", "70000"):
+        with pytest.raises(UserError, match=f"^JAX_COORDINATOR_PORT={port}: set this variable to a port"):
+            detect(SLURM | {"JAX_COORDINATOR_PORT": port})
 
 
 @pytest.mark.parametrize(

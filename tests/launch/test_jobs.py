@@ -81,7 +81,8 @@ def test_a_wrong_coordinator_name(tmp_path):
     start = time.monotonic()
     done = run([*RECIPE, *flags])
     assert done.returncode == 2
-    assert "error: the coordinator's name 'no-such-host' does not resolve" in done.stderr
+    assert "error: --coordinator no-such-host:62000: the coordinator's name" in done.stderr
+    assert "'no-such-host' does not resolve" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - start < 60
     assert not (tmp_path / "a").exists()

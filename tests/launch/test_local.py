@@ -139,10 +139,32 @@ def test_who_leaves_with_75_is_given_time(capfd):
     assert sizes(out) == [2, 2]
 
 
-def test_elastic_leaves_out_what_was_lost_and_grows_again(capfd):
-    program = """
+def test_who_never_ends_after_75_is_killed(capfd):
+    """Of those that save together one hangs."""
+    start = time.monotonic()
+    status, _, err = launch(capfd, "time.sleep(0 if rank == 0 else 60); sys.exit(75)", 2, grace=1.0)
+    assert status == 75, err
+    assert time.monotonic() - start < 10
+
+
+def test_a_coordinator_of_another_job_is_not_ours(capfd, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "another-job:62000")
+    program = "from shardtrain.launch import detect; print(detect(os.environ).coordinator)"
+    status, out, _ = launch(capfd, program, 2)
+    assert status == 0
+    assert out.count("127.0.0.1:") == 2
+
+
+def test_elastic_leaves_out_what_was_lost_and_grows_again(capfd, tmp_path):
+    """At first two processes are lost, as with a host that had both; later one."""
+    program = f"""
+from pathlib import Path
 if rank == 0: print(restart, processes, flush=True)
-if restart in (0, 2) and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if restart == 0 and rank in (1, 2):
+    Path({str(tmp_path)!r}, str(rank)).touch()
+    while len(os.listdir({str(tmp_path)!r})) < 2: time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+if restart == 2 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
 if restart == 1: sys.exit(6)
 if restart == 3: sys.exit(0)
 time.sleep(60)
@@ -150,8 +172,8 @@ time.sleep(60)
     status, out, err = launch(capfd, program, 4, restarts=5, elastic=True)
     assert status == 0
     # killed; failed without a loss, so all are back; killed again
-    assert sizes(out) == [4, 3, 4, 3]
-    assert "restart 1: 3 processes, 1 fewer than at first; 4 of 5 restarts are left" in err
+    assert sizes(out) == [4, 2, 4, 3]
+    assert "restart 1: 2 processes, 2 fewer than at first; 4 of 5 restarts are left" in err
 
 
 def test_without_elastic_all_come_back(capfd):
@@ -246,5 +268,6 @@ def test_mistakes_are_sentences():
         run_local(["no-such-program"], 2)
     with pytest.raises(UserError, match="above 0"):
         run_local(["true"], 0)
-    with pytest.raises(UserError, match="--grace above 0"):
-        run_local(["true"], 1, grace=float("nan"))
+    for grace in ("inf", "nan", "-inf", "0"):
+        with pytest.raises(UserError, match=f"--grace {grace}: use seconds above 0 that have an end"):
+            run_local(["true"], 1, grace=float(grace))

@@ -70,7 +70,8 @@ def test_missing_processes_are_named_to_all():
 
 def test_no_coordinator():
     start = time.monotonic()
-    (said,) = all_meet(job(2, free_port())[1:], limit=1.0)
+    (said,) = all_meet(job(2, free_port(), source="SHARDTRAIN_COORDINATOR")[1:], limit=1.0)
+    assert said.startswith("SHARDTRAIN_COORDINATOR=127.0.0.1:")
     assert "process 1 on" in said
     assert "nothing answers at the coordinator 127.0.0.1:" in said
     assert "within 1 s (Connection refused, and 127.0.0.1 is this host itself)" in said
@@ -163,7 +164,9 @@ def test_a_wrong_name_is_said_at_once_but_in_kubernetes(monkeypatch):
     assert "the coordinator's name 'no-such-node' does not resolve" in said
     assert time.monotonic() - start < 20  # a resolver without a network takes its time
     assert said.may_pass  # Slurm knows its nodes
-    (said,) = all_meet([Cluster("flags", "no-such-node:62000", 2, 1)], limit=60.0)
+    named = Cluster("Slurm", "no-such-node:62000", 2, 1, source="JAX_COORDINATOR_ADDRESS")
+    (said,) = all_meet([named], limit=60.0)
+    assert said.startswith("JAX_COORDINATOR_ADDRESS=no-such-node:62000: the coordinator's name")
     assert not said.may_pass
     start = time.monotonic()
     all_meet([Cluster("Kubernetes", "no-such-pod.a:62000", 2, 1)], limit=2.0)
@@ -176,7 +179,9 @@ def test_a_loopback_coordinator_of_another_host():
 
 
 def test_process_0_on_another_host_than_the_coordinator():
-    (said,) = all_meet([Cluster("flags", "192.0.2.1:62000", 2, 0)])  # an address of nobody
+    named = Cluster("Slurm", "192.0.2.1:62000", 2, 0, source="JAX_COORDINATOR_ADDRESS")  # of nobody
+    (said,) = all_meet([named])
+    assert said.startswith("JAX_COORDINATOR_ADDRESS=192.0.2.1:62000: process 0 is the coordinator")
     assert "but '192.0.2.1' is 192.0.2.1, another host" in said
 
 

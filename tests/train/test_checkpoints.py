@@ -278,6 +278,8 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path):
         again = scored(folder, {7: 0.8, 8: 0.2}, keep=2, mode=mode)  # another process of the same run
         assert again.steps() == [best, 7, 8]
         assert again.best() == best
+        shutil.rmtree(folder / str(best))  # a user makes room
+        assert again.best() == (7 if mode == "max" else 8)
     with Checkpoints(tmp_path / "last", keep=2) as checkpoints:
         for step in range(5):
             checkpoints.save(step, STATE)
