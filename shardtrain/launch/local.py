@@ -25,8 +25,15 @@ from typing import IO
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.launch import cluster
 from shardtrain.launch.cluster import (
-    COORDINATOR, JAX_COORDINATOR, JOB, LOCAL, PORTS, PROCESS_ID, PROCESSES, RESTARTS,
-)  # fmt: skip
+    COORDINATOR,
+    JAX_COORDINATOR,
+    JOB,
+    LOCAL,
+    PORTS,
+    PROCESS_ID,
+    PROCESSES,
+    RESTARTS,
+)
 from shardtrain.launch.command import refuse_no_command
 from shardtrain.train.watch import FOLLOWS
 
