@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
@@ -275,7 +275,7 @@ def closing_table(
     summary: Mapping[str, str],
 ) -> Table:
     """The run in a short table."""
-    table = Table(show_header=False, title=title)
+    table = Table("", Column(overflow="fold"), show_header=False, title=title)  # a path is shown whole
     table.add_row(f"test {task.score}", f"{100 * result[f'test_{task.score}']:.2f} %")
     table.add_row("last training loss", f"{result['final_loss']:.4f}")
     speed = result["images_per_second"]

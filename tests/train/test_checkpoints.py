@@ -1,5 +1,6 @@
 """A run is taken up anywhere as if it had never stopped, and damage is seen before it is restored."""
 
+import contextlib
 import json
 import logging
 import os
@@ -123,14 +124,16 @@ def test_steps_go_on_while_a_checkpoint_is_written(other, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
 def test_threads_that_write_have_a_low_priority(other, tmp_path):
-    def niceness(task):
-        name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
-        return name, int(fields.split()[16])
+    def niceness():
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended by now
+                name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+                yield name, int(fields.split()[16])
 
     with Checkpoints(tmp_path) as checkpoints:
         other.save(checkpoints)
     mine = os.getpriority(os.PRIO_PROCESS, 0)
-    found = [niceness(task) for task in Path("/proc/self/task").iterdir()]
+    found = list(niceness())
     writers = {nice for name, nice in found if name == "ts_pool_worker"}
     assert writers == {min(mine + storage.NICE, 19)}
     assert mine in {nice for name, nice in found if name != "ts_pool_worker"}
