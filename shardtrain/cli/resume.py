@@ -61,10 +61,10 @@ def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | No
     if resume == "auto":
         return (own, None) if own.steps() else None
     place, step = Path(resume).expanduser().absolute(), None
-    if place.name.isdecimal():
-        place, step = place.parent, int(place.name)
-    elif os.path.isdir(place / "checkpoints"):  # False, too, where the path is longer than paths can be
+    if os.path.isdir(place / "checkpoints"):  # False, too, where the path is longer than paths can be
         place = place / "checkpoints"
+    elif place.name.isdecimal():  # a run's folder may have a number for its name, too
+        place, step = place.parent, int(place.name)
     if os.path.realpath(place) == os.path.realpath(own.folder):
         raise UserError(
             f"--resume {resume} is in --out itself; go on with --resume auto, or name another --out"

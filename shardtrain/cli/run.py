@@ -101,7 +101,8 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     """Trains, evaluates, and writes the run's files; `make_task` is called when jax is set up.
 
     Raises:
-        UserError: whatever flags, data and mesh can get wrong, before a file is written.
+        UserError: whatever flags, data and mesh can get wrong, before a file is written; a bad step, a disk
+            that is full.
 
     Example:
         >>> def train(flags: Flags) -> None:
@@ -153,10 +154,6 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     done = int(trainer.state.step)
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
-    before = []  # also of a run elsewhere: what a spike is, is measured by the steps before it
-    if source is not None and first_process:
-        before = metrics.read(source[0].folder.parent / "metrics.jsonl")
-    guard.health.recall(row for row in before if row["step"] <= done)
     with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
         trainer.fit(
             itertools.chain([first], feed),

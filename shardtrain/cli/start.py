@@ -110,8 +110,12 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
     if devices is not None and devices < 1:
         raise UserError(f"--devices {devices}: use 1 or more")
     configured = os.environ.get("JAX_NUM_CPU_DEVICES")
-    if devices is not None or configured:
-        simulated = devices or int(configured or 0)
+    if devices is not None:
+        simulated = devices
+    elif configured:
+        simulated = int(configured)  # jax itself has refused what is no number
+        if simulated < 1:
+            raise UserError(f"JAX_NUM_CPU_DEVICES={configured}: set this variable to 1 or more, or unset it")
     elif -1 in sizes.values():
         simulated = 8 if processes == 1 else 1
     elif wanted % processes:
@@ -226,7 +230,7 @@ def held(folder: Path, wait: float) -> Iterator[None]:
         StartError: another run is in it.
 
     Example:
-        >>> with held(Path("runs/mine"), wait=0):  # doctest: +SKIP
+        >>> with held(Path("runs/mine"), wait=0.0):  # doctest: +SKIP
         ...     open_run(Path("runs/mine"), resume=False)
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ class Checkpoints:
         self._entries = dict(manifest or {})
         self._manager: ocp.CheckpointManager | None = None
         self._saved: int | None = None
-        self._newest: tuple[int, dict[str, Any]] | None = None
+        self._whole: dict[int, dict[str, Any]] = {}  # manifests of those that were read through
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -125,7 +125,7 @@ class Checkpoints:
         """
         if step == self._saved:
             return self._path(step)
-        self._newest = None
+        self._whole = {}
         values = {key: float(value) for key, value in (metrics or {}).items()}
         if self._best is not None and metrics is not None:
             if self._best not in values:
@@ -163,31 +163,33 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            manager, self._manager, self._saved, self._newest = self._manager, None, None, None
+            manager, self._manager, self._saved, self._whole = self._manager, None, None, {}
             if manager is not None:
                 manager.close()
 
-    def newest(self) -> tuple[int, dict[str, Any]]:
+    def newest(self, *, own: bool = False) -> tuple[int, dict[str, Any]]:
         """The step and the manifest of the newest checkpoint whose files are as they were written.
 
         Every one that is damaged is named in a warning.
 
+        Args:
+            own: of those up to the one that this run saved, or was taken up from, last: later ones are of
+                another way to go on.
+
         Raises:
             UserError: there is none, or none that is whole.
         """
-        if self._newest is not None:
-            return self._newest
         self.wait()
         self._warn_of_unfinished()
         found = self.steps()
+        if own and self._saved is not None:
+            found = [step for step in found if step <= self._saved]
         for step in reversed(found):
             entries, trouble = self._look(step)
             if not trouble:
-                self._newest = step, entries
-                return self._newest
-            log.warning(
-                "DAMAGED CHECKPOINT: %s: %s; going back to the one before it", self._path(step), trouble
-            )
+                return step, entries
+            then = "; going back to the one before it" if step != found[0] else ""
+            log.warning("DAMAGED CHECKPOINT: %s: %s%s", self._path(step), trouble, then)
         if found:
             raise UserError(
                 f"all checkpoints in {self.folder} are damaged ({', '.join(map(str, found))}); "
@@ -246,6 +248,8 @@ class Checkpoints:
 
     def _look(self, step: int) -> tuple[dict[str, Any], str]:
         """A checkpoint's manifest and what is wrong with it; processes share the reading, and agree."""
+        if step in self._whole:
+            return self._whole[step], ""
         folder = self._path(step) / "default"
         entries: dict[str, Any] = {}
         trouble = ""
@@ -256,7 +260,9 @@ class Checkpoints:
             manifest.verify(folder, entries, slice(jax.process_index(), None, jax.process_count()))
         except ValueError as error:
             trouble = str(error)
-        return entries, next(filter(None, everyone(trouble)), "")
+        if not (trouble := next(filter(None, everyone(trouble)), "")):
+            self._whole[step] = entries
+        return entries, trouble
 
     def _here(self) -> list[int]:
         if not os.path.isdir(self.folder):  # False, too, where the path is longer than paths can be
@@ -294,12 +300,12 @@ class Checkpoints:
         return self._manager
 
     def _set_aside(self, step: int) -> None:
-        aside = self.folder / "aside"
-        aside.mkdir(exist_ok=True)
-        taken = {f.name for f in aside.iterdir()}
+        place = self.folder / "aside"
+        place.mkdir(exist_ok=True)
+        taken = {f.name for f in place.iterdir()}
         name = next(n for k in range(len(taken) + 1) if (n := f"{step}-{k}" if k else str(step)) not in taken)
-        self._path(step).rename(aside / name)
-        log.warning("the checkpoint of step %d is kept in %s: this run goes another way", step, aside / name)
+        self._path(step).rename(place / name)
+        log.warning("the checkpoint of step %d is kept in %s: this run goes another way", step, place / name)
 
     def _read_scores(self) -> None:
         """Adds the scores of checkpoints that an earlier process wrote."""

@@ -33,7 +33,8 @@ class Events:
         """Writes one.
 
         Args:
-            event: its kind: start, resume, checkpoint, preempted, watchdog, nan, profile, failed, end.
+            event: its kind: start, resume, checkpoint, nan, rollback, profile, preempted, watchdog, peers,
+                exit, end.
             step: the update that it belongs to.
             message: for the reader of the log.
             level: of `logging`.

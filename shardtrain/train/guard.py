@@ -125,14 +125,13 @@ class Guard:
     def _part(self, error: BaseException | None) -> None:
         """The end of one of several processes: with the others where there is no error."""
         assert self._peers is not None
-        if error is None or isinstance(error, SystemExit):
-            self.progress.at("stopping" if isinstance(error, Preempted) else "ending")
-            self._peers.meet("the end", "", self._limit)
-            if isinstance(error, SystemExit):
-                code = error.code if isinstance(error.code, int) else int(error.code is not None)
-                self._watch.leave(code, self._watch.why or "the end")
-            return
-        self._watch.fail(error)
+        exits = isinstance(error, SystemExit) and not error.code
+        if not (error is None or exits or isinstance(error, Preempted)):
+            self._watch.fail(error)
+        self.progress.at("stopping" if isinstance(error, Preempted) else "ending")
+        self._peers.meet("the end", "", self._limit)
+        if isinstance(error, SystemExit):
+            self._watch.leave(0 if exits else REQUEUE, self._watch.why or "the end")
 
     def _on_demand(self) -> None:
         steps = self.profiler.request(self.progress.step)

@@ -1,13 +1,13 @@
 """Which steps a run had better not have taken: losses that are no numbers, and spikes."""
 
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from shardtrain.train.processes import everyone
+import numpy as np
+from jaxtyping import Float64
 
 OnNan = Literal["stop", "skip", "rollback"]
 
@@ -16,6 +16,9 @@ WINDOW = 32
 
 LEAST = 8
 """Steps below which there is no such median yet."""
+
+NONE = np.full(WINDOW, np.nan)
+"""The losses of a run that has none."""
 
 
 class Health:
@@ -40,14 +43,15 @@ class Health:
         """Losses of good steps, oldest first."""
         self._losses.extend(loss for loss in losses if math.isfinite(loss))
 
-    def recall(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """The steps of a run that is resumed, as its `metrics.jsonl` has them.
+    def recall(self, losses: Iterable[float]) -> None:
+        """The same of a run that goes on: what other runs were judged by is forgotten."""
+        self._losses.clear()
+        self.remember(losses)
 
-        In a job of several processes all call this, and what the first one knows counts: a network file
-        system may show the others an older file, and all must judge alike.
-        """
-        losses = [row["loss"] for row in rows if not {"skipped", "rolled_back"} & set(row)][-WINDOW:]
-        self.remember(json.loads(everyone(json.dumps(losses))[0]))
+    @property
+    def losses(self) -> Float64[np.ndarray, "losses"]:
+        """Those that count, oldest first, then NaNs: as a checkpoint has them."""
+        return np.array([*self._losses, *NONE[len(self._losses) :]])
 
     @property
     def limit(self) -> float:

@@ -48,6 +48,7 @@ def run(
     clock = time.perf_counter()
     progress, feed = guard.progress, iter(batches)
     guard.start(done, steps, trainer.mesh.shape)
+    guard.health.recall(trainer.recent)
     _refuse(trainer, guard, checkpoints)
 
     def read() -> bool:
@@ -83,6 +84,7 @@ def run(
     def save() -> None:
         nonlocal kept
         settle()
+        trainer.recent = guard.health.losses  # a spike is one beside these
         if checkpoints is not None and kept != done:
             kept = done
             progress.at("checkpoint")
@@ -145,7 +147,7 @@ def _roll_back(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None
     assert checkpoints is not None  # else it was refused
     guard.progress.at("checkpoint")
     position = trainer.examples
-    saved = trainer.restore(checkpoints)
+    saved = trainer.restore(checkpoints, checkpoints.newest(own=True)[0])
     trainer.examples = position
     number = place.scalar(np.int32(step), trainer.state.step.sharding)
     trainer.state = dataclasses.replace(trainer.state, step=number)

@@ -127,7 +127,8 @@ class Beats:
         self.look()
         silent = self.silent(0.8 * wait)
         behind = {r: self.last[r] for r in self.behind(step, what) if r not in silent}
-        return Survey(tuple(silent), tuple(self.unheard()), behind)
+        over = [] if what == "ending" else [r for r, beat in self.last.items() if beat["what"] == "ending"]
+        return Survey(tuple(silent), tuple(self.unheard()), behind, tuple(sorted(over)))
 
     def unheard(self) -> list[int]:
         """Ranks that never said anything."""
@@ -148,11 +149,12 @@ class Beats:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the others were found to be at: ranks that do not answer, that never came, that are behind."""
+    """What the others were found to be at: ranks that do not answer, never came, lag, are at the end."""
 
     silent: tuple[int, ...]
     unheard: tuple[int, ...]
     behind: Mapping[int, Mapping[str, Any]]
+    over: tuple[int, ...] = ()
 
     @property
     def gone(self) -> bool:
@@ -163,6 +165,7 @@ class Survey:
         found = [f"{named(self.silent)} did not answer"] if self.silent else []
         found += [f"{named(self.unheard)} never came"] if self.unheard else []
         found += [f"rank {r} is behind, at step {b['step']} in {b['what']!r}" for r, b in self.behind.items()]
+        found += [f"{named(self.over)} came to the end"] if self.over else []
         return "; ".join(found) or "no other rank is behind"
 
 

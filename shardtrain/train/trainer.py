@@ -26,6 +26,7 @@ from shardtrain.nn.norm import BatchNorm
 from shardtrain.train import check, loop, losses, place
 from shardtrain.train.checkpoint import Checkpoints
 from shardtrain.train.guard import Guard
+from shardtrain.train.health import NONE
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
 from shardtrain.train.pipelined import AXIS, Pipelined, Plan
@@ -145,6 +146,7 @@ class Trainer:
             self._variables, optimizer, self.mesh, self._specs, staged=self._plan is not None
         )
         self.examples = 0
+        self.recent = NONE
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
 
     def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
@@ -360,7 +362,7 @@ class Trainer:
         arrays = self._arrays()
         named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
         about = {"mesh": text(self.mesh), "examples": self.examples}
-        tree = by_field(named) | {"examples": np.int64(self.examples)}
+        tree = by_field(named) | {"examples": np.int64(self.examples), "recent": self.recent}
         return folder.save(int(named.step), tree, metrics, about)
 
     def restore(self, folder: str | Path | Checkpoints, step: int | None = None) -> int:
@@ -379,8 +381,9 @@ class Trainer:
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
         like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
-        _, tree = checkpoints.restore(by_field(like) | {"examples": np.int64(0)}, several, step)
-        self.examples = int(tree.pop("examples"))
+        about = {"examples": np.int64(0), "recent": NONE}
+        _, tree = checkpoints.restore(by_field(like) | about, several, step)
+        self.examples, self.recent = int(tree.pop("examples")), tree.pop("recent")
         named = TrainState(**tree)
         self.state = named if self.pipeline is None else self.pipeline.gathered(named)
         return int(self.state.step)

@@ -262,6 +262,10 @@ class Watch:
             code, words = FAULT, text
         elif isinstance(error, KeyboardInterrupt):
             code, words, said = 130, "interrupted", []
+        elif isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+            words = f"it exited with status {code}"
+            said = said if isinstance(error.code, str) else []
         else:
             code = FAULT if compat.is_collective_failure(error) else 1
             words, said = f"{type(error).__name__}: {text}", traceback.format_exception(error)

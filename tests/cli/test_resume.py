@@ -116,6 +116,11 @@ def test_from_where(run, tmp_path):
     for path, step in ((run, None), (run / "checkpoints", None), (run / "checkpoints" / "7", 7)):
         found = resume.source(str(path), new)
         assert (found[0].folder, found[1]) == (run / "checkpoints", step)
+    numbered = run.rename(tmp_path / "42")
+    for path, step in ((numbered, None), (numbered / "checkpoints" / "7", 7)):
+        found = resume.source(str(path), new)
+        assert (found[0].folder, found[1]) == (numbered / "checkpoints", step)
+    numbered.rename(run)
     with pytest.raises(UserError, match=r"is in --out itself; go on with --resume auto"):
         resume.source(str(run), own)
     with pytest.raises(UserError, match=r"there is no checkpoint in .*name a run's folder"):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from recipe_process import ROOT, environment
 
 from shardtrain import UserError, cli
 from shardtrain.cli.flags import check
+from shardtrain.cli.start import held, start_jax
+from shardtrain.errors import StartError
 from shardtrain.launch.local import free_port
+
+
+def enter(folder, wait):
+    with held(folder, wait):
+        return None
+
 
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--mesh", "data=1", "--steps", "1"]
 
@@ -34,11 +43,28 @@ class Flags(cli.RunFlags):
         ({"steps": 2**31}, f"--steps {2**31}: use {2**31 - 1} or less"),
         ({"batch_size": 10**20}, "--batch-size 1000"),
         ({"keep": 0}, "--keep 0: use 1 or more"),
+        ({"start_limit": 1e9}, r"--start-limit 1e\+09: use seconds above 0, at most a day"),
     ],
 )
 def test_numbers_that_cannot_be(given, message):
     with pytest.raises(UserError, match=message):
         check(Flags(**given))
+
+
+def test_no_devices_at_all(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "0")
+    with pytest.raises(UserError, match="JAX_NUM_CPU_DEVICES=0: set this variable to 1 or more, or unset it"):
+        start_jax(None, "data=1", x64=False)
+
+
+def test_a_run_that_is_started_again_waits_for_the_one_on_its_way_out(tmp_path):
+    with ThreadPoolExecutor(1) as elsewhere, held(tmp_path, wait=0.0):
+        with pytest.raises(StartError, match="another run is writing there"):
+            enter(tmp_path, 0.0)
+        later = elsewhere.submit(enter, tmp_path, 30.0)
+        with pytest.raises(TimeoutError):
+            later.result(0.2)
+    assert later.result() is None
 
 
 def test_platforms_that_are_not_here(tmp_path):

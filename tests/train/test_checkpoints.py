@@ -148,6 +148,30 @@ def test_the_manifest_says_what_the_run_was(saved):
     assert found["metrics"]["loss"] > 0
 
 
+def test_the_revision_is_that_of_the_program(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert manifest.revision(tmp_path) is None
+    (tmp_path / "program.py").write_text("1\n")
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(*words)
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert manifest.revision(tmp_path) == head
+    (tmp_path / "program.py").write_text("2\n")
+    assert manifest.revision(tmp_path) == f"{head}-dirty"
+
+
+def test_arrays_of_another_type_are_refused(tmp_path):
+    """Orbax would convert them."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": np.arange(6.0)})
+        checkpoints.wait()
+        with pytest.raises(UserError, match="x is of float64 there and of float32 here"):
+            checkpoints.restore({"x": np.zeros(6, np.float32)})
+
+
 def data_file(folder):
     """The largest file."""
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

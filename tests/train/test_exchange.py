@@ -97,6 +97,32 @@ def test_a_file_runs_no_code(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_that_is_damaged_or_something_else_is_refused_in_a_sentence(tmp_path):
+    """Whatever bits are flipped, of the archive's own tables too: it is refused, or the numbers are right."""
+    whole = st.export_state(tmp_path / "net", Net(0)).read_bytes()
+    expected = values(Net(0))
+    damaged, other = tmp_path / "damaged.npz", Net(5)
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for at in random.integers(0, len(content), random.integers(1, 6)):
+            content[at] ^= 1 << random.integers(8)
+        damaged.write_bytes(content)
+        try:
+            st.import_state(damaged, other)
+        except UserError:
+            refused += 1
+            continue
+        for key, value in values(other).items():
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(expected[key]))
+    assert refused > 100
+    single = tmp_path / "single.npy"
+    np.save(single, np.ones(3))
+    with pytest.raises(UserError, match="give a file that export_state wrote"):
+        st.import_state(single, Net(0))
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         st.export_state(tmp_path / "no" / "net", Net(0))

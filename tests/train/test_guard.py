@@ -90,6 +90,17 @@ def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(me
     assert (event["step"], event["checkpoint"]) == (at, 2)
 
 
+def test_rollback_goes_back_on_its_own_way(tmp_path):
+    """Not to later checkpoints of the way that the run has left."""
+    ours, theirs = deep("data=2"), deep("data=2")
+    with st.Checkpoints(tmp_path / "checkpoints", every=2) as kept:
+        run(ours, DATA, checkpoints=kept)
+        ours.restore(kept, step=2)
+        run(ours, poisoned(3)[2:4], unwatched(on_nan="rollback"), kept)
+    run(theirs, [*DATA[:2], DATA[3]])
+    close(weights(ours), weights(theirs), 0)
+
+
 def test_rollback_without_a_checkpoint_goes_back_to_where_the_run_began(tmp_path):
     ours, theirs = deep("data=2"), deep("data=2")
     with st.Checkpoints(tmp_path / "checkpoints") as kept:
@@ -162,8 +173,27 @@ def test_limits_of_spikes():
     assert health.reason({"loss": 2.9, "grad_norm": 1.0}) is None
     assert health.reason({"loss": 0.1, "grad_norm": math.inf}) == "the gradient's norm is inf"
     resumed = Health(spike=3.0)
-    resumed.recall([{"loss": 1.0}] * 8 + [{"loss": 90.0, "skipped": 1.0}] * 30)
+    resumed.remember([90.0] * 8)
+    resumed.recall(health.losses)
     assert resumed.limit == 3.0
+    np.testing.assert_array_equal(resumed.losses, [1.0] * 7 + [5.0] + [np.nan] * 24)
+    resumed.remember(map(float, range(40)))
+    np.testing.assert_array_equal(resumed.losses, range(8, 40))
+
+
+def test_a_run_that_is_taken_up_knows_what_a_spike_is(tmp_path):
+    one, other = deep("data=2"), deep("pipe=2")
+    rows = run(one, DATA + DATA[:4])
+    one.save(tmp_path)
+    run(other, DATA[:1])
+    other.restore(tmp_path)
+    np.testing.assert_array_equal(other.recent[:10], [row["loss"] for row in rows])
+    guard = unwatched(tmp_path / "run", spike=1.0001)
+    dearer = [(100 * x, y) for x, y in DATA]  # and nothing is known of them but what was restored
+    with pytest.raises(
+        UserError, match=r"the loss .* is above 1.0001 times .* the median of the last 1\d steps"
+    ):
+        run(other, dearer, guard)
 
 
 @pytest.mark.parametrize(

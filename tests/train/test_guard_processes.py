@@ -233,6 +233,20 @@ def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
         assert "rank 1 failed: this folder is empty" in job.err(0)
 
 
+def test_a_rank_that_exits_by_itself_ends_all_with_its_status(tmp_path):
+    with Job(tmp_path, fault="exit", rank=1, at=4, status=3) as job:
+        assert job.codes(limit=40) == [3, 3]
+        assert "rank 1 failed: it exited with status 3" in job.err(0)
+        assert "Traceback" not in job.err(0) + job.err(1)
+        assert "watchdog" not in job.err(0)
+
+
+def test_a_rank_that_ends_while_others_compute_is_named(tmp_path):
+    with Job(tmp_path, watchdog=2, fault="exit", rank=1, at=4, status=0) as job:
+        assert job.codes(limit=40) == [76, 76]
+        assert re.search("no progress for 2 s in 'compute'; rank 1 came to the end", job.err(0)), job.err(0)
+
+
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
     with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:

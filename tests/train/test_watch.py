@@ -9,7 +9,9 @@ import time
 import pytest
 from recipe_process import environment
 
-from shardtrain.train.watch import AGAIN, PATIENCE, SLOW
+from shardtrain import Guard
+from shardtrain.train.profile import Clock
+from shardtrain.train.watch import AGAIN, PATIENCE, SILENT, SLOW
 
 
 @pytest.fixture
@@ -54,6 +56,21 @@ def test_a_second_signal_leaves_at_once_and_one_sent_twice_does_not(begin):
     assert job.returncode == 75
     assert "stopping after step 1" in err
     assert "a second signal: leaving at once" in err
+
+
+def test_a_job_that_slept_as_a_whole_was_not_silent_all_the_while(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock()
+    for pause in (1.0, 3600.0, 1.0):
+        now[0] += pause
+        clock.tick()
+    assert clock.now() == 2.0 + Clock.LONGEST
+
+
+@pytest.mark.parametrize(("watchdog", "silence"), [(None, SILENT), (600.0, SILENT), (20.0, 20.0)])
+def test_who_says_nothing_is_lost_before_jax_aborts(watchdog, silence):
+    assert Guard(watchdog=watchdog)._watch.silence == silence
 
 
 SECONDS = 0.4
