@@ -12,6 +12,12 @@ from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 SAVE = 120
 """Seconds before the time limit at which processes are told to save."""
 
+SWAP = f"status == {REQUEUE} ? 1 : status == 1 ? {REQUEUE} : status"
+"""Makes `REQUEUE` the smallest status but 0, in the shell's arithmetic; done twice it changes nothing."""
+
+WRAP = f'trap : INT TERM USR1; "$@"; status=$?; exit $(({SWAP}))'
+"""Runs one process and swaps its status; signals, which Slurm sends to it too, do not end the shell."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:
@@ -110,11 +116,16 @@ def script(job: SlurmJob, command: list[str]) -> str:
 # Written by `shardtrain launch slurm`. Submit it with `sbatch`.
 {header}
 
-# When one process fails, all are ended: the others would wait for it for ever.
-srun --kill-on-bad-exit=1{tasks} {shlex.join(command)}
+# When one process fails, all are ended: the others would wait for it for ever. They may then end with
+# {REQUEUE}, "I was told to stop, run me again", and srun takes the largest status of all. So that it is that
+# of the failure, {REQUEUE} passes through srun as 1, and 1 as {REQUEUE}.
+srun --kill-on-bad-exit=1{tasks} \\
+    bash -c '{WRAP}' \\
+    bash {shlex.join(command)}
 status=$?
+status=$(({SWAP}))
 
-# {REQUEUE} is "I was told to stop, run me again" (preempted, out of time). 2 is flags that are refused.
+# {REQUEUE} is a stop in order (preempted, out of time). 2 is flags that are refused.
 # Others are failures ({FAULT}: a hang, a lost process): the job starts again from its last checkpoint,
 # {job.restarts} times at most. Slurm keeps the count as the job's comment.
 failures=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%k | sed -n 's/^failures: //p')

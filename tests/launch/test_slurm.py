@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from shardtrain import UserError
 from shardtrain.cli.launch import Slurm, put
-from shardtrain.launch.slurm import SlurmJob, script, submit
+from shardtrain.launch.slurm import WRAP, SlurmJob, script, submit
 
 COMMAND = ["python", "recipes/train_cnn.py", "--out", "/shared/my runs"]
 
@@ -43,15 +45,31 @@ def test_a_range_of_nodes_leaves_the_tasks_to_srun():
     text = script(SlurmJob("cnn", "2-4", tasks_per_node=8, cpus_per_task=2), COMMAND)
     assert "ntasks-per-node" not in asked(text)
     assert asked(text)["cpus-per-task"] == "16"
-    assert "srun --kill-on-bad-exit=1 --ntasks=$((SLURM_NNODES * 8)) --cpus-per-task=2 python" in text
+    assert "srun --kill-on-bad-exit=1 --ntasks=$((SLURM_NNODES * 8)) --cpus-per-task=2 \\\n" in text
 
 
-def run(tmp_path, status, comment="(null)", restarts=3):
-    """Runs the script with a srun that ends with `status`, in a job with a comment: the script's status, srun's
-    words, what Slurm is asked to do."""
-    text = script(SlurmJob("cnn", restarts=restarts), COMMAND)
+SRUN = """\
+#!/bin/bash
+# Like srun: options, then a command, which each task runs; the largest status is the step's.
+options=()
+while [[ $1 == --* ]]; do options+=("$1"); shift; done
+printf '%s\\n' "${{options[@]}}" > {folder}/options
+worst=0
+for ((task = 0; task < {tasks}; task++)); do
+    SLURM_PROCID=$task "$@"; status=$?
+    ((worst = status > worst ? status : worst))
+done
+exit $worst
+"""
+
+
+def run(tmp_path, *statuses, comment="(null)", restarts=3, command=None):
+    """Runs the script with tasks that end with these statuses, in a job with a comment: the script's status and
+    what Slurm is asked to do."""
+    ends = ["sh", "-c", 'shift "$SLURM_PROCID"; exit "$1"', "sh", *map(str, statuses)]
+    text = script(SlurmJob("cnn", restarts=restarts), command or ends)
     # Slurm's own commands are not here; the shell's logic is what is run.
-    (tmp_path / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit {status}\n')
+    (tmp_path / "srun").write_text(SRUN.format(folder=tmp_path, tasks=len(statuses)))
     (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{comment}'\n")
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (tmp_path / "sleep").write_text("#!/bin/sh\n")
@@ -61,7 +79,8 @@ def run(tmp_path, status, comment="(null)", restarts=3):
     done = subprocess.run(["bash", "-eu", "-c", f"set +e\n{text}"], env=env, capture_output=True, text=True)
     requests = tmp_path / "asked"
     said = requests.read_text().splitlines() if requests.exists() else []
-    return done.returncode, (tmp_path / "words").read_text().splitlines(), said
+    assert f"srun ended with status {done.returncode};" in done.stdout, done.stderr
+    return done.returncode, said
 
 
 @pytest.mark.parametrize(
@@ -79,20 +98,63 @@ def run(tmp_path, status, comment="(null)", restarts=3):
     ],
 )
 def test_what_starts_again(tmp_path, status, comment, again):
-    ended, _, said = run(tmp_path, status, comment)
+    ended, said = run(tmp_path, status, comment=comment)
     assert ended == status
     assert said[-1:] == (["requeue 7"] if again else [])
 
 
 def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):
-    assert run(tmp_path, 76)[2] == ["update job=7 comment=failures: 1", "requeue 7"]
-    assert run(tmp_path, 134, "failures: 1")[2][2:] == ["update job=7 comment=failures: 2", "requeue 7"]
-    assert run(tmp_path, 75, "failures: 2")[2][4:] == ["requeue 7"]
+    assert run(tmp_path, 76)[1] == ["update job=7 comment=failures: 1", "requeue 7"]
+    assert run(tmp_path, 134, comment="failures: 1")[1][2:] == [
+        "update job=7 comment=failures: 2",
+        "requeue 7",
+    ]
+    assert run(tmp_path, 75, comment="failures: 2")[1][4:] == ["requeue 7"]
+
+
+@pytest.mark.parametrize("status", [1, 2, 74, 76, 137])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_failure_is_not_hidden_by_those_that_were_stopped_for_it(tmp_path, status, first):
+    """They save, and say that they were told to stop."""
+    statuses = [status, 75, 0] if first else [75, 75, status]
+    ended, said = run(tmp_path, *statuses, comment="failures: 3")
+    assert (ended, said) == (status, [])
+    assert run(tmp_path, 75, 0, 75, comment="failures: 3") == (75, ["requeue 7"])
 
 
 def test_the_command_arrives_word_for_word(tmp_path):
-    _, words, _ = run(tmp_path, 0)
-    assert words == ["--kill-on-bad-exit=1", *COMMAND]
+    words = ["python", "a b", "it's", '"$HOME"', "--out", "/shared/my runs", ""]
+    program = "import sys; open(sys.argv[1], 'w').write(repr(sys.argv[2:]))"
+    run(tmp_path, 0, command=[sys.executable, "-c", program, str(tmp_path / "words"), *words])
+    assert (tmp_path / "words").read_text() == repr(words)
+    assert (tmp_path / "options").read_text() == "--kill-on-bad-exit=1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_process_has_the_signals_and_its_status_is_passed_on(number):
+    """Slurm sends them to all processes of a task, the shell around it too."""
+    program = f"trap 'sleep 0.3; exit 75' {number}; echo there; for k in $(seq 100); do sleep 0.1; done"
+    job = subprocess.Popen(
+        ["bash", "-c", WRAP, "bash", "sh", "-c", program], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == b"there\n"
+    os.killpg(job.pid, number)
+    job.communicate(timeout=10)
+    assert job.returncode == 1  # as srun is to see 75
+
+
+def test_a_process_that_does_not_answer_signals_ends_as_usual():
+    job = subprocess.Popen(
+        ["bash", "-c", WRAP, "bash", "sh", "-c", "echo there; exec sleep 60"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == b"there\n"
+    os.killpg(job.pid, signal.SIGTERM)
+    job.communicate(timeout=10)
+    assert job.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck here")
