@@ -33,8 +33,8 @@ class Local:
     """Attempts after the first one that failed."""
     elastic: bool = False
     """A restart leaves out as many processes as SIGKILL ended just before (lost hardware, out of memory), and
-    has back those lost earlier; one less again where the command refuses the number (status 2). For meshes
-    with a size of -1."""
+    has back those lost earlier; one less again where the command refuses the number (status 2 before training
+    begins). For meshes with a size of -1."""
     grace: float = 30.0
     """Seconds that processes have to save and end after SIGTERM (to end after Ctrl-C), before SIGKILL."""
 

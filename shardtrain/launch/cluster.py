@@ -113,7 +113,7 @@ def restarts(env: Mapping[str, str]) -> int:
         >>> restarts({"SLURM_RESTART_COUNT": "2", "SHARDTRAIN_RESTARTS": "0"})
         2
     """
-    return _whole(env, RESTARTS) + _whole(env, "SLURM_RESTART_COUNT")
+    return whole(env, RESTARTS) + whole(env, "SLURM_RESTART_COUNT")
 
 
 def job(env: Mapping[str, str]) -> str:
@@ -126,8 +126,12 @@ def job(env: Mapping[str, str]) -> str:
     return env.get(JOB) or env.get("SLURM_JOB_ID") or ""
 
 
-def _whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
-    """The whole number that a variable holds; the default where it is not set, or empty."""
+def whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    """The whole number that a variable holds; the default where it is not set, or empty.
+
+    Raises:
+        UserError: a variable that holds something else.
+    """
     text = env.get(name) or str(default)
     try:
         return int(text)
@@ -138,8 +142,8 @@ def _whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
 def _own(env: Mapping[str, str]) -> Cluster | None:
     if PROCESSES not in env:
         return None
-    processes = _whole(env, PROCESSES)
-    process_id = _whole(env, PROCESS_ID if env.get(PROCESS_ID) else "JOB_COMPLETION_INDEX", -1)
+    processes = whole(env, PROCESSES)
+    process_id = whole(env, PROCESS_ID if env.get(PROCESS_ID) else "JOB_COMPLETION_INDEX", -1)
     if LOCAL in env:
         coordinator, local = env.get(COORDINATOR, ""), (process_id, processes)
         return Cluster("launch local", coordinator, processes, process_id, local, hosts=1)
@@ -168,8 +172,8 @@ def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
     if "OMPI_COMM_WORLD_SIZE" not in env or "OMPI_COMM_WORLD_RANK" not in env:
         return None
-    size, rank = _whole(env, "OMPI_COMM_WORLD_SIZE"), _whole(env, "OMPI_COMM_WORLD_RANK")
-    local = _whole(env, "OMPI_COMM_WORLD_LOCAL_RANK"), _whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
+    size, rank = whole(env, "OMPI_COMM_WORLD_SIZE"), whole(env, "OMPI_COMM_WORLD_RANK")
+    local = whole(env, "OMPI_COMM_WORLD_LOCAL_RANK"), whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
     # Process 0 runs on mpirun's own host, whose address Open MPI 4 tells in a variable and 5 in a job's name.
     host, job = "", 0
     if uri := re.match(r"(\d+)\.\d+;tcp6?://\[?([^,:\]]+)", env.get("OMPI_MCA_orte_hnp_uri", "")):
@@ -187,15 +191,15 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
     # Only srun sets the variables of a step: a batch script, or a shell in an allocation, is one process.
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
-    size = _whole(env, "SLURM_STEP_NUM_TASKS") or _whole(env, "SLURM_NTASKS")
-    node = _whole(env, "SLURM_NODEID")
+    size = whole(env, "SLURM_STEP_NUM_TASKS") or whole(env, "SLURM_NTASKS")
+    node = whole(env, "SLURM_NODEID")
     tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    local = (_whole(env, "SLURM_LOCALID"), tasks[node]) if node < len(tasks) else None
-    hosts = _whole(env, "SLURM_STEP_NUM_NODES", 1)
+    local = (whole(env, "SLURM_LOCALID"), tasks[node]) if node < len(tasks) else None
+    hosts = whole(env, "SLURM_STEP_NUM_NODES", 1)
     # Two steps of one job, or a restart of it, find other ports.
-    job = sum(_whole(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    job = sum(whole(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     coordinator = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
-    return Cluster("Slurm", coordinator, size, _whole(env, "SLURM_PROCID"), local, hosts, node > 0)
+    return Cluster("Slurm", coordinator, size, whole(env, "SLURM_PROCID"), local, hosts, node > 0)
 
 
 def _first_node(nodes: str) -> str:
@@ -211,7 +215,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _port(env: Mapping[str, str], job: int) -> int:
-    port = _whole(env, "JAX_COORDINATOR_PORT", PORTS[job % len(PORTS)])
+    port = whole(env, "JAX_COORDINATOR_PORT", PORTS[job % len(PORTS)])
     if not 0 < port < 65536:
         raise UserError(f"JAX_COORDINATOR_PORT={port}: set this variable to a port below 65536, or unset it")
     return port

@@ -15,7 +15,7 @@ import jax
 
 from shardtrain.errors import UserError, first_line
 from shardtrain.launch.card import Card, differences, own_card
-from shardtrain.launch.cluster import Cluster
+from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
 from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
 from shardtrain.train.manifest import installed
@@ -133,7 +133,7 @@ def place(cluster: Cluster | None) -> Finding:
     if cluster is not None:
         where = f"process {cluster.process_id} of {cluster.processes}, says {cluster.scheduler}"
         return Finding("job", True, f"{where}; on {socket.gethostname()}")
-    tasks = int(env.get("SLURM_NTASKS") or 1)
+    tasks = whole(env, "SLURM_NTASKS", 1)
     if "SLURM_JOB_ID" in env and "SLURM_STEP_NODELIST" not in env and tasks > 1:
         return Finding(
             "job",

@@ -17,8 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO
 
@@ -35,10 +35,7 @@ from shardtrain.launch.cluster import (
     RESTARTS,
 )
 from shardtrain.launch.command import refuse_no_command
-from shardtrain.train.watch import FOLLOWS
-
-REFUSED = 2
-"""Exit status of a command that refuses its flags: starting it again would not help."""
+from shardtrain.train.watch import BEGUN, FOLLOWS
 
 SETTLE = 0.5
 """Seconds in which deaths are seen together: of a process, and of others because of it."""
@@ -48,6 +45,15 @@ AFTERMATH = 5.0
 
 WORDS = 30
 """Last lines of a process that has failed."""
+
+SHORT = 60.0
+"""Seconds that an attempt must have lasted before it was told to stop, for the next one to follow at once."""
+
+PAUSE = 1.0
+"""Seconds before the next one otherwise; each time twice as long, up to `SHORT`."""
+
+WRITING = threading.Lock()
+"""Held while a line is written: one of several threads would be cut by others."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,30 @@ class Outcome:
     Attributes:
         status: of the first process that failed, 128 + its signal if one killed it; 0 if none did.
         lost: processes that SIGKILL ended, which was not ours.
+        begun: its training had begun.
     """
 
     status: int
-    lost: int
+    lost: int = 0
+    begun: bool = False
+
+
+@dataclass
+class Said:
+    """What a process has said on stderr: its last lines, and whether one was that training begins."""
+
+    last: deque[bytes] = field(default_factory=lambda: deque(maxlen=WORDS))
+    begun: bool = False
+
+    def hear(self, line: bytes) -> None:
+        """Takes one more line."""
+        self.last.append(line)
+        self.begun = self.begun or BEGUN.search(line.decode(errors="replace")) is not None
+
+    def follows(self) -> int | None:
+        """The process because of whose failure this one says that it leaves."""
+        found = [match for line in self.last if (match := FOLLOWS.search(line.decode(errors="replace")))]
+        return int(found[-1][1]) if found else None
 
 
 @contextmanager
@@ -125,15 +151,22 @@ def run_local(
     if not shutil.which(command[0]):
         raise UserError(f"{command[0]} cannot be started: there is no such program")
     attempts = Attempts(command, devices, grace)
-    now, left, number = processes, restarts, 0
+    now, left, number, pause = processes, restarts, 0, 0.0
     with forwarded(attempts):
         while True:
+            start = time.monotonic()
             outcome = attempts.run(now, number)
+            if outcome.status == REQUEUE and restarts:
+                short = time.monotonic() - start < SHORT
+                pause = min(2 * pause or PAUSE, SHORT) if short else 0.0
+                if short:
+                    say(f"told to stop after less than {SHORT:g} s; the next start is in {pause:g} s")
+                attempts.rest(pause)
             if not outcome.status or not restarts or attempts.stopped:
                 return outcome.status
-            if outcome.status == REFUSED:
-                if now == processes or now == 1:
-                    return REFUSED
+            if outcome.status == UserError.status:
+                if outcome.begun or now == processes or now == 1:
+                    return outcome.status
                 say(f"{now} processes were refused")
                 now -= 1
             elif outcome.status == REQUEUE:
@@ -157,7 +190,7 @@ class Attempts:
         self.devices = devices
         self.grace = grace
         self.job = cluster.job(os.environ) or secrets.token_hex(8)  # a requeued batch job stays one job
-        self.before = int(os.environ.get(RESTARTS) or 0)
+        self.before = cluster.whole(os.environ, RESTARTS)
         self.stopped = 0
         self.deadline = float("inf")
         self.jobs: list[subprocess.Popen[bytes]] = []
@@ -177,12 +210,18 @@ class Attempts:
                 except ProcessLookupError:
                     continue
 
+    def rest(self, seconds: float) -> None:
+        """Waits, but no longer when it is told to stop."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.stopped:
+            time.sleep(0.1)
+
     def run(self, processes: int, number: int) -> Outcome:
         """One attempt, from start to end."""
         if self.stopped:
-            return Outcome(128 + self.stopped, 0)
+            return Outcome(128 + self.stopped)
         ends: queue.Queue[End] = queue.Queue()
-        words: list[deque[bytes]] = [deque(maxlen=WORDS) for _ in range(processes)]
+        said = [Said() for _ in range(processes)]
         self.jobs, self.deadline = [], float("inf")
         threads = []
         try:
@@ -195,7 +234,7 @@ class Attempts:
                 tasks = [
                     threading.Thread(target=pump, args=(job.stdout, sys.stdout, prefix, None), daemon=True),
                     threading.Thread(
-                        target=pump, args=(job.stderr, sys.stderr, prefix, words[rank]), daemon=True
+                        target=pump, args=(job.stderr, sys.stderr, prefix, said[rank]), daemon=True
                     ),
                     threading.Thread(target=watch, args=(job, rank, ends), daemon=True),
                 ]
@@ -207,7 +246,7 @@ class Attempts:
             self.signal(signal.SIGKILL)
             for thread in threads:
                 thread.join(2)
-        return self.judge(own, forced, words)
+        return self.judge(own, forced, said)
 
     def start(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
         """Starts one process, in a group of its own: Ctrl-C reaches it through us only."""
@@ -272,7 +311,7 @@ class Attempts:
                 self.deadline = float("inf")
         return own, forced
 
-    def judge(self, own: list[End], forced: list[End], words: list[deque[bytes]]) -> Outcome:
+    def judge(self, own: list[End], forced: list[End], said: list[Said]) -> Outcome:
         """Finds who failed first, and shows what it said."""
         # jax aborts processes whose coordinator has died: SIGABRT is a consequence where there is a cause.
         failed = sorted(
@@ -280,46 +319,45 @@ class Attempts:
         )
         if not failed:
             status = 128 + self.stopped if self.stopped and forced else 0
-            return Outcome(status, 0)
+            return Outcome(status)
         # Rank 0 stays until the others have heard from it why it fails, so they end before it does.
         status = failed[0].status
-        cause = followed(words[failed[0].rank])
+        cause = said[failed[0].rank].follows()
         first = next((end for end in [*failed, *forced] if end.rank == cause), failed[0])
         if not self.stopped and status != REQUEUE:
-            say(
-                f"process {first.rank} failed first: it {first}"
-                + (", its last words:" if words[first.rank] else "")
-            )
-            for line in words[first.rank]:
-                sys.stderr.buffer.write(b"    " + line)
+            words = said[first.rank].last
+            say(f"process {first.rank} failed first: it {first}" + (", its last words:" if words else ""))
+            for line in words:
+                put(sys.stderr, b"    " + line)
             for end in [*failed, *forced]:
                 if end is not first:
                     order = "later" if end.time >= first.time else "before it, which had told the others"
                     say(f"process {end.rank} {end} {abs(end.time - first.time):.1f} s {order}")
         lost = sum(end.status == -signal.SIGKILL for end in own)
-        return Outcome(status if status > 0 else 128 - status, lost)
-
-
-def followed(words: deque[bytes]) -> int | None:
-    """The process because of whose failure another one says that it leaves."""
-    found = [match for line in words if (match := FOLLOWS.search(line.decode(errors="replace")))]
-    return int(found[-1][1]) if found else None
+        begun = any(one.begun for one in said)
+        return Outcome(status if status > 0 else 128 - status, lost, begun)
 
 
 def say(text: str) -> None:
     """A line of the launcher's own, on stderr."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    put(sys.stderr, f"launch: {text}\n".encode())
 
 
-def pump(source: IO[bytes], target: IO[str], prefix: bytes, words: deque[bytes] | None) -> None:
+def put(target: IO[str], line: bytes) -> None:
+    """Writes a line at once. What nobody takes (a closed pipe, a full disk) is left out: the job goes on."""
+    with WRITING, suppress(OSError):
+        while line:
+            line = line[os.write(target.fileno(), line) :]
+
+
+def pump(source: IO[bytes], target: IO[str], prefix: bytes, said: Said | None) -> None:
     """Copies lines as they come, each with the number of its process."""
     with source:
         for line in source:
             whole = line if line.endswith(b"\n") else line + b"\n"
-            if words is not None:
-                words.append(whole)
-            target.buffer.write(prefix + whole)  # type: ignore[attr-defined]
-            target.flush()
+            if said is not None:
+                said.hear(whole)
+            put(target, prefix + whole)
 
 
 def watch(job: subprocess.Popen[bytes], rank: int, ends: "queue.Queue[End]") -> None:

@@ -49,6 +49,9 @@ LAST_WORD = 2.0
 FOLLOWS = re.compile(r": exit: rank (\d+) (?:failed|gave up|saw no progress)")
 """In the last line of a process that leaves because another one said that it does: which one that is."""
 
+BEGUN = re.compile(r"rank \d+ step \d+: (?:start|resume): \d+ of \d+ steps are done")
+"""What process 0 says when training begins: whatever flags can get wrong was refused before."""
+
 
 class Watch:
     """Watches over one process, and hears what the others say.

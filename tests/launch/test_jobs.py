@@ -20,6 +20,7 @@ from shardtrain.cli.start import check_out
 from shardtrain.launch.doctor import address, folder
 from shardtrain.launch.local import free_port
 from shardtrain.train.checkpoint import UNFINISHED
+from shardtrain.train.watch import BEGUN
 
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
@@ -280,6 +281,7 @@ def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_pat
     assert job.returncode == 0, said
     assert "restart 1: 2 processes, 1 fewer than at first; 1 of 2 restarts are left" in said
     assert "resumed at step" in said
+    assert len(BEGUN.findall(said)) == 2  # after which a 2 is not of the number of processes
     assert result(out)["processes"] == 2
     np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
 

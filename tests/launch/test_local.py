@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from shardtrain import UserError
+from shardtrain.launch import local
 from shardtrain.launch.local import run_local
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    monkeypatch.setattr(local, "PAUSE", 0.0)
+
 
 START = """
 import os, signal, sys, time
@@ -104,6 +111,50 @@ def test_75_is_not_counted(capfd):
     assert status == 0
     assert sizes(out) == [2, 2, 2, 2]
     assert "1 of 1 restarts are left" in err
+
+
+def pauses(monkeypatch):
+    """The seconds between attempts, which are not waited for."""
+    found = []
+    monkeypatch.setattr(local, "PAUSE", 1.0)
+    monkeypatch.setattr(local.Attempts, "rest", lambda self, seconds: found.append(seconds))
+    return found
+
+
+def test_who_is_told_to_stop_at_once_again_and_again_waits_longer_and_longer(capfd, monkeypatch):
+    found = pauses(monkeypatch)
+    status, _, err = launch(capfd, "sys.exit(75 if restart < 9 else 0)", 1, restarts=1)
+    assert status == 0
+    assert found == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert "told to stop after less than 60 s; the next start is in 8 s" in err
+
+
+def test_who_was_told_to_stop_later_does_not_wait(capfd, monkeypatch):
+    found = pauses(monkeypatch)
+    monkeypatch.setattr(local, "SHORT", 3.0)
+    program = "time.sleep(3 if restart == 2 else 0); sys.exit(75 if restart < 4 else 0)"
+    assert launch(capfd, program, 1, restarts=1)[0] == 0
+    assert found == [1, 2, 0, 1]
+
+
+def test_failures_follow_each_other_at_once(capfd, monkeypatch):
+    found = pauses(monkeypatch)
+    assert launch(capfd, "sys.exit(76)", 1, restarts=2)[0] == 76
+    assert found == []
+
+
+def test_a_pause_ends_when_the_launcher_is_told_to_stop():
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "1", "--restarts", "1", "--"]
+    job = subprocess.Popen([*command, "sh", "-c", "exit 75"], stderr=subprocess.PIPE, text=True)
+    assert job.stderr is not None
+    while "in 8 s" not in job.stderr.readline():
+        assert job.poll() is None
+    begin = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=20)
+    assert time.monotonic() - begin < 4
+    assert job.returncode == 75
+    assert "restart" not in err
 
 
 def test_a_fault_that_always_comes_back_is_counted(capfd):
@@ -200,6 +251,75 @@ time.sleep(60)
     assert "3 processes were refused" in err
 
 
+def test_one_process_that_is_refused_is_the_end(capfd):
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60) if restart == 0 else sys.exit(2)
+"""
+    status, out, _ = launch(capfd, program, 2, restarts=1, elastic=True)
+    assert status == 2
+    assert sizes(out) == [2, 1]
+
+
+def test_2_of_a_run_that_had_begun_is_the_end(capfd):
+    """A loss that is not finite, a full disk: it is not the number of processes that was refused."""
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if restart == 0 or rank: time.sleep(60)
+print("12:00:00 rank 0 step 50: resume: 50 of 600 steps are done", file=sys.stderr)
+for k in range(100): print("error: the loss is nan", file=sys.stderr)
+sys.exit(2)
+"""
+    status, out, err = launch(capfd, program, 4, restarts=3, elastic=True)
+    assert status == 2
+    assert sizes(out) == [4, 3]
+    assert "refused" not in err
+
+
+def test_who_is_killed_by_the_launcher_is_not_lost(capfd, monkeypatch):
+    monkeypatch.setattr(local, "AFTERMATH", 0.5)
+    program = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == 0: print(restart, processes, flush=True)
+if restart == 0 and rank == 1: time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60 if restart == 0 else 0)
+"""
+    status, out, err = launch(capfd, program, 4, restarts=1, elastic=True)
+    assert status == 0
+    assert "process 2 was killed by SIGKILL" in err
+    assert sizes(out) == [4, 3]
+
+
+def test_after_75_all_are_back(capfd):
+    program = """
+if rank == 0: print(restart, processes, flush=True)
+if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+if restart == 0: time.sleep(60)
+sys.exit(75 if restart == 1 else 0)
+"""
+    status, out, _ = launch(capfd, program, 3, restarts=1, elastic=True)
+    assert status == 0
+    assert sizes(out) == [3, 2, 3]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_reader_that_goes_away_ends_nothing(closed):
+    """As in `launch local ... | head -1`: more comes after it than pipes hold."""
+    program = f"import sys\nfor k in range(20000): print('line', k, file=sys.{closed})\nsys.exit(3)"
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", sys.executable, "-c"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, program], text=True, **pipes) as job:
+        getattr(job, closed).readline()
+        getattr(job, closed).close()
+        said = (job.stderr if closed == "stdout" else job.stdout).read()
+    assert job.returncode == 3, said
+    assert "Traceback" not in said
+    assert "Error" not in said
+    assert (closed == "stderr") == (said == "")
+
+
 def start(tmp_path, program, *flags):
     """The command, once its processes say that they are there."""
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", *flags, "--"]
@@ -250,6 +370,19 @@ def test_the_grace_has_an_end(tmp_path):
     assert job.returncode == 128 + signal.SIGTERM
 
 
+def test_the_grace_is_counted_from_the_signal(tmp_path):
+    """And not from the end of the first of those that save."""
+    program = (
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2.5), sys.exit(75)) if rank == 0 else None)"
+    )
+    job = start(tmp_path, f"{program}\nfor _ in range(60): time.sleep(1)", "--grace", "3.5")
+    begin = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=20)
+    assert 3.4 < time.monotonic() - begin < 5
+    assert job.returncode == 75, err
+
+
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="there is no setpriv here (util-linux)")
 def test_nothing_outlives_the_launcher(tmp_path):
     job = start(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
@@ -261,13 +394,16 @@ def test_nothing_outlives_the_launcher(tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_mistakes_are_sentences():
+def test_mistakes_are_sentences(monkeypatch):
     with pytest.raises(UserError, match="write it after --"):
         run_local([], 2)
     with pytest.raises(UserError, match="no-such-program cannot be started"):
         run_local(["no-such-program"], 2)
     with pytest.raises(UserError, match="above 0"):
         run_local(["true"], 0)
+    monkeypatch.setenv("SHARDTRAIN_RESTARTS", "abc")
+    with pytest.raises(UserError, match="SHARDTRAIN_RESTARTS=abc: set this variable to a whole number"):
+        run_local(["true"], 1)
     for grace in ("inf", "nan", "-inf", "0"):
         with pytest.raises(UserError, match=f"--grace {grace}: use seconds above 0 that have an end"):
             run_local(["true"], 1, grace=float(grace))
