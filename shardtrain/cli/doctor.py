@@ -11,7 +11,9 @@ from rich.table import Table
 
 from shardtrain.errors import UserError
 from shardtrain.launch import detect
+from shardtrain.launch.cluster import surrounding
 from shardtrain.launch.doctor import Finding, examine
+from shardtrain.launch.rendezvous import refuse_endless
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Doctor:
         """Prints the table, and ends with the status."""
         if rest:
             raise UserError(f"-- {' '.join(rest)}: doctor runs no other command; leave it out")
-        alone = self.coordinator is not None and self.processes is None and self.process_id is None
-        cluster = None
-        if not alone:
-            cluster = detect(os.environ, self.coordinator, self.processes, self.process_id)
+        refuse_endless("--start-limit", self.start_limit)
+        given = (self.coordinator, self.processes, self.process_id)
+        # A coordinator without a job is one to look at before there is one.
+        alone = given[1:] == (None, None) and surrounding(os.environ) is None
+        cluster = None if alone else detect(os.environ, *given)
         findings = examine(self.out.expanduser().absolute(), cluster, self.coordinator, self.start_limit)
         bad = [finding for finding in findings if not finding.good]
         if findings[0].process == (

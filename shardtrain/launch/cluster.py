@@ -75,7 +75,7 @@ def detect(
         >>> detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) is None
         True
     """
-    found = next((c for find in (_own, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
+    found = surrounding(env)
     if found is None and coordinator is None and processes is None and process_id is None:
         return None
     cluster = found or Cluster("flags", "", 0, -1)
@@ -104,6 +104,16 @@ def detect(
             f"from 0 to {cluster.processes - 1}"
         )
     return cluster
+
+
+def surrounding(env: Mapping[str, str]) -> Cluster | None:
+    """What the environment alone says, which may be less than a job needs; None where it says nothing.
+
+    Example:
+        >>> surrounding({"SHARDTRAIN_PROCESSES": "2", "SHARDTRAIN_PROCESS_ID": "1"}).coordinator
+        ''
+    """
+    return next((c for find in (_own, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
 
 
 def restarts(env: Mapping[str, str]) -> int:

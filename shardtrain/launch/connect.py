@@ -12,7 +12,7 @@ import jax
 from shardtrain.errors import UserError
 from shardtrain.launch.card import own_card, refuse_unequal
 from shardtrain.launch.cluster import Cluster, detect
-from shardtrain.launch.rendezvous import meet
+from shardtrain.launch.rendezvous import meet, refuse_endless
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,17 @@ class Limits:
         heartbeat: without a sign of life of a process, until jax aborts the others; longer than a `Guard`
             waits, which says who it is.
         shutdown: at the end of the program, for the others to end too.
+
+    Raises:
+        UserError: a start that has no end.
     """
 
     start: float = 300.0
     heartbeat: int = 100
     shutdown: int = 300
+
+    def __post_init__(self) -> None:
+        refuse_endless("start", self.start)
 
 
 def connect(
@@ -68,7 +74,9 @@ def connect(
     if cluster is None or jax.distributed.is_initialized():
         return cluster
     refuse_nameless(cluster)
-    refuse_unequal(meet(cluster, own_card(), limits.start))
+    others = refuse_unequal(meet(cluster, own_card(), limits.start))
+    for difference in others if cluster.process_id == 0 else ():
+        log.warning("%s; install the same on all hosts if this job hangs or fails", difference)
     # It would take SIGTERM for itself, which a `Guard` answers, and which before that is to end a process.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(

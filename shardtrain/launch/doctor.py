@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import jax
 
 from shardtrain.errors import UserError, first_line
-from shardtrain.launch.card import Card, differences, own_card
+from shardtrain.launch.card import Card, differences, of_gpus, own_card
 from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
 from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
@@ -209,9 +208,7 @@ def devices(cluster: Cluster | None) -> list[Finding]:
 
 def packages() -> list[Finding]:
     """Whether versions fit together, and none is known to hang."""
-    names = sorted({str(d.metadata["Name"]).lower().replace("_", "-") for d in metadata.distributions()})
-    of_gpu = [name for name in names if name.startswith(("jax-cuda", "jax-rocm", "nvidia-nccl"))]
-    versions = installed(["jax", "jaxlib", *of_gpu])
+    versions = installed(["jax", "jaxlib", *of_gpus()])
     found = [Finding("packages", True, ", ".join(f"{name} {version}" for name, version in versions.items()))]
     for name, version in versions.items():
         if name.startswith(("jax-cuda", "jax-rocm")) and version != versions.get("jaxlib"):
@@ -266,7 +263,7 @@ def together(cards: Sequence[Card]) -> list[Finding]:
     """What only a comparison of processes shows."""
     hosts = {card["host"] for card in cards}
     found = [Finding("processes", True, f"all {len(cards)} are there, on {len(hosts)} hosts")]
-    unequal = differences(cards)
+    unequal = list(differences(cards).values())
     same = "; ".join(unequal[:3]) if unequal else "equal in all processes"
     found.append(Finding("versions", not unequal, same, "install the same on all hosts" if unequal else ""))
     rank = max(range(len(cards)), key=lambda k: abs(cards[k]["skew"]))

@@ -28,6 +28,9 @@ LONGEST = 1 << 20
 PAUSE = 0.2
 """Seconds between two attempts to connect."""
 
+DAY = 86400.0
+"""Seconds that processes wait for each other at most; sockets cannot wait for ever."""
+
 
 def meet(cluster: Cluster, card: Card, limit: float) -> list[Card]:
     """Waits until all processes of the job are there; gives each the cards of all.
@@ -70,6 +73,18 @@ def meet(cluster: Cluster, card: Card, limit: float) -> list[Card]:
     if cluster.process_id == 0:
         return _gather(cluster, card, port, limit, end)
     return _report(cluster, card, connection, here, limit, end)
+
+
+def refuse_endless(name: str, limit: float) -> None:
+    """Refuses a limit of waiting that is none.
+
+    Example:
+        >>> refuse_endless("--start-limit", 1e9)
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: --start-limit 1e+09: use seconds above 0, and 86400 (a day) at most
+    """
+    if not 0 < limit <= DAY:
+        raise UserError(f"{name} {limit:g}: use seconds above 0, and {DAY:.0f} (a day) at most")
 
 
 @contextmanager
@@ -231,6 +246,9 @@ def refuse_elsewhere(host: str, address: str) -> None:
     """Refuses a coordinator that is another host than this one, which is to be it.
 
     Whoever gives `JAX_COORDINATOR_BIND_ADDRESS` knows better (a router in between).
+
+    Raises:
+        UserError: an address that this host does not have.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

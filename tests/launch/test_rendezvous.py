@@ -197,7 +197,10 @@ def test_ipv6():
 
 def test_unequal_versions():
     card = own_card()
-    refuse_unequal([card, card])
+    assert refuse_unequal([card, card]) == []
     other = card | {"versions": card["versions"] | {"jax": "0.1"}, "host": "b"}
     with pytest.raises(UserError, match=r"jax is 0.1 in process 1 \(b\) and .* in process 0"):
         refuse_unequal([card, other])
+    other = card | {"versions": card["versions"] | {"nvidia-nccl-cu13": "2.31.2"}, "host": "b"}
+    (said,) = refuse_unequal([card, other, other])  # nobody knows that it does harm
+    assert said.startswith("nvidia-nccl-cu13 is 2.31.2 in process 1 (b) and missing in process 0 (")
