@@ -25,6 +25,9 @@ NAME_LIMIT = 10.0
 LONGEST = 1 << 20
 """Bytes of a message beyond which it is from someone else."""
 
+FAREWELL = 5.0
+"""Seconds that a process has to take the answer of process 0, and to close."""
+
 PAUSE = 0.2
 """Seconds between two attempts to connect."""
 
@@ -303,7 +306,7 @@ def _send_all(peers: dict[socket.socket, bytearray], answer: Any) -> None:
     """Sends to all, and lets them close first: a port whose server closed first is not free at once."""
     message = json.dumps(answer).encode() + b"\n"
     for peer in peers:
-        peer.settimeout(5.0)
+        peer.settimeout(FAREWELL)
         try:
             peer.sendall(message)
         except OSError:

@@ -30,8 +30,15 @@ def test_what_it_says(job):
     (box,) = pod["containers"]
     assert box["command"] == COMMAND
     assert pod["securityContext"]["runAsNonRoot"] is True
+    assert [pod["securityContext"][name] for name in ("runAsUser", "runAsGroup", "fsGroup")] == [1000] * 3
+    assert pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] == job.grace
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == job.restarts
+    assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "publishNotReadyAddresses": True}
     assert box["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     assert pod["automountServiceAccountToken"] is False
+    assert box["resources"]["requests"] == {"cpu": job.cpu, "memory": job.memory}
+    assert box["resources"]["limits"]["memory"] == job.memory
     assert box["resources"]["limits"].get("nvidia.com/gpu", 0) == job.gpus
     mounts = {mount["name"] for mount in box["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
@@ -49,6 +56,9 @@ def test_the_command_arrives_word_for_word():
 def test_a_pod_finds_its_place():
     job = JOBS["large"]
     _, _, pod = read(job)
+    (again,) = (entry for entry in pod["containers"][0]["env"] if entry["name"] == "SHARDTRAIN_RESTARTS")
+    source = again["valueFrom"]["fieldRef"]["fieldPath"]
+    assert source == "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
     env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
     # Kubernetes sets the index in pods of Indexed Jobs, JobSet the annotation that the manifest refers to.
     env |= {"JOB_COMPLETION_INDEX": "3", "SHARDTRAIN_RESTARTS": "2", "JOBSET_UID": "b1d5", "NAMESPACE": "a"}

@@ -1,18 +1,21 @@
 """Processes meet over real sockets; here each is a thread."""
 
+import json
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
 from shardtrain import UserError
 from shardtrain.errors import StartError
-from shardtrain.launch import Cluster
+from shardtrain.launch import Cluster, rendezvous
 from shardtrain.launch.card import own_card, refuse_unequal
 from shardtrain.launch.local import free_port
-from shardtrain.launch.rendezvous import meet, split_address
+from shardtrain.launch.rendezvous import meet, refuse_elsewhere, split_address
+
+CARD = own_card()
 
 
 def job(processes, port, **more):
@@ -34,12 +37,23 @@ def all_meet(clusters, limit=5.0, late=0.0):
     def one(cluster):
         time.sleep(late * cluster.process_id)
         try:
-            return meet(cluster, own_card() | {"mine": cluster.process_id}, limit)
+            return meet(cluster, CARD | {"mine": cluster.process_id}, limit)
         except UserError as error:
             return Refused(str(error), may_pass=isinstance(error, StartError))
 
     with ThreadPoolExecutor(len(clusters)) as pool:
         return list(pool.map(one, clusters))
+
+
+def dial(cluster):
+    """A connection to process 0, as soon as it is there."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(split_address(cluster.coordinator), 5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -109,12 +123,10 @@ def test_someone_else_at_the_port():
 
 def test_strangers_do_not_disturb():
     clusters = job(2, free_port())
-    port = split_address(clusters[0].coordinator)[1]
 
     def scan():
-        time.sleep(0.2)
         for message in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process_id": 1}\n', b"\xff\xfe\n"):
-            with socket.create_connection(("127.0.0.1", port), 1) as peer:
+            with dial(clusters[0]) as peer:
                 peer.sendall(message)
 
     thread = threading.Thread(target=scan)
@@ -128,8 +140,7 @@ def test_a_process_that_leaves_is_missing():
     clusters = job(4, free_port())
 
     def leave():
-        time.sleep(0.2)
-        with socket.create_connection(("127.0.0.1", split_address(clusters[0].coordinator)[1])) as peer:
+        with dial(clusters[0]) as peer:
             peer.sendall(b'{"process_id": 2, "processes": 4, "host": "a", "time": 1.0, "versions": {}}\n')
             time.sleep(0.3)
 
@@ -138,6 +149,45 @@ def test_a_process_that_leaves_is_missing():
     said = all_meet(clusters[:2], limit=1.5)
     thread.join()
     assert all("2 did not come to process 0" in text and "within 1.5 s: 2, 3;" in text for text in said)
+
+
+def test_a_stranger_that_never_ends_is_left(monkeypatch):
+    monkeypatch.setattr(rendezvous, "LONGEST", 1000)
+    clusters = job(2, free_port())
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(all_meet, clusters[:1], limit=4.0)
+        with dial(clusters[0]) as peer:
+            peer.settimeout(2)
+            peer.sendall(b"x" * 1001)
+            assert peer.recv(1) == b""
+        assert "1 did not come" in meeting.result()[0]
+
+
+def test_a_coordinator_that_hangs():
+    with socket.create_server(("127.0.0.1", free_port())) as server, ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        meeting = pool.submit(all_meet, job(2, server.getsockname()[1])[1:], limit=0.5)
+        with server.accept()[0]:
+            wait([meeting], timeout=5)
+            took = time.monotonic() - start
+        assert "broke off before all processes were there" in meeting.result()[0]
+    assert took < 4
+
+
+def test_a_process_that_takes_its_time_to_leave_and_has_another_clock(monkeypatch):
+    monkeypatch.setattr(rendezvous, "FAREWELL", 0.3)
+    clusters = job(2, free_port())
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(all_meet, clusters[:1])
+        with dial(clusters[0]) as peer:
+            said = CARD | {"process_id": 1, "processes": 2, "time": time.time() + 100}
+            peer.sendall(json.dumps(said).encode() + b"\n")
+            assert peer.recv(1 << 16).endswith(b"\n")
+            done, _ = wait([meeting], timeout=4)
+            assert done
+        (cards,) = meeting.result()
+    assert cards[0]["skew"] == 0
+    assert 95 < cards[1]["skew"] < 101
 
 
 def test_a_port_that_is_taken():
@@ -178,11 +228,13 @@ def test_a_loopback_coordinator_of_another_host():
     assert "'localhost' is 127.0.0.1 here, which is this host itself" in said or "'localhost' is ::1" in said
 
 
-def test_process_0_on_another_host_than_the_coordinator():
+def test_process_0_on_another_host_than_the_coordinator(monkeypatch):
     named = Cluster("Slurm", "192.0.2.1:62000", 2, 0, source="JAX_COORDINATOR_ADDRESS")  # of nobody
     (said,) = all_meet([named])
     assert said.startswith("JAX_COORDINATOR_ADDRESS=192.0.2.1:62000: process 0 is the coordinator")
     assert "but '192.0.2.1' is 192.0.2.1, another host" in said
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:62000")  # of someone who knows of a router
+    refuse_elsewhere("192.0.2.1", "192.0.2.1")
 
 
 @pytest.mark.parametrize("address", ["node1", "node1:", ":5", "node1:0", "node1:70000", "node1:x"])
