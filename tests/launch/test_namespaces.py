@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,12 +25,25 @@ namespace_hosts = importlib.util.module_from_spec(_spec)
 sys.modules["namespace_hosts"] = namespace_hosts
 _spec.loader.exec_module(namespace_hosts)
 
+installs = os.environ.get("SHARDTRAIN_SLURM") == "1" and os.geteuid() == 0 and shutil.which("apt-get")
+if installs and namespace_hosts.missing(slurm=True):
+    get = "apt-get update; apt-get install -y --no-install-recommends slurm-wlm munge iproute2"
+    subprocess.run(["timeout", "120", "sh", "-c", get], check=False, stdout=subprocess.DEVNULL)
+
+
+def lacks(*, slurm=False):
+    """What this machine lacks for hosts of its own; nothing if it has all."""
+    found = namespace_hosts.missing(slurm=slurm)
+    probe = ["unshare", "--net", "--uts", "--mount", "ip", "link", "add", "probe", "type", "bridge"]
+    if not found and subprocess.run(probe, capture_output=True, check=False).returncode:
+        return "the right to make namespaces"
+    return found
+
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        bool(namespace_hosts.missing()), reason=f"hosts of one's own need {namespace_hosts.missing()}"
-    ),
+    pytest.mark.skipif(bool(lacks()), reason=f"hosts of one's own need {lacks()}"),
 ]
 
 
@@ -119,13 +133,9 @@ def test_the_wrong_host_as_coordinator(up, tmp_path):
     assert f"process 0 is the coordinator and runs on {up.names[0]}, but '{up.names[1]}' is" in said
 
 
-lacks_slurm = namespace_hosts.missing(slurm=True)
-if lacks_slurm and os.environ.get("SHARDTRAIN_SLURM") == "1" and os.geteuid() == 0:
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-    subprocess.run(install, check=False, stdout=subprocess.DEVNULL)  # without a mirror they stay away
-    lacks_slurm = namespace_hosts.missing(slurm=True)
 slurm = pytest.mark.skipif(
-    bool(lacks_slurm), reason=f"Slurm needs {lacks_slurm}; SHARDTRAIN_SLURM=1 installs Debian's packages"
+    bool(lacks(slurm=True)),
+    reason=f"Slurm needs {lacks(slurm=True)}; SHARDTRAIN_SLURM=1 installs Debian's packages",
 )
 
 
