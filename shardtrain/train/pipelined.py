@@ -21,6 +21,7 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.layout import spec
 from shardtrain.mesh import size, text
+from shardtrain.ops.island import crop_to
 from shardtrain.pipeline.balance import allowed, arriving, positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
 from shardtrain.pipeline.generate import NAMES, forward_only, make
@@ -347,21 +348,30 @@ class Pipelined(Stowed):
         programs = self._localize(stages, micro, backward=False)
         machine = self._machine(forward_only(self.schedule.ranks_of, micro.parts), programs, 1 + len(names))
         cuts = programs[-1].outs_cut[1 + len(names) :]
+        batch_cut = micro.cuts[0][0]
+        # Rows come back as the batch lies, however the last layer's do.
+        ends = [(batch_cut, *(tuple(a for a in axes if a not in batch_cut) for axes in c[1:])) for c in cuts]
+
+        def moved(y: Array, shape: tuple[int, ...], cut: Cut, end: Cut) -> Array:
+            return Block(y, (micro.parts, *shape), ((), *cut), self.sizes).moved(((), *end)).value
 
         def step(state: TrainState, batch: Batch) -> tuple[list[Array], list[Array]]:
             (params, _), (variables, shared) = map(_rows, (state.params, state.model_state))
             known = self._by_name("model_state", shared)
             _, _, sums, outputs = machine.run(params, variables, known, micro.blocks(batch))
+            pairs = zip(outputs, outs, cuts, ends, strict=True)
+            outputs = [moved(y, v.aval.shape, cut, end) for y, v, cut, end in pairs]
             # Row j of microbatch i is example i + j * m of the batch.
             rows = [y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in outputs]
             whole, sums = lax.psum((rows, sums[1:]), AXIS)
             rows = [y.astype(x.dtype) for x, y in zip(rows, whole, strict=True)]  # sums of truth values
             return rows, self._over_replicas(sums)
 
-        manual = self._on_devices(step, like, ([spec((micro.rows, *cut[1:])) for cut in cuts], P()))
+        manual = self._on_devices(step, like, ([spec((micro.rows, *end[1:])) for end in ends], P()))
 
         def evaluate(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
             outputs, sums = manual(state, batch)
+            outputs = [crop_to(y, (like.rows, *v.aval.shape[1:])) for y, v in zip(outputs, outs, strict=True)]
             return jax.tree.unflatten(tree, outputs), dict(zip(names, sums, strict=True))
 
         return evaluate

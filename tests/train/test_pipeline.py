@@ -228,6 +228,46 @@ def test_evaluation_and_prediction():
     assert ours.evaluate(parts) != before
 
 
+class Pixels(nnx.Module):
+    """Five numbers for every pixel."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.first = st.nn.Conv(2, 4, (3, 3), **kinds)
+        self.second = st.nn.Conv(4, 4, (3, 3), **kinds)
+        self.head = st.nn.Conv(4, 5, (3, 3), **kinds)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.second(nnx.tanh(self.first(x)))))
+
+
+def test_predictions_for_pixels_that_blocks_do_not_divide():
+    """Nothing that fills up blocks is in them, in one microbatch and in several."""
+    r = np.random.default_rng(0)
+    data = [(r.standard_normal((8, 7, 7, 2)), r.integers(0, 5, (8, 7, 7)).astype(np.int32))]
+
+    def loss(outputs, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean((1, 2))
+
+    ours, theirs = (
+        trainer(mesh, model=Pixels(), loss=loss, metrics={}) for mesh in ("pipe=2,height=2", "data=1")
+    )
+    same(ours, theirs, data)
+    for rows in (8, 3):
+        close(ours.predict(data[0][0][:rows]), theirs.predict(data[0][0][:rows]))
+
+
+@pytest.mark.parametrize("head", [{"batch": ("data", "channel"), "channels": ()}, {"batch": ()}], ids=str)
+def test_predictions_of_a_head_that_is_cut_otherwise(head):
+    """Rows come back as the batch lies, which is by `data` alone."""
+    ours = trainer("pipe=2,channel=2,data=2", model=Deep(), layout={"second": head, "head": head})
+    theirs = trainer("data=1", model=Deep())
+    same(ours, theirs, batches()[:1])
+    x, _ = images(16, seed=3)
+    for rows in (16, 6):
+        close(ours.predict(x[:rows]), theirs.predict(x[:rows]))
+
+
 class Pooled(nnx.Module):
     """For images of any size."""
 
