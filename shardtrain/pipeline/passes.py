@@ -175,11 +175,12 @@ class Passes:
         varying = self._after([*self.arguments[len(self.params) :]])
         free = set(self.arguments[:first_in]) - self.state
         out: dict[Any, None] = {}
-        todo = list(frontier)
+        todo, seen = list(frontier), set(free)
         while todo:
             v = todo.pop(0)
-            if v in free or v not in varying or v in self.closed.jaxpr.constvars:
+            if v in seen or v not in varying or v in self.closed.jaxpr.constvars:
                 continue
+            seen.add(v)
             i = self.makers.get(v)
             if v in ins or v in self.state or i is None:
                 out[v] = None

@@ -5,10 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from flax import nnx
 from recipe_process import ROOT, environment
 
-from .models import MODELS
-from .parity import GROUPS, check
+import shardtrain as st
+from shardtrain.pipeline import make
+
+from .models import KINDS, MODELS, data
+from .parity import GROUPS, Case, assert_same, check
 
 QUICK = [
     ("unequal", "pipe=2,data=2,height=2"),
@@ -40,6 +44,17 @@ SIXTEEN = ["pipe=4,data=2,height=2", "pipe=8,data=2", "pipe=8,height=2", "pipe=8
 )
 def test_gradients(name, mesh, group):
     check(name, mesh, group, 8)
+
+
+def test_a_deep_network_whose_stages_keep_their_inputs_alone():
+    """A value is used along many paths; each is looked at once."""
+    model = st.models.ResNet(18, 8, 2, stem="small", width=4, **KINDS, rngs=nnx.Rngs(0))
+    schedule = make("1f1b", 2, 2)
+    case = Case.of(model, "pipe=2", *data("resnet", 4), schedule, plan={"remat": True})
+    first, second = case.pipeline.programs
+    assert (first.saved, first.lasting) == ((), ())
+    assert sum(s.size for s in (*second.saved, *second.lasting)) == sum(s.size for s in second.ins)
+    assert_same(case.run([schedule])[0], case.alone(), "remat")
 
 
 @pytest.mark.slow
