@@ -114,8 +114,8 @@ def plain(model: nnx.Module, kind: type) -> list[str]:
     return [name(path) for path, m in modules if isinstance(m, kind) and not isinstance(m, Partitioned)]
 
 
-def refuse_model(model: nnx.Module, accumulate: int) -> None:
-    """Refuses variables that cannot be trained or saved, and dropout that does not tell microbatches apart.
+def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
+    """Refuses variables that cannot be trained or saved, and layers that do not tell microbatches apart.
 
     Raises:
         UserError: names the variable or the layer.
@@ -135,6 +135,12 @@ def refuse_model(model: nnx.Module, accumulate: int) -> None:
         raise UserError(
             f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
             f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
+        )
+    if (norms := plain(model, nnx.BatchNorm)) and accumulate > 1 and statistics == "batch":
+        raise UserError(
+            f"{norms[0]!r} is a plain nnx.BatchNorm, whose running statistics move with each microbatch of "
+            f"accumulate={accumulate} and not once, as statistics='batch' asks; use shardtrain.nn.BatchNorm "
+            f"with the same arguments"
         )
 
 

@@ -136,7 +136,7 @@ class Trainer:
         )
         self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
-        check.refuse_model(model, accumulate)
+        check.refuse_model(model, accumulate, statistics)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
         self._batch_only = not any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._batch_size: int | None = None

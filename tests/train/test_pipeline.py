@@ -365,6 +365,14 @@ def test_trees_of_inputs_and_outputs():
     close(ours.evaluate(data), theirs.evaluate(data))
 
 
+class PlainNorm(Plain):
+    """With a batch norm of flax."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nnx.BatchNorm(8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("mesh", ["data=2", "pipe=1"])
 @pytest.mark.parametrize(
     "asked", [{"schedule": "1f1b"}, {"stages": "wide|deep"}, {"in_flight": 2}, {"overlap": True}], ids=str
@@ -397,6 +405,10 @@ def test_what_is_asked_of_stages_that_there_are_not_is_refused(mesh, asked):
         (lambda: trainer("pipe=2", stages="stem|neck"), "neck"),
         (lambda: trainer("pipe=2", schedule=st.pipeline.make("interleaved", 2, 4, 200)), "can be cut into .* stages at most, not 400"),
         (lambda: trainer("pipe=2", accumulate=1), "with accumulate=1: .* one at a time; .* such as accumulate=8"),
+        (
+            lambda: trainer("pipe=2", model=PlainNorm(), statistics="batch"),
+            "'norm' is a plain nnx.BatchNorm, .* not once, as statistics='batch' asks; use shardtrain.nn.BatchNorm",
+        ),
         (lambda: trainer("pipe=2", statistics="epoch"), "statistics='epoch'; there are 'microbatch' and 'batch'"),
         (lambda: trainer("pipe=2,data=2", accumulate=16), "batch of 16 does not divide by the 2 shards .* use 32"),
         (lambda: trainer("pipe=2", stages="0F0"), "stages"),
