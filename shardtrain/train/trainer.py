@@ -310,6 +310,9 @@ class Trainer:
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
         """Means of the loss and the metrics over all real examples, in evaluation mode.
 
+        The model must treat each row by itself: ragged batches are filled up, and with `pipe` a batch is
+        evaluated in microbatches.
+
         Raises:
             UserError: no batches at all.
 
@@ -331,7 +334,8 @@ class Trainer:
     def predict(self, inputs: Any) -> Any:
         """The model's outputs for a host batch of any size, in evaluation mode, as numpy arrays.
 
-        In a job of several processes each brings equally many rows and gets the outputs of its own.
+        The model must treat each row by itself, see `evaluate`. In a job of several processes each brings
+        equally many rows and gets the outputs of its own.
 
         Example:
             >>> trainer.predict(images).argmax(-1)
