@@ -196,7 +196,7 @@ def bad_idx(folder):
         (["--mesh", "data=200000"], "at most 512 can be simulated"),
         (["--lr", "nan"], "--lr nan"),
         (["--weight-decay", "nan"], "--weight-decay nan: use 0 for none"),
-        (["--start-limit", "inf"], "--start-limit inf: use seconds above 0, at most a day (86400)"),
+        (["--start-limit", "inf"], "--start-limit inf: use seconds above 0, and 86400 (a day) at most"),
         (["--resume", "auto", "--compare"], "leave out --resume or --compare"),
     ],
 )

@@ -8,15 +8,13 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import tyro
 
 from shardtrain.errors import UserError
+from shardtrain.launch.rendezvous import refuse_endless
 from shardtrain.mesh import parse
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 
 MOST = 2**31 - 1
 """Updates that a run can count, and examples of a batch."""
-
-DAY = 24 * 3600
-"""Seconds that a process may wait for others at the most."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
@@ -146,8 +144,7 @@ def check(flags: RunFlags) -> None:
         raise UserError(f"--lr {flags.lr}: use a positive learning rate")
     if not 0 <= flags.weight_decay < float("inf"):
         raise UserError(f"--weight-decay {flags.weight_decay}: use 0 for none, or a positive number")
-    if not 0 < flags.start_limit <= DAY:
-        raise UserError(f"--start-limit {flags.start_limit:g}: use seconds above 0, at most a day ({DAY})")
+    refuse_endless("--start-limit", flags.start_limit)
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
     if flags.checkpoint_every is not None:

@@ -43,7 +43,7 @@ class Flags(cli.RunFlags):
         ({"steps": 2**31}, f"--steps {2**31}: use {2**31 - 1} or less"),
         ({"batch_size": 10**20}, "--batch-size 1000"),
         ({"keep": 0}, "--keep 0: use 1 or more"),
-        ({"start_limit": 1e9}, r"--start-limit 1e\+09: use seconds above 0, at most a day"),
+        ({"start_limit": 1e9}, r"--start-limit 1e\+09: use seconds above 0, and 86400"),
     ],
 )
 def test_numbers_that_cannot_be(given, message):
