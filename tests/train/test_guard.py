@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -210,23 +211,19 @@ def test_refused_in_a_sentence(arguments, message):
         run(deep("data=2"), DATA, st.Guard(**arguments))
 
 
-def names_in(folder):
-    """Names of what a trace holds."""
+def steps_in(folder):
+    """The steps that a trace holds."""
     (file,) = folder.rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(file))
-    return [
-        (event.name, dict(event.stats))
-        for plane in data.planes
-        for line in plane.lines
-        for event in line.events
-    ]
+    with warnings.catch_warnings(action="ignore"):  # of jaxlib 0.12's own type, which as an error is an abort
+        events = [event for plane in data.planes for line in plane.lines for event in line.events]
+        found = [dict(event.stats).get("step_num") for event in events if event.name == "train"]
+    return {step for step in found if step is not None}
 
 
 def test_a_profile_holds_the_steps_asked_for(tmp_path):
     run(deep("data=2"), DATA, unwatched(tmp_path, profile=range(3, 5)))
-    found = names_in(tmp_path / "profile")
-    steps = {stats["step_num"] for name, stats in found if name == "train" and "step_num" in stats}
-    assert steps == {3, 4}
+    assert steps_in(tmp_path / "profile") == {3, 4}
     assert [row["step"] for row in events(tmp_path, "profile")] == [3, 5]
 
 
@@ -244,8 +241,7 @@ def test_sigusr1_profiles_the_next_steps(tmp_path):
     with st.Guard(tmp_path) as guard:
         one.fit(feed(), steps=20, progress=False, guard=guard)
     assert signal.getsignal(signal.SIGUSR1) == before
-    steps = {stats.get("step_num") for name, stats in names_in(tmp_path / "profile") if name == "train"}
-    assert len(steps - {None}) == 5
+    assert len(steps_in(tmp_path / "profile")) == 5
     assert "steps 9 to 13 will be traced" in events(tmp_path, "profile")[0]["message"]
 
 
