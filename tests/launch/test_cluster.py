@@ -1,9 +1,12 @@
 """The place of a process, from environments as schedulers really set them."""
 
+import importlib
+
+import jax
 import pytest
 
 from shardtrain import UserError
-from shardtrain.launch import Cluster, detect, restarts
+from shardtrain.launch import Cluster, Limits, connect, detect, restarts
 from shardtrain.launch.connect import devices_of
 
 # srun -N3 --ntasks-per-node=2 of Slurm 22.05, task 3
@@ -174,3 +177,24 @@ def test_processes_of_a_host_share_its_gpus():
         devices_of(here, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"})
     alone = Cluster("Slurm", "a:1", 2, 1, (0, 1), 2)
     assert devices_of(alone, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_start_says_what_differs_and_goes_on(monkeypatch, rank):
+    """Once for all processes."""
+    module, said = importlib.import_module("shardtrain.launch.connect"), []
+    cards = [{"host": host, "versions": {"grain": version}} for host, version in (("a", "1"), ("b", "2"))]
+    monkeypatch.setattr(module, "meet", lambda *_: cards)
+    monkeypatch.setattr(module.log, "warning", lambda text, *words: said.append(text % words))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    for name, value in (LOCAL | {"SHARDTRAIN_PROCESS_ID": str(rank)}).items():
+        monkeypatch.setenv(name, value)
+    assert connect().process_id == rank
+    assert [line.split(";")[0] for line in said] == [
+        "grain is 2 in process 1 (b) and 1 in process 0 (a)" for _ in range(1 - rank)
+    ]
+
+
+def test_a_start_that_has_no_end():
+    with pytest.raises(UserError, match=r"^start 1e\+09: use seconds above 0, and 86400 \(a day\) at most"):
+        Limits(start=1e9)
