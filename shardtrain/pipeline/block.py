@@ -5,7 +5,9 @@ extent may be anything, NaN among it; a rule that would let it reach real elemen
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,19 @@ from shardtrain.layout import Axes, axes_of
 
 Cut = tuple[Axes, ...]
 Sizes = Mapping[str, int]
+
+
+_notice: ContextVar["Callable[[Block, Axes], None] | None"] = ContextVar("notice", default=None)
+
+
+@contextmanager
+def noticing(notice: "Callable[[Block, Axes], None] | None") -> Iterator[None]:
+    """Calls `notice` for each block that is moved inside, with the axes that cut it before and not then."""
+    token = _notice.set(notice)
+    try:
+        yield
+    finally:
+        _notice.reset(token)
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,10 @@ class Block:
             moved = raw.moved((*cut, *raw.cut[len(cut) :]))
             value = jax.random.wrap_key_data(moved.value, impl=jax.random.key_impl(self.value))
             return replace(self, value=value, cut=cut)
+        left = {a for axes in cut for a in axes}
+        lost = tuple(a for axes in self.cut for a in axes if a not in left and self.sizes[a] > 1)
+        if lost and (notice := _notice.get()):
+            notice(self, lost)
         x = self
         kept = tuple(self._kept(dim, axes) for dim, axes in enumerate(cut))
         for dim, axes in enumerate(kept):

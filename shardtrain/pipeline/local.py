@@ -3,7 +3,8 @@
 Inside a pipeline stage nothing is left to XLA's partitioner: a stage is one branch of a program that is
 manual over every mesh axis. What our operators do is in their islands already; what a model computes
 between them (sums of residuals, activations, losses) is brought into local form here, by one rule for each
-kind of primitive (`rules`). What has no rule is gathered and computed whole, with a warning.
+kind of primitive (`rules`). What has no rule is gathered and computed whole, with a warning; what a rule
+gathers to do without some cut has a warning too.
 """
 
 import logging
@@ -15,8 +16,9 @@ import jax
 from jax import lax
 
 from shardtrain import compat
+from shardtrain.layout import Axes
 from shardtrain.pipeline import values as on_values
-from shardtrain.pipeline.block import Block, Cut, Sizes, block_shape, cut_of, finest, whole
+from shardtrain.pipeline.block import Block, Cut, Sizes, block_shape, cut_of, finest, noticing, whole
 from shardtrain.pipeline.rules import RULES
 from shardtrain.pipeline.values import CALLS, SAME, Values, constant, read
 
@@ -25,7 +27,9 @@ __all__ = ["Block", "Cut", "Sizes", "block_shape", "cut_of", "evaluate"]
 log = logging.getLogger(__name__)
 
 
-def evaluate(closed: Any, blocks: Sequence[Block], sizes: Sizes) -> list[Block]:
+def evaluate(
+    closed: Any, blocks: Sequence[Block], sizes: Sizes, warned: set[str] | None = None
+) -> list[Block]:
     """Runs a closed jaxpr of global arrays on one device's blocks, inside a manual `shard_map`.
 
     Args:
@@ -33,17 +37,17 @@ def evaluate(closed: Any, blocks: Sequence[Block], sizes: Sizes) -> list[Block]:
             collectives, which may stand in a branch that only some devices take.
         blocks: of its arguments.
         sizes: of all mesh axes that may cut something.
+        warned: of what there was a warning already, which is not repeated; new ones are added.
 
     Returns:
         The blocks of its results; what they are cut by follows from the arguments and the islands.
     """
-    return _Evaluator(sizes).run(closed, blocks)
+    return _Evaluator(sizes, set() if warned is None else warned).run(closed, blocks)
 
 
 class _Evaluator:
-    def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
-        self.warned: set[str] = set()
+    def __init__(self, sizes: Sizes, warned: set[str]) -> None:
+        self.sizes, self.warned = sizes, warned
         self.calls: list[Any] = []
 
     def run(self, closed: Any, blocks: Sequence[Block]) -> list[Block]:
@@ -74,21 +78,30 @@ class _Evaluator:
             return blocks
         own = {"shard_map": self.island, "scan": self.scan, "while": self.while_, "cond": self.cond}
         rule = own.get(name) or RULES.get(name)
-        found = rule(equation, blocks) if rule else None
-        return self.replicated(equation, blocks) if found is None else found
+
+        def gathered(block: Block, axes: Axes) -> None:
+            self.warn(equation, f"gathers an operand of shape {block.shape} over {', '.join(axes)}")
+
+        with noticing(None if rule == self.island else gathered):  # islands say themselves what they move
+            found = rule(equation, blocks) if rule else None
+            return self.replicated(equation, blocks) if found is None else found
 
     def replicated(self, equation: Any, blocks: list[Block]) -> list[Block]:
         """The last resort: every device of the stage gathers the operands and computes the whole."""
-        places = [compat.where(e) for e in (equation, *reversed(self.calls))]
-        place = next(
-            (p for p in places if p != "unknown place"), places[0]
-        )  # jax traces its own functions once
-        text = f"{equation.primitive.name} ({place})"
-        if any(any(b.cut) for b in blocks) and text not in self.warned:
-            self.warned.add(text)
-            log.warning("%s is gathered and computed whole on every device of its pipeline stage", text)
+        if any(any(b.cut) for b in blocks):
+            self.warn(equation, "is gathered and computed whole on every device of its pipeline stage")
         outs = compat.rebind(equation, [b.whole_on(range(len(b.shape))).value for b in blocks])
         return [whole(v, self.sizes) for v in outs]
+
+    def warn(self, equation: Any, what: str) -> None:
+        """Says once of each operation and place in the user's code what it gathers."""
+        places = [compat.where(e) for e in (equation, *reversed(self.calls))]
+        # jax traces its own functions once, which then have no place.
+        place = next((p for p in places if p != "unknown place"), places[0])
+        text = f"{equation.primitive.name} ({place})"
+        if text not in self.warned:
+            self.warned.add(text)
+            log.warning("%s %s", text, what)
 
     def island(self, equation: Any, blocks: list[Block]) -> list[Block]:
         jaxpr, in_specs, out_specs = compat.island_parts(equation)

@@ -66,6 +66,7 @@ def localize(
     last: bool,
     remat: bool = False,
     backward: bool = True,
+    warned: set[str] | None = None,
 ) -> Programs:
     """Brings a stage and its gradient into local form and cuts them into `F`, `I` and `W`.
 
@@ -77,8 +78,9 @@ def localize(
         last: whether its outputs are the loss and sums rather than activations.
         remat: save only the stage's inputs and compute forward again in the backward pass.
         backward: whether it is ever run; without, only `F` is of use.
+        warned: see `evaluate`.
     """
-    one = _Local(stage, [*given, *ins_cut], mesh, last=last)
+    one = _Local(stage, [*given, *ins_cut], mesh, set() if warned is None else warned, last=last)
     sums: tuple[Axes, ...] = ((),) * len(stage.params)
     saved = lasting = between = ()
     if backward:
@@ -120,7 +122,7 @@ class _Local:
     """A stage, and its gradient with it, as what one device computes on its blocks.
 
     Args:
-        stage, mesh, last: see `localize`.
+        stage, mesh, warned, last: see `localize`.
         cuts: how its arguments lie.
 
     Attributes:
@@ -132,8 +134,10 @@ class _Local:
         wanted: how all results are to lie: variables as they did before.
     """
 
-    def __init__(self, stage: Stage, cuts: Sequence[Cut], mesh: AbstractMesh, *, last: bool) -> None:
-        self.stage, self.mesh = stage, mesh
+    def __init__(
+        self, stage: Stage, cuts: Sequence[Cut], mesh: AbstractMesh, warned: set[str], *, last: bool
+    ) -> None:
+        self.stage, self.mesh, self.warned = stage, mesh, warned
         self.sizes = {n: s for n, s in mesh.shape.items() if n not in compat.manual_axes(mesh)}
         jaxpr, params = stage.closed.jaxpr, len(stage.params)
         self.arguments = _Arrays.of(jaxpr.invars, cuts)
@@ -190,7 +194,7 @@ class _Local:
         def run(*values: Any) -> list[Any]:
             rows = zip(values, given.shapes, given.cuts, strict=True)
             blocks = [Block(v, s.shape, cut, self.sizes) for v, s, cut in rows]
-            return [b.value for b in end(evaluate(closed, blocks, self.sizes))]
+            return [b.value for b in end(evaluate(closed, blocks, self.sizes, self.warned))]
 
         with jax.sharding.use_abstract_mesh(compat.with_manual(self.mesh, self.mesh.axis_names)):
             return jax.make_jaxpr(run, axis_env=list(self.mesh.shape.items()))(*given.blocks(self.sizes))

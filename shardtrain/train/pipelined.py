@@ -142,7 +142,7 @@ class Pipelined(Stowed):
         self.program, self.named_shapes, self.specs, self.mesh = program, named, specs, mesh
         self.outer = compat.with_manual(mesh, [AXIS, REPLICA])
         self.sizes = {n: s for n, s in mesh.shape.items() if n not in (AXIS, REPLICA)}
-        self.plan = plan
+        self.plan, self._warned = plan, set[str]()
         self.cuts = cuts = {
             key: cut_of(lie[key], len(shapes[key].shape))
             for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
@@ -203,8 +203,8 @@ class Pipelined(Stowed):
         found: list[Programs] = []
         for k, stage in enumerate(stages):
             given = [self.cuts[n] for n in (*stage.params, *stage.state)] + list(micro.cuts)
-            last = k == len(stages) - 1
-            found.append(localize(stage, given, ins, self.outer, last=last, remat=remat, backward=backward))
+            kinds = {"last": k == len(stages) - 1, "remat": remat, "backward": backward}
+            found.append(localize(stage, given, ins, self.outer, **kinds, warned=self._warned))
             ins = found[-1].outs_cut
         return tuple(found)
 

@@ -3,8 +3,10 @@
 Extents that blocks do not divide are filled up with NaN and nonsense: none of it may reach a result.
 """
 
+import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -23,7 +25,7 @@ import shardtrain as st
 from shardtrain import compat
 from shardtrain.pipeline import rules
 from shardtrain.pipeline.local import Block, block_shape, cut_of, evaluate
-from shardtrain.pipeline.rules import elementwise, sums
+from shardtrain.pipeline.rules import elementwise, lookups, sums
 
 SIZES = {"data": 2, "height": 2}
 ALL = ("pipe", "data", "height")
@@ -164,10 +166,11 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def verify(case, caplog):
     gathers = check(case)
-    warned = {r.getMessage().split()[0] for r in caplog.records if r.name == "shardtrain.pipeline.local"}
-    assert warned == set(case.warns.split())
+    said = [r.getMessage() for r in caplog.records if r.name == "shardtrain.pipeline.local"]
+    assert {text.split()[0] for text in said if "computed whole" in text} == set(case.warns.split())
     if case.local:
         assert gathers == [0] * len(case.cuts)
+        assert len(said) == len(case.warns.split())
 
 
 def ints(*shape, below=5):
@@ -303,11 +306,31 @@ LOOKUPS = {
         [(7, 5), ints(7)],
         ["d. d", "B. B", "d. .", ".. d"],
     ),
+    "labels_cut_less": Case(
+        lambda x, t: optax.softmax_cross_entropy_with_integer_labels(x, t), [(8, 5), ints(8)], ["B. d"]
+    ),
     "labels_of_cut_logits": Case(
         lambda x, t: optax.softmax_cross_entropy_with_integer_labels(x, t),
         [(6, 3, 5), ints(6, 3)],
-        ["d.h d.", "dh. d."],
+        ["d.h d.", "..B ..", "d.h .."],
+    ),
+    "labels_of_logits_cut_otherwise": Case(
+        lambda x, t: optax.softmax_cross_entropy_with_integer_labels(x, t),
+        [(6, 3, 5), ints(6, 3)],
+        ["dh. d."],
         local=False,
+    ),
+    "places_in_cut_dimensions": Case(
+        lambda w, t, u: (
+            jnp.take(w, t, 0, mode="clip"),
+            jnp.take(w, t, 0, mode="fill", fill_value=3.0),
+            jnp.take(w, u, 1, mode="wrap"),
+            w[t, u],
+            lax.convert_element_type(w * 9, int)[t],
+        ),
+        [(5, 6), ints(7, below=9) - 2, ints(7, below=6)],
+        ["d. . .", "dh . .", "B. . .", ".R . .", "d. h h"],
+        grad=False,
     ),
     "embedding": Case(lambda w, t: w[t], [(5, 6), ints(7, 3)], [".. d.", ".. dh", ".d h.", ".h .."]),
     "embedding_cut": Case(
@@ -697,6 +720,18 @@ def careless(equation, blocks):
     return [Block(compat.rebind(equation, values)[0], out.shape, cut, out.sizes)]
 
 
+def unjoined(equation, blocks):
+    """As `gather`, but each device keeps what it read itself."""
+    with mock.patch.object(lax, "psum", lambda value, axes: value):
+        return lookups.gather(equation, blocks)
+
+
+def of_own_blocks(equation, blocks):
+    """As `argmax`, but the places are those in each device's block."""
+    with mock.patch.object(sums, "_place", lambda equation, x, mine, dim: mine):
+        return sums.reduce(equation, blocks)
+
+
 SLICED = Block._sliced
 MUTANTS = {
     "psum_forgotten": ("reduce_sum", unsummed, Case(lambda x: x.sum(0), [(8, 4)], ["d."])),
@@ -709,6 +744,12 @@ MUTANTS = {
         added_everywhere,
         Case(lambda x, t, u: x.at[t].add(u), [(5, 4), ints(8), (8, 4)], [".. d d."], grad=False),
     ),
+    "lookups_not_joined": (
+        "gather",
+        unjoined,
+        Case(lambda x, t: jnp.take_along_axis(x, t, 1), [(3, 8), ints(3, 1)], [".d .."], grad=False),
+    ),
+    "places_in_blocks": ("argmax", of_own_blocks, Case(lambda x: jnp.argmax(x, 1), [(9, 8)], [".d"])),
     "blocks_that_do_not_meet": ("add", careless, Case(lambda x, y: x + y, [(8, 4), (8, 4)], ["d. .."])),
 }
 
@@ -736,6 +777,32 @@ def test_a_warning_comes_once_and_says_where(caplog):
     (record,) = caplog.records
     assert "fft (" in record.getMessage()
     assert "test_local.py:" in record.getMessage()
+
+
+GATHERS = {
+    "rev": lambda x: jnp.flip(x, 1),
+    "cumsum": lambda x: jnp.cumsum(x, 1),
+    "reshape": lambda x: x.reshape(-1),
+    "dot_general": lambda x: x.T @ x,
+    "scan": lambda x: lax.scan(lambda c, row: (c, row + 1), 0, x.T)[1],
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_what_a_rule_gathers_is_said_once_with_its_place(name, caplog):
+    """Where a dimension is cut by `height`, and only there."""
+    case = Case(GATHERS[name], [(3, 8)], [".h"], local=False)
+    check(case)
+    check(dataclasses.replace(case, cuts=[".."]))
+    (text,) = {r.getMessage() for r in caplog.records}
+    assert len(caplog.records) == 1
+    assert text.startswith(f"{name} (")
+    assert re.search(r"test_local.py:\d+\) gathers an operand of shape \(.*\) over height", text)
+
+
+def test_blocks_that_are_only_cut_otherwise_are_not_called_gathered(caplog):
+    check(Case(lambda x, y: x * y, [(8, 6), (8, 6)], ["d. .d", ".h h."], local=False))
+    assert not caplog.records
 
 
 def test_cuts_of_specs():

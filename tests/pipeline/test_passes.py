@@ -1,5 +1,7 @@
 """The programs of a stage: what each costs, what it leaves to the next, and that the fastest ticks are run."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +89,29 @@ def test_an_idle_tick_computes_nothing(step):
     assert {e.primitive.name for e in equations(idle.jaxpr)} == {"broadcast_in_dim"}
     assert len(others) == 6  # F, I and W of two stages
     assert all(map(products, others))
+
+
+class Flipped(nnx.Module):
+    """Turns its images upside down."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.first, self.second = st.nn.Conv(2, 4, (3, 3), **kinds), st.nn.Conv(4, 4, (3, 3), **kinds)
+        self.mean, self.head = st.nn.GlobalAvgPool(), st.nn.Linear(4, 5, **kinds)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.first(x))
+        x = jnp.flip(x, 1)
+        return self.head(self.mean(jnp.tanh(self.second(x))))
+
+
+def test_what_stages_gather_is_logged_once(caplog):
+    """Whatever programs it is in: of training, its gradient and evaluation."""
+    r = np.random.default_rng(0)
+    batch = r.standard_normal((8, 8, 8, 2)), r.integers(0, 5, 8)
+    case = Case.of(Flipped(), "pipe=2,height=2", *batch, make("1f1b", 2, MICROBATCHES))
+    case.pipeline.eval_step(case.batch)
+    (text,) = (record.getMessage() for record in caplog.records if "gathers" in record.getMessage())
+    assert re.match(
+        r"rev \(.*test_passes.py:\d+\) gathers an operand of shape \(2, 8, 8, 4\) over height", text
+    )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from shardtrain import compat
 from shardtrain.layout import Axes
@@ -29,7 +29,10 @@ def dynamic_update_slice(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def gather(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """Cut along indices, along what every index has a row of its own for, and along what is read whole."""
+    """Cut along indices, along what every index has a row of its own for, and along what is read whole.
+
+    Of numbers also along what indices point at: each device reads what it has, and all of that is summed.
+    """
     x, index = blocks
     p, shape = equation.params, equation.outvars[0].aval.shape
     dims = p["dimension_numbers"]
@@ -41,22 +44,48 @@ def gather(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
     cut_index = [*index.cut[:-1], ()]
     for i, o in own.items():
-        taken = {axis for axes in cut_index for axis in axes}
-        if not cut_index[i] and not taken & set(x.cut[o]):
+        taken = {axis for j, axes in enumerate(cut_index) if j != i for axis in axes}
+        if len(x.cut[o]) > len(cut_index[i]) and not taken & set(x.cut[o]):
             cut_index[i] = x.cut[o]
     taken = {axis for axes in cut_index for axis in axes}
+    numbers = jnp.issubdtype(x.value.dtype, jnp.number)
+    picked = [d for d in dims.collapsed_slice_dims if d in dims.start_index_map and numbers]
     cut_x: list[Axes] = [
-        x.cut[d] if d in free and not taken & set(x.cut[d]) else () for d in range(len(x.shape))
+        x.cut[d] if d in (*free, *picked) and not taken & set(x.cut[d]) else () for d in range(len(x.shape))
     ]
     for i, o in own.items():
         cut_x[o] = cut_index[i]
     x, index = x.moved(tuple(cut_x)), index.moved(tuple(cut_index))
 
     sizes = tuple(x.value.shape[d] if d in free else n for d, n in enumerate(p["slice_sizes"]))
-    (value,) = compat.rebind(equation, [x.value, index.value], slice_sizes=sizes)
+    places, here, over = _own_places(equation, x, index, picked)
+    (value,) = compat.rebind(equation, [x.value, places], slice_sizes=sizes)
+    if over:
+        value = lax.psum(jnp.where(jnp.expand_dims(here, dims.offset_dims), value, 0), over)
     rows, columns = iter(cut_index), iter(cut_x[d] for d in window)
     cut = tuple(next(columns if d in dims.offset_dims else rows) for d in range(len(shape)))
     return [replace(x, value=value, shape=shape, cut=cut)]
+
+
+def _own_places(equation: Any, x: Block, index: Block, picked: Sequence[int]) -> tuple[Array, Any, Axes]:
+    """Indices of a `gather` into a device's own block, which of them point into it, and the axes that cut it.
+
+    An index out of all bounds stays so, and is the first device's.
+    """
+    places, here = index.value, jnp.bool_(True)
+    over: Axes = ()
+    order, mode = equation.params["dimension_numbers"].start_index_map, equation.params["mode"]
+    for d in picked:
+        if x.cut[d]:
+            k, rows, number = order.index(d), x.value.shape[d], lax.axis_index(x.cut[d])
+            place = places[..., k]
+            if mode != lax.GatherScatterMode.FILL_OR_DROP:
+                place = jnp.clip(place, 0, x.shape[d] - 1)
+            mine = place - (number * rows).astype(place.dtype)
+            inside = (place >= 0) & (place < x.shape[d])
+            here &= jnp.where(inside, (mine >= 0) & (mine < rows), number == 0)
+            places, over = places.at[..., k].set(jnp.where(here, mine, 0)), (*over, *x.cut[d])
+    return places, here, over
 
 
 def scatter(equation: Any, blocks: Sequence[Block]) -> list[Block]:

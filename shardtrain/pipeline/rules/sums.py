@@ -15,13 +15,12 @@ from shardtrain.pipeline.block import Block, finest
 
 def reduce(equation: Any, blocks: Sequence[Block]) -> list[Block]:
     name, dims, x = equation.primitive.name, [int(d) for d in equation.params["axes"]], blocks[0]
-    if name in ("argmax", "argmin"):
-        x = x.whole_on(dims)
     if any(x.uneven(d) for d in dims):
         x = x.filled(_neutral(name, x.value.dtype), dims)
     (value,) = compat.rebind(equation, [x.value])
     if over := tuple(a for d in dims for a in x.cut[d]):
-        value = _joined(equation, value, over)
+        place = name.startswith("arg")
+        value = _place(equation, x, value, *dims) if place else _joined(equation, value, over)
     left = [d for d in range(len(x.shape)) if d not in dims]
     return [replace(x, value=value, shape=tuple(x.shape[d] for d in left), cut=tuple(x.cut[d] for d in left))]
 
@@ -35,9 +34,18 @@ def _joined(equation: Any, value: Array, over: Axes) -> Array:
     return compat.rebind(equation, [lax.all_gather(value, over)], axes=(0,))[0]
 
 
+def _place(equation: Any, x: Block, mine: Array, dim: int) -> Array:
+    """The place of the largest (or least) along a cut dimension, from that in each block."""
+    over, rows = x.cut[dim], x.value.shape[dim]
+    best = jnp.take_along_axis(x.value, jnp.expand_dims(mine, dim), dim).squeeze(dim)
+    places = lax.all_gather(mine + (lax.axis_index(over) * rows).astype(mine.dtype), over)
+    (which,) = compat.rebind(equation, [lax.all_gather(best, over)], axes=(0,))
+    return jnp.take_along_axis(places, which[None], 0).squeeze(0)
+
+
 def _neutral(name: str, dtype: Any) -> Any:
-    if name in ("reduce_max", "reduce_min"):
-        low = name == "reduce_max"
+    if name in ("reduce_max", "reduce_min", "argmax", "argmin"):
+        low = name in ("reduce_max", "argmax")
         if jnp.issubdtype(dtype, jnp.inexact):
             return -np.inf if low else np.inf
         return (
