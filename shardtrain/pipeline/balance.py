@@ -3,12 +3,10 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import Mesh
-
 from shardtrain.errors import UserError
 from shardtrain.pipeline.cut import Flow
-from shardtrain.pipeline.layers import Layers
-from shardtrain.pipeline.work import Work, size_of, work
+from shardtrain.pipeline.layers import Layers, allowed, arriving
+from shardtrain.pipeline.work import Work, work
 
 SLACK = 1.02
 """How much costlier than it need be the costliest stage may get for cuts between layers and fewer bytes."""
@@ -20,21 +18,6 @@ Counted costs are no better than that: elementwise operations around such a cut 
 """
 
 _Ranked = tuple[tuple[int, float, int], int] | None
-
-
-def allowed(flow: Flow) -> list[int]:
-    """Positions among the main operations at which a stage may begin: no parameter is used on both sides."""
-    shut = {c for first, last in flow.spans().values() for c in range(first + 1, last + 1)}
-    return [c for c in range(1, len(flow.main)) if c not in shut]
-
-
-def arriving(flow: Flow) -> list[int]:
-    """Bytes of the activations that a cut at each position among the main operations would send on."""
-    bytes_at = [0] * (len(flow.main) + 1)
-    for v, (made, used) in flow.lives().items():
-        for c in range(made + 1, min(used, len(flow.main)) + 1):
-            bytes_at[c] += size_of([v])
-    return bytes_at
 
 
 def stage_costs(flow: Flow, positions: Sequence[int], done: Work) -> list[float]:
@@ -130,7 +113,7 @@ def balance(flow: Flow, stages: int, done: Work | None = None) -> list[int]:
     if len(places) < stages - 1:
         raise UserError(_too_many(flow, stages, len(places) + 1))
     done = done or work(flow)
-    bytes_at, between = arriving(flow), Layers(flow, places, arriving(flow)).begins
+    bytes_at, between = arriving(flow), Layers(flow).begins
     return best_positions(
         done.costs,
         {c: done.byte * bytes_at[c] for c in places},
@@ -141,7 +124,7 @@ def balance(flow: Flow, stages: int, done: Work | None = None) -> list[int]:
 
 def _too_many(flow: Flow, stages: int, most: int) -> str:
     """What to say of more stages than there are; a parameter whose uses lie far apart is named."""
-    layers = Layers(flow, allowed(flow), arriving(flow))
+    layers = Layers(flow)
     spans = {
         n: span for n, span in layers.spans.items() if len(layers.within(span)) > 1 and span[0] < span[1]
     }
@@ -157,21 +140,17 @@ def _too_many(flow: Flow, stages: int, most: int) -> str:
     )
 
 
-def positions(
-    flow: Flow, stages: int, layout: str | None = None, costs: str = "counted", mesh: Mesh | None = None
-) -> list[int]:
+def positions(flow: Flow, stages: int, layout: str | None = None) -> list[int]:
     """Where `stages` stages begin (but the first): as a layout says, or balanced without one.
 
     Args:
         flow: what is cut.
         stages: how many.
         layout: which layers each stage has, see `split`.
-        costs: `"counted"` or `"measured"`, see `split`.
-        mesh: the mesh that the flow was traced on, if it was; only measuring needs it.
 
     Raises:
         UserError: a layout that the model does not have, or fewer places to cut than stages.
     """
     if layout is not None:
-        return Layers(flow, allowed(flow), arriving(flow)).positions(layout, stages)
-    return balance(flow, stages, work(flow, costs, mesh))
+        return Layers(flow).positions(layout, stages)
+    return balance(flow, stages)

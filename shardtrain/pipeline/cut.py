@@ -120,10 +120,6 @@ class Flow:
         """What the loss and the sums need of activations and arguments; the last stage computes them."""
         return self.support(variables(self.traced.closed.jaxpr.outvars[: 1 + self.traced.sums]))
 
-    def crossing(self, position: int) -> list[Var]:
-        """The activations that a cut at a position among the main operations would send on."""
-        return [v for v, (made, used) in self.lives().items() if made < position <= used]
-
     def lives(self) -> dict[Var, tuple[int, int]]:
         """The main operations that make and last use each activation; results are used behind the last."""
         at = {v: i for i, e in enumerate(self.main) for v in e.outvars}

@@ -10,9 +10,25 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.nn.base import layer_of
 from shardtrain.pipeline.cut import Flow
+from shardtrain.pipeline.work import size_of
 
 REST = "..."
 """In a layout, the layers in between."""
+
+
+def allowed(flow: Flow) -> list[int]:
+    """Positions among the main operations at which a stage may begin: no parameter is used on both sides."""
+    shut = {c for first, last in flow.spans().values() for c in range(first + 1, last + 1)}
+    return [c for c in range(1, len(flow.main)) if c not in shut]
+
+
+def arriving(flow: Flow) -> list[int]:
+    """Bytes of the activations that a cut at each position among the main operations would send on."""
+    bytes_at = [0] * (len(flow.main) + 1)
+    for v, (made, used) in flow.lives().items():
+        for c in range(made + 1, min(used, len(flow.main)) + 1):
+            bytes_at[c] += size_of([v])
+    return bytes_at
 
 
 class Layers:
@@ -29,7 +45,7 @@ class Layers:
             that is its first in a layer.
     """
 
-    def __init__(self, flow: Flow, allowed: Sequence[int], arriving: Sequence[int]) -> None:
+    def __init__(self, flow: Flow) -> None:
         self.spans = flow.spans()
         self._known = {p for p in flow.traced.layers if p} or _holders(flow.traced.params)
         self._scopes: dict[str, str] = {}
@@ -48,12 +64,12 @@ class Layers:
             for i in range(self.first[path], last[path]):
                 covered[i].add(path)
         self.begins: dict[int, int] = {}
-        free, firsts = frozenset(allowed), frozenset(self.first.values())
+        free, bytes_at, firsts = frozenset(allowed(flow)), arriving(flow), frozenset(self.first.values())
         inside = [i for i, layers in enumerate(covered) if layers]
         for before, i in itertools.pairwise(inside):
             places = [c for c in range(before + 1, i + 1) if c in free]
             if places and i in firsts and not covered[before] & covered[i]:
-                self.begins[min(places, key=lambda c: (arriving[c], -c))] = i
+                self.begins[min(places, key=lambda c: (bytes_at[c], -c))] = i
 
     def _holder(self, name: str) -> str:
         """The layer that has a variable, `""` for none."""

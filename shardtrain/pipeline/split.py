@@ -20,7 +20,7 @@ from shardtrain.nn import partition
 from shardtrain.nn.base import name
 from shardtrain.nn.context import examples
 from shardtrain.nn.flow import resharded
-from shardtrain.pipeline.balance import allowed, arriving, balance, stage_costs
+from shardtrain.pipeline.balance import balance, stage_costs
 from shardtrain.pipeline.cut import Flow, Traced
 from shardtrain.pipeline.layers import Layers
 from shardtrain.pipeline.work import flops, size_of, work
@@ -179,7 +179,7 @@ def split(
     inner = None if mesh is None else _without_pipe(mesh)
     batch = _batch(inputs)
     flow = traced(model, batch, inner, layouts)
-    layers = Layers(flow, allowed(flow), arriving(flow))
+    layers = Layers(flow)
     done = work(flow, costs, inner)
     positions = balance(flow, stages, done) if layout is None else layers.positions(layout, stages)
     spent = stage_costs(flow, positions, done)

@@ -33,7 +33,8 @@ class Programs:
         forward: `(params, state, sides, ins)` to `(outs, moving, saved, lasting)`.
         input_gradient: `(params, sides, cotangents, saved, lasting)` to `(cotangents of ins, between)`.
         weight_gradient: `(params, sides, lasting, between)` to gradients of the parameters.
-        ins, outs: blocks of the activations, and which of them have gradients.
+        ins, outs: blocks of the activations.
+        outs_cut: how those that leave lie.
         saved, lasting, between: blocks kept from `F` to `I`, from `F` to `W`, from `I` to `W`.
         sums: mesh axes over which each parameter's gradient is still to be summed.
     """
@@ -44,7 +45,6 @@ class Programs:
     weight_gradient: ClosedJaxpr
     ins: tuple[Shape, ...]
     outs: tuple[Shape, ...]
-    ins_cut: tuple[Cut, ...]
     outs_cut: tuple[Cut, ...]
     saved: tuple[Shape, ...]
     lasting: tuple[Shape, ...]
@@ -92,8 +92,7 @@ def localize(
         forward = one.forward()
         inputs = weights = compat.subprogram(forward, [], [], [])
     ins, outs = one.arguments.blocks(one.sizes)[one.first_in :], one.outs.blocks(one.sizes)
-    cuts = tuple(ins_cut), one.outs.cuts
-    return Programs(stage, forward, inputs, weights, ins, outs, *cuts, saved, lasting, between, sums)
+    return Programs(stage, forward, inputs, weights, ins, outs, one.outs.cuts, saved, lasting, between, sums)
 
 
 @dataclass(frozen=True)

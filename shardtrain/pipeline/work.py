@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from shardtrain import compat
 from shardtrain.errors import UserError
@@ -216,10 +215,6 @@ def _seconds(function: Callable, values: Sequence[Any], mesh: Mesh | None) -> fl
     """The shortest of a few runs."""
     if mesh is None:
         return _timed(jax.jit(function), values)
-    if "pipe" in mesh.shape:  # traced where the pipeline's axis is manual
-        function = jax.shard_map(
-            function, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"pipe"}, check_vma=False
-        )
     with jax.set_mesh(mesh):
         return _timed(jax.jit(function), values)
 

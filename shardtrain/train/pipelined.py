@@ -22,7 +22,7 @@ from shardtrain.errors import UserError
 from shardtrain.layout import spec
 from shardtrain.mesh import size, text
 from shardtrain.ops.island import crop_to
-from shardtrain.pipeline.balance import allowed, arriving, positions
+from shardtrain.pipeline.balance import positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
 from shardtrain.pipeline.generate import NAMES, forward_only, make
 from shardtrain.pipeline.layers import Layers
@@ -151,7 +151,7 @@ class Pipelined(Stowed):
         self.micro = micro = Microbatch.of(batch, program.accumulate)
         traced, self.sums, _ = self._trace(micro, train=True)
         self.flow = flow = Flow(traced)
-        self.layers = Layers(flow, allowed(flow), arriving(flow))
+        self.layers = Layers(flow)
         self.positions = positions(flow, plan.schedule.stages, plan.stages)
         stages = flow.cut(self.positions)
         stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
