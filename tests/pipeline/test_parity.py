@@ -64,16 +64,16 @@ def test_gradients_on_more_meshes(name, mesh, group):
     check(name, mesh, group, 8)
 
 
-def check_on_sixteen(name, mesh, group):
+def check_on_many(name, mesh, group):
     """In a process of its own, since the tests' has eight devices."""
     env = environment(PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-    command = [sys.executable, "-m", "pipeline.sixteen", name, mesh, group]
+    command = [sys.executable, "-m", "pipeline.many", name, mesh, group]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_gradients_on_sixteen_devices():
-    check_on_sixteen("unequal", "pipe=4,data=2,height=2", "one stage a rank")
+    check_on_many("unequal", "pipe=4,data=2,height=2", "one stage a rank")
 
 
 @pytest.mark.slow
@@ -82,4 +82,11 @@ def test_gradients_on_sixteen_devices():
 @pytest.mark.parametrize("mesh", SIXTEEN)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_on_more_meshes_of_sixteen_devices(name, mesh, group):
-    check_on_sixteen(name, mesh, group)
+    check_on_many(name, mesh, group)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_on_thirty_two_devices(name):
+    check_on_many(name, "pipe=8,data=2,height=2", "one stage a rank")
