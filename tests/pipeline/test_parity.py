@@ -86,7 +86,7 @@ def test_gradients_on_more_meshes_of_sixteen_devices(name, mesh, group):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_on_thirty_two_devices(name):
     check_on_many(name, "pipe=8,data=2,height=2", "one stage a rank")
