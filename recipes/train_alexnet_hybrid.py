@@ -97,14 +97,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Network:
-    """The sizes that the bytes depend on."""
+    """What the bytes depend on.
+
+    Attributes:
+        image, classes, width, hidden: sizes.
+        batch, microbatches: examples of a step, and into how many parts they are cut.
+        dtype: of the parameters.
+        sent_as: the dtype of what is sent.
+    """
 
     image: tuple[int, int, int]
     classes: int
     batch: int
     width: int = 64
     hidden: int = 4096
+    microbatches: int = 1
     dtype: Any = jnp.float32
+    sent_as: Any = jnp.float32
 
     def make(self, rngs: nnx.Rngs, rounds: Callable[[], st.nn.Rounds]) -> st.models.AlexNet:
         """The network."""
@@ -135,13 +144,13 @@ class Network:
 
 
 def closed_form(net: Network, plan: Plan) -> dict[str, int]:
-    """Bytes that each device sends in a step, by what they are for; a few scalars are left out.
+    """Bytes that each device sends in a step, by what they are for; labels and a few scalars are left out.
 
-    With D devices on data, K on channel, P = D*K: weights that n devices share send 2(n-1)/n of their bytes,
-    and an exchange among K devices (K-1)/K of what all of them end up with, in each pass. All features divide
-    by K, classes may not.
+    With D devices on data, K on channel, P = D*K: weights that n devices share send 2(n-1)/n of their bytes
+    in every microbatch, and an exchange among K devices (K-1)/K of what all of them end up with, in each
+    pass. All features divide by K, classes may not.
     """
-    item = jnp.dtype(net.dtype).itemsize
+    item = jnp.dtype(net.sent_as).itemsize
     data, channel = plan.data, plan.channel
     devices, rows = data * channel, net.batch // data
     hybrid = plan.scheme is not None
@@ -150,7 +159,7 @@ def closed_form(net: Network, plan: Plan) -> dict[str, int]:
     features, linear = net.features(), net.linear()
 
     def shared(numbers: int, n: int, times: int = 1) -> int:
-        return st.census.ring("all-reduce", n, numbers * item * times)
+        return st.census.ring("all-reduce", n, numbers * item * times * net.microbatches)
 
     def exchanged(numbers: int) -> int:
         return numbers * item * (channel - 1) // channel
@@ -234,6 +243,13 @@ def mib(amount: int) -> str:
     return f"{amount / 2**20:,.{0 if amount >= 100 * 2**20 else 2}f}"
 
 
+def sent_as(flags: Flags) -> Any:
+    """The dtype of what is sent: that of the computation, though XLA on CPUs sends bfloat16 as float32."""
+    if flags.x64:
+        return jnp.float64
+    return jnp.float32 if flags.dtype == "bfloat16" and jax.default_backend() == "cpu" else flags.dtype
+
+
 def make_task(flags: Flags) -> cli.Task:
     """The network, and the data set that --data names, enlarged until the network can take it."""
     dataset = st.data.load(flags.data)
@@ -246,7 +262,9 @@ def make_task(flags: Flags) -> cli.Task:
         flags.batch_size,
         flags.width,
         flags.hidden,
+        flags.accumulate,
         kinds["param_dtype"],
+        sent_as(flags),
     )
     rounds = partial(st.nn.Rounds, flags.scheme, remat=flags.recompute)
     if flags.hidden % (channel := size(st.make_mesh(flags.mesh), "channel")) or net.linear()[0] % channel:
@@ -294,6 +312,21 @@ def train(flags: Flags) -> None:
     cli.at_least_1("hidden", flags.hidden)
     if others := [axis for axis in parse(flags.mesh) if axis not in ("data", "channel")]:
         raise UserError(f"--mesh {flags.mesh}: {others[0]} is not for this recipe; use data and channel")
+    if flags.parameters:
+        raise UserError(
+            f"--parameters {flags.parameters} would send more than the closed form of this recipe says; "
+            f"leave it out, the channel axis cuts the large weights anyway"
+        )
+    if flags.remat == "nothing":
+        raise UserError(
+            "--remat nothing would send more than the closed form of this recipe says; use --remat "
+            "contractions, or --recompute with --scheme turns or spread"
+        )
+    if flags.bytes and (flags.accumulate > 1 or flags.dtype != "float32"):
+        raise UserError(
+            "--bytes compiles steps of whole batches in float32; leave out --accumulate and --dtype, or "
+            "leave out --bytes"
+        )
     cli.run(flags, make_task)
 
 

@@ -2,17 +2,24 @@
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 from recipe_process import PNG, ROOT, check_refused, gaps, run
 
 sys.path.append(str(ROOT / "recipes"))
 
-from train_alexnet_hybrid import Network, Plan, closed_form, measured, plans
+from train_alexnet_hybrid import Flags, Network, Plan, closed_form, measured, plans, sent_as
+
+import shardtrain as st
 
 SMALL = ("--hidden", 128, "--steps", 60, "--batch-size", 64)
-NET = Network((64, 64, 1), 10, 128, width=8, hidden=64, dtype=jnp.float64)
+NET = Network((64, 64, 1), 10, 128, width=8, hidden=64, dtype=jnp.float64, sent_as=jnp.float64)
 SELDOM = [plan for plan in plans(2, 4) if plan.scheme] + [plan for plan in plans(1, 8) if plan.recompute]
 
 
@@ -65,6 +72,27 @@ def test_the_compiled_step_sends_the_closed_form(plan):
     assert row["temporaries"] > 0
 
 
+@pytest.mark.parametrize(
+    ("plan", "microbatches", "dtype"),
+    [
+        (Plan("hybrid spread", 2, 4, "spread"), 2, "bfloat16"),
+        pytest.param(Plan("hybrid turns", 1, 8, "turns"), 4, "float16", marks=pytest.mark.slow),
+        pytest.param(Plan("pure data", 8, 1), 4, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_the_trainers_step_in_microbatches_sends_the_closed_form(plan, microbatches, dtype):
+    sends = sent_as(Flags(dtype=dtype))
+    net = replace(NET, batch=256, microbatches=microbatches, dtype=jnp.float32, sent_as=sends)
+    model = nnx.eval_shape(lambda: net.make(nnx.Rngs(0), partial(st.nn.Rounds, plan.scheme or "gather")))
+    options = {"layout": plan.layout, "accumulate": microbatches, "dtype": dtype}
+    one = st.Trainer(model, optax.adam(1e-3), mesh=plan.mesh(), **options)
+    images, labels = ((*net.image,), jnp.float32), ((), jnp.int32)
+    batch = one.shapes_of(*(jax.ShapeDtypeStruct((net.batch, *n), kind) for n, kind in (images, labels)))
+    found = st.census.census(one.compiled_step(batch), plan.mesh())
+    sent = sum(row.bytes for row in found if "[]" not in row.shape and not row.shape.startswith("s32"))
+    assert sent == sum(closed_form(net, plan).values())  # the others are labels and scalars
+
+
 def test_full_size_is_what_the_readme_says():
     full = Network((224, 224, 3), 1000, 1024)
 
@@ -99,6 +127,9 @@ def test_the_table_of_all_plans(tmp_path):
             "layer 'rounds': a batch of 72 does not divide into 8 rounds",
         ),
         (["--mesh", "height=8"], "height is not for this recipe; use data and channel"),
+        (["--parameters", "channel"], "--parameters channel would send more than the closed form"),
+        (["--remat", "nothing"], "use --remat contractions, or --recompute with --scheme turns or spread"),
+        (["--bytes", "--accumulate", 2], "leave out --accumulate and --dtype, or leave out --bytes"),
         (["--hidden", 100], "9216 and 100 features do not divide by channel=8"),
     ],
 )
