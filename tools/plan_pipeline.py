@@ -30,34 +30,35 @@ MIB, GIGA = 2.0**20, 1e9
 
 def step(args: argparse.Namespace) -> tuple["Pipelined", Any]:
     """The stages and the compiled step."""
-    sizes = {axis: int(n) for axis, _, n in (part.partition("=") for part in args.mesh.split(","))}
-    if sizes.get("pipe", 1) == 1:
-        sys.exit(f"error: --mesh {args.mesh} has no pipe; plan.compiled_step compiles such a step")
-    total = math.prod(sizes.values())
     if args.cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        import jax
-
-        jax.config.update("jax_num_cpu_devices", total)
-        devices: Any = jax.devices()
     else:
         cards.prepare()
-        if total % args.hosts:
-            sys.exit(f"error: {total} cards on {args.hosts} hosts; use as many on each")
-        devices = cards.devices(cards.CARDS[args.target], hosts=args.hosts, per_host=total // args.hosts)
 
     import jax
     import jax.numpy as jnp
-    import numpy as np
     import optax
     from flax import nnx
 
     import shardtrain as st
-    from shardtrain import compat
+    from shardtrain.mesh import parse
 
-    mesh = compat.auto_mesh(np.array(devices).reshape(tuple(sizes.values())), list(sizes))
     model = nnx.eval_shape(lambda: st.models.ResNet(MODELS[args.model], args.classes, 3, rngs=nnx.Rngs(0)))
     try:
+        sizes = parse(args.mesh)
+        if sizes.get("pipe", 1) == 1:
+            sys.exit(f"error: --mesh {args.mesh} has no pipe; plan.compiled_step compiles such a step")
+        total = math.prod(sizes.values())
+        if min(sizes.values()) < 1:
+            sys.exit(f"error: --mesh {args.mesh}: no device is here to count; use sizes of 1 or more")
+        if args.cpu:
+            jax.config.update("jax_num_cpu_devices", total)
+            devices: Any = jax.devices()
+        elif total % args.hosts:
+            sys.exit(f"error: {total} cards on {args.hosts} hosts; use as many on each")
+        else:
+            devices = cards.devices(cards.CARDS[args.target], hosts=args.hosts, per_host=total // args.hosts)
+        mesh = st.make_mesh(args.mesh, devices=devices)
         trainer = st.Trainer(
             model,
             optax.sgd(0.1, momentum=0.9),
@@ -167,6 +168,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.hlo and (args.hlo.is_dir() or not args.hlo.parent.is_dir()):
         parser.error(f"--hlo {args.hlo}: it is a folder, or there is no folder {args.hlo.parent}")
+    if args.hosts < 1:
+        parser.error(f"--hosts {args.hosts}: use 1 or more")
     begin = time.perf_counter()
     pipeline, compiled = step(args)
     seconds = time.perf_counter() - begin
