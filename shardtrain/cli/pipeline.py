@@ -11,7 +11,7 @@ from rich.console import Console
 from shardtrain.cli.pictures import picture
 from shardtrain.errors import UserError
 from shardtrain.pipeline import Costs, Schedule, make
-from shardtrain.pipeline.schedule import validate
+from shardtrain.pipeline.schedule import is_file, validate
 from shardtrain.pipeline.show import Bar, bars, legend, timeline, title
 
 LONGEST = 10_000
@@ -57,7 +57,7 @@ class Show:
             UserError: what `make` refuses, and sizes that fill more than a screen or two.
         """
         ranks, microbatches = self.stages, self.microbatches
-        if self.schedule.endswith(".csv"):
+        if is_file(self.schedule):
             file = Schedule.load(self.schedule)
             validate(file)
             ranks = file.ranks if ranks is None else ranks
@@ -77,12 +77,14 @@ def read_costs(text: str, schedule: Schedule) -> Costs:
     Raises:
         UserError: what is no list of positive numbers, one for each stage.
     """
+    cells = text.split(",")
     try:
-        row = tuple(Fraction(cell.strip()) for cell in text.split(","))
-        _ = [float(value) for value in row]  # too large for one
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        # As floats first: of 1e99999999 a fraction would write out all digits.
+        positive = all(0 < float(n) < math.inf for cell in cells for n in cell.split("/"))
+        row = tuple(map(Fraction, cells)) if positive else ()
+    except ValueError as error:
         raise UserError(f"--costs {text}: write a number for each stage, such as 1,1,2,1") from error
-    if len(row) != schedule.stages or min(row) <= 0:
+    if len(row) != schedule.stages:
         raise UserError(
             f"--costs {text}: {schedule.name} has {schedule.stages} stages; "
             f"write {schedule.stages} positive numbers"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shardtrain.errors import UserError
-from shardtrain.pipeline.schedule import Action, Schedule, validate
+from shardtrain.pipeline.schedule import Action, Schedule, is_file, validate
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
 
@@ -45,7 +45,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
         raise UserError(
             f"schedule {name!r} of {ranks} ranks and {microbatches} microbatches; use 1 or more of each"
         )
-    if name.endswith(".csv"):
+    if is_file(name):
         return _from_file(name, ranks, microbatches, chunks)
     if name not in NAMES:
         raise UserError(

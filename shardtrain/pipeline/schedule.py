@@ -4,13 +4,14 @@ Stages are numbered in network order. A rank may hold several of them, its chunk
 """
 
 import itertools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardtrain.errors import UserError
 from shardtrain.pipeline.actions import KINDS, Action, sequence
 
-__all__ = ["Action", "Schedule", "validate"]
+__all__ = ["Action", "Schedule", "is_file", "validate"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Schedule:
 
     @classmethod
     def from_csv(cls, text: str, name: str) -> "Schedule":
-        """Reads what `to_csv` writes; empty cells and lines are passed over.
+        """Reads what `to_csv` writes; empty cells and lines are passed over, `;` and tabs separate too.
 
         The row in which a stage's actions stand is its rank; the largest microbatch says how many there are.
 
@@ -85,10 +86,10 @@ class Schedule:
         orders: list[tuple[Action, ...]] = []
         rank_of: dict[int, int] = {}
         place_of: dict[int, str] = {}
-        rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(", \t\ufeff")]
+        rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(",; \t\ufeff")]
         for rank, (row, line) in enumerate(rows):
             order = []
-            for column, cell in enumerate(line.strip("\ufeff").split(","), 1):
+            for column, cell in enumerate(re.split("[,;\t]", line.strip("\ufeff")), 1):
                 if not cell.strip():
                     continue
                 try:
@@ -146,6 +147,11 @@ class Schedule:
         except UnicodeDecodeError as error:
             raise UserError(f"schedule file {path} is no text; name a CSV file of actions") from error
         return cls.from_csv(text, Path(path).name)
+
+
+def is_file(name: str) -> bool:
+    """Whether a schedule's name is that of a file."""
+    return name.lower().endswith(".csv")
 
 
 def validate(schedule: Schedule, *, forward_only: bool = False) -> None:

@@ -213,6 +213,13 @@ def test_a_file_of_a_spreadsheet_is_read(tmp_path):
     assert (one.name, one.ranks_of, one.microbatches) == ("mine.csv", (0, 1), 2)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_and_endings_in_capitals_are_read(separator, tmp_path):
+    path = tmp_path / "MINE.CSV"
+    path.write_text(make("1f1b", 2, 4).to_csv().replace(",", separator) + 3 * separator + "\n")
+    assert make(str(path), 2, 4).orders == make("1f1b", 2, 4).orders
+
+
 def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
     path = tmp_path / "mine.csv"
     with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\); name a CSV file"):

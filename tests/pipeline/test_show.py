@@ -133,7 +133,10 @@ def test_the_command_shows_and_writes(tmp_path, capsys):
         ("--chunks 3", "error: schedule '1f1b' with 3 chunks on each rank; 1f1b has 1"),
         ("--costs 1,2", "error: --costs 1,2: 1f1b has 4 stages; write 4 positive numbers"),
         ("--costs 1,2,3,0", "error: --costs 1,2,3,0: 1f1b has 4 stages; write 4 positive numbers"),
-        ("--costs 1,a,2,1/0", "error: --costs 1,a,2,1/0: write a number for each stage, such as 1,1,2,1"),
+        ("--costs 1,a,2,1", "error: --costs 1,a,2,1: write a number for each stage, such as 1,1,2,1"),
+        ("--costs 1,1,2,1/0", "error: --costs 1,1,2,1/0: 1f1b has 4 stages; write 4 positive numbers"),
+        ("--costs 1e99999999,1,1,1", "error: --costs 1e99999999,1,1,1: 1f1b has 4 stages; write 4 positive"),
+        ("--costs 1e-99999999,1,1,1", "error: --costs 1e-99999999,1,1,1: 1f1b has 4 stages; write 4 positive"),
         ("--microbatches 1000000000", "error: --stages 4 --microbatches 1000000000: a timeline of 12,000,000,000 actions"),
         ("--schedule {tmp}/no.csv", "error: schedule file {tmp}/no.csv cannot be read (No such file"),
         ("--csv {tmp}/no/a.csv", "error: schedule file {tmp}/no/a.csv cannot be written (No such file"),
@@ -153,9 +156,9 @@ def test_a_mistake_is_one_sentence(flags, sentence, tmp_path, capsys):
 
 
 def test_a_file_keeps_its_own_sizes(tmp_path, capsys):
-    make("1f1b", 2, 3).save(tmp_path / "a.csv")
+    make("1f1b", 2, 3).save(tmp_path / "A.CSV")
     with pytest.raises(SystemExit):
-        main(["pipeline", "show", "--schedule", str(tmp_path / "a.csv"), "--stages", "0"])
+        main(["pipeline", "show", "--schedule", str(tmp_path / "A.CSV"), "--stages", "0"])
     assert "of 0 ranks and 3 microbatches" in capsys.readouterr().err
 
 
