@@ -43,7 +43,6 @@ def step(args: argparse.Namespace) -> tuple["Pipelined", Any]:
     import shardtrain as st
     from shardtrain.mesh import parse
 
-    model = nnx.eval_shape(lambda: st.models.ResNet(MODELS[args.model], args.classes, 3, rngs=nnx.Rngs(0)))
     try:
         sizes = parse(args.mesh)
         if sizes.get("pipe", 1) == 1:
@@ -59,6 +58,9 @@ def step(args: argparse.Namespace) -> tuple["Pipelined", Any]:
         else:
             devices = cards.devices(cards.CARDS[args.target], hosts=args.hosts, per_host=total // args.hosts)
         mesh = st.make_mesh(args.mesh, devices=devices)
+        model = nnx.eval_shape(
+            lambda: st.models.ResNet(MODELS[args.model], args.classes, 3, rngs=nnx.Rngs(0))
+        )
         trainer = st.Trainer(
             model,
             optax.sgd(0.1, momentum=0.9),
