@@ -1,11 +1,21 @@
 """The pipeline recipe in processes of its own."""
 
 import json
+import sys
 
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
-from recipe_process import PNG, check_refused, gaps, run
+from flax import nnx
+from recipe_process import PNG, ROOT, check_refused, gaps, run
 
-from shardtrain.pipeline import make
+import shardtrain as st
+from shardtrain.pipeline import lockstep, make
+
+sys.path.append(str(ROOT / "recipes"))
+
+from train_pipeline import report
 
 SHAPE = ("--model", "resnet8", "--batch-size", 32, "--microbatches", 4)
 SMALL = (*SHAPE, "--lr-schedule", "constant", "--steps", 6, "--x64")
@@ -33,7 +43,8 @@ def short(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(short):
     out, done, result = short
     assert (result["mesh"], len(result["losses"])) == ({"pipe": 4, "data": 2}, 6)
-    assert result["schedule"] in ("zb-h1", "zb-h1 fused")
+    assert result["schedule"] == "zb-h1"
+    assert result["runs_as"] in ("zb-h1", "zb-h1 fused")
     assert result["bubble"] == pytest.approx(3 / (3 * 4 + 3))  # (p-1) / (3m+p-1)
     assert result["bubble"] < result["lockstep_bubble"] < 1
     assert len(result["peak_in_flight"]) == 4
@@ -55,6 +66,28 @@ def test_messages_are_permuted_once_a_tick(short):
     permutes = [row for row in result["census"] if row["kind"] == "collective-permute"]
     assert {tuple(row["axes"]) for row in permutes} == {("pipe",)}
     assert sum(row["count"] for row in permutes) == 2 * result["ticks"]  # one up and one down
+
+
+def test_the_report_is_of_the_schedule_that_runs(tmp_path):
+    layers = [
+        st.nn.Linear(a, b, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for a, b in ((4, 8), (8, 9), (9, 5))
+    ]
+    options = {"accumulate": 4, "schedule": "1f1b", "stages": "layers.0|layers.1,..."}
+    one = st.Trainer(nnx.Sequential(*layers), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), **options)
+    one.compiled_step(one.place(np.ones((8, 4)), np.zeros(8, np.int32)))
+    said, asked = report(one, tmp_path).result, make("1f1b", 2, 4)
+    (runs,) = (way for way in (asked, asked.with_split()) if way.name == said["runs_as"])
+    ticks = lockstep(runs, one.pipeline.costs)
+    assert said == {
+        "schedule": "1f1b",
+        "bubble": pytest.approx(1 / 5),  # (p-1) / (m+p-1)
+        "runs_as": runs.name,
+        "ticks": len(ticks.table),
+        "lockstep_bubble": float(ticks.idle),
+        "peak_in_flight": [2, 1],
+        "parameter_bytes_per_device": 8 * ((8 + 1) * 9 + (9 + 1) * 5),  # of the last stage, the larger one
+    }
+    assert said["lockstep_bubble"] != said["bubble"]
 
 
 @pytest.mark.slow
@@ -92,6 +125,7 @@ def test_a_schedule_of_ones_own(tmp_path):
         (["--microbatches", "0"], "--microbatches 0: use 1 or more"),
         (["--microbatches", "1"], "use for example --microbatches 8"),
         (["--mesh", "data=2,pipe=-1", "--devices", "2"], "leaves one device to pipe"),
+        (["--microbatches", "1", "--schedule", "mine.csv"], "use for example --microbatches 8"),
         (["--accumulate", "2"], "here it is --microbatches 2"),
         (["--schedule", "none", "--overlap"], "--schedule none has no stages"),
         (["--schedule", "none", "--in-flight", "0"], "--schedule none has no stages"),
