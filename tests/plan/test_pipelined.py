@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax import lax
 
 import shardtrain as st
 from shardtrain import UserError
-from shardtrain.plan.pipelined import copies, memory, ticks, traffic
+from shardtrain.plan.pipelined import _merged, copies, memory, ticks, traffic
+from shardtrain.plan.trace import sent
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +40,7 @@ def test_what_is_sent_is_the_closed_form(step):
     for t in found:
         assert t.right, t
         if t.what != "others":
-            assert t.payload == t.expected > 0 or "data" in t.axes, t  # XLA merges equal gathers of the mask
+            assert t.payload == t.expected == t.merged > 0, t
     (messages,) = (t for t in found if t.what == "messages")
     out = pipeline.programs[0].outs
     assert messages.count == ticks(pipeline)  # both ways in one permute, of two ranks
@@ -55,6 +57,27 @@ def test_more_than_the_closed_form_is_noticed(step, what):
     for t in traffic(pipeline, program):
         if t.what == what:
             assert not dataclasses.replace(t, payload=t.payload + t.expected).right
+
+
+def test_a_collective_that_is_lost_is_noticed(step):
+    pipeline, program = step
+    text = program.as_text()
+    for t in traffic(pipeline, text):
+        if t.what == "in stages":
+            assert not dataclasses.replace(t, payload=0, count=0).right
+            assert not dataclasses.replace(t, payload=t.payload - t.payload // t.count).right
+    without = re.sub(r"^.* all-gather\(.*$", "", text, flags=re.MULTILINE)
+    assert without != text
+    assert [t.kind for t in traffic(pipeline, without) if not t.right] == ["all-gather"]
+
+
+def test_only_what_is_sent_twice_out_of_the_same_operands_may_be_merged():
+    def program(x, y):
+        return [lax.psum(v, "data") for v in (x + 1, x + 1, y + 1, x + 2)]
+
+    jaxpr = jax.make_jaxpr(program, axis_env=[("data", 2)])(1.0, 1.0).jaxpr
+    mesh = st.make_mesh("data=2")
+    assert (len(sent(jaxpr, mesh)), len(sent(_merged(jaxpr), mesh))) == (4, 3)
 
 
 def test_what_a_device_needs(step):
@@ -101,6 +124,12 @@ def test_the_tool_speaks_to_its_user(tmp_path):
     run = tool("--cpu", *SMALL, "--mesh=data=2,height=2")
     assert run.returncode == 1
     assert "has no pipe" in run.stderr
+    for wrong, sentence in (
+        ("--mesh=pipe=x", "error: mesh 'pipe=x': 'pipe=x' is not axis=number"),
+        ("--mesh=pipe=-1", "error: --mesh pipe=-1: no device is here to count; use sizes of 1 or more"),
+        ("--hosts=0", "--hosts 0: use 1 or more"),
+    ):
+        assert sentence in tool("--cpu", *SMALL, MESH, wrong).stderr
     run = tool("--cpu", *SMALL, MESH, "--batch=7")
     assert "a batch of 7 does not divide" in run.stderr
     run = tool("--cpu", *SMALL, MESH, "--hlo", str(tmp_path / "none" / "x"))
