@@ -286,8 +286,9 @@ def make_task(flags: Flags) -> cli.Task:
         mine = Plan(f"hybrid {flags.scheme}", data, channel, flags.scheme, flags.recompute)
         sent = sum(closed_form(net, mine).values())
         pure = sum(closed_form(net, Plan("pure data", data * channel, 1)).values())
-        says = f"sends {100 * sent / pure:.0f} % of pure data parallel: {mib(sent)} of {mib(pure)} MiB a step"
-        result: dict[str, Any] = {"closed_form": closed_form(net, mine), "share_of_pure_data": sent / pure}
+        share = sent / pure if pure else 1.0  # one device sends nothing
+        says = f"sends {100 * share:.0f} % of pure data parallel: {mib(sent)} of {mib(pure)} MiB a step"
+        result: dict[str, Any] = {"closed_form": closed_form(net, mine), "share_of_pure_data": share}
         tables = []
         if flags.bytes:
             full = Network((224, 224, 3), 1000, 1024 // 8 * data * channel)
