@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 DECIDE = ("seed", "batch_size", "optimizer", "x64")
 """Flags of every recipe with another value of which a run is another run."""
 
-BEND = ("data", "lr", "lr_schedule", "weight_decay", "clip_norm", "accumulate", "dtype")
+BEND = ("data", "lr", "lr_schedule", "weight_decay", "clip_norm", "accumulate", "microbatches", "dtype")
 """Flags with another value of which a run goes on, but not as if it had never stopped."""
 
 
@@ -102,6 +102,8 @@ def compare(flags: Any, common: type, manifest: Mapping[str, Any], where: Path) 
             f"--resume: the run in {where} was made with {_said(there, wrong)}, not {_said(here, wrong)}; "
             f"give the flags that it was made with, or --resume never"
         )
+    if "microbatches" in differ:  # by which the pipeline's recipe says how often it accumulates
+        differ -= {"accumulate"}
     bent = [name for name in BEND if name in differ]
     if "steps" in differ and here.get("lr_schedule") == "cosine":
         bent.append("steps")  # the cosine's length

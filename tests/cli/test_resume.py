@@ -21,7 +21,8 @@ class Flags(cli.RunFlags):
     model: str = "small"
     features: tuple[int, ...] = (8, 16)
     overlap: bool = False
-    free = frozenset({"overlap"})
+    microbatches: int = 8
+    free = frozenset({"overlap", "microbatches"})
 
 
 def compared(**changed):
@@ -57,6 +58,7 @@ def test_another_run_is_refused(changed, message):
         ({"steps": 400}, "--steps 400"),  # the cosine has another length
         ({"data": "elsewhere"}, "--data elsewhere"),
         ({"accumulate": 2}, "--accumulate 2"),
+        ({"accumulate": 2, "microbatches": 2}, "WITH OTHER FLAGS: --microbatches 2, where the run"),
     ],
 )
 def test_a_run_that_bends_is_named_loudly(changed, named, caplog):
