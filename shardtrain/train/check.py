@@ -121,6 +121,11 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
         UserError: names the variable or the layer.
     """
     for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if not isinstance(variable, nnx.Variable):
+            raise UserError(
+                f"{name(path)!r} is a bare array, of which nothing says whether it is trained; make it an "
+                f"nnx.Param or an nnx.Variable (if it is of a layer of nnx's own, leave that layer out)"
+            )
         value = variable.get_value()
         if hasattr(value, "shape") and 0 in value.shape:
             raise UserError(

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shardtrain.errors import UserError
 from shardtrain.layout import Layout
 from shardtrain.nn import partition
 from shardtrain.nn.base import name
@@ -69,8 +70,18 @@ class Variables:
 
     @staticmethod
     def state_of(model: nnx.Module) -> dict[str, Array]:
-        """The model's variables that are no parameters, after a call may have changed them."""
-        return flatten(_split(model)[2])
+        """The model's variables that are no parameters, after a call may have changed them.
+
+        Raises:
+            UserError: the call has sown new ones.
+        """
+        state = _split(model)[2]
+        if sown := [name(path) for path, v in nnx.to_flat_state(state) if isinstance(v, nnx.Intermediate)]:
+            raise UserError(
+                f"the model sows {sown[0]!r}, which a training step has no place for; leave out nnx.sow, and "
+                f"look at intermediates by nnx.capture on trainer.model"
+            )
+        return flatten(state)
 
     def is_random(self) -> dict[str, bool]:
         """Which of the other variables are random streams."""

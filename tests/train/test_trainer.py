@@ -1,6 +1,7 @@
 """The trainer: the numbers of one device on every mesh, and of the big batch whatever its parts."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,19 @@ class WithParam(Small):
     def __init__(self, value):
         super().__init__()
         self.extra = nnx.Param(value)
+
+
+class WithArray(Small):
+    def __init__(self):
+        super().__init__()
+        self.extra = nnx.data(jnp.ones(3))
+
+
+class Sowing(Small):
+    def __call__(self, x):
+        with warnings.catch_warnings(action="ignore"):  # nnx warns of it, too
+            self.sow(nnx.Intermediate, "seen", x)
+        return super().__call__(x)
 
 
 class WithScale(Small):
@@ -391,6 +405,14 @@ def test_every_parameter_gradient_is_summed_once():
         (
             lambda: small_trainer("data=2", model=WithParam(jnp.arange(3))),
             "'extra' is an nnx.Param of int64, which has no gradient",
+        ),
+        (
+            lambda: small_trainer("data=2", model=WithArray()),
+            "'extra' is a bare array, of which nothing says whether it is trained; make it an nnx.Param",
+        ),
+        (
+            lambda: small_trainer("data=2", model=Sowing()).fit(feed(), steps=1),
+            "the model sows 'seen', which a training step has no place for",
         ),
         (
             lambda: small_trainer("channel=2", model=WithScale()),
