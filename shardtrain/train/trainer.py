@@ -119,20 +119,11 @@ class Trainer:
         if clip_norm is not None:
             optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         self.accumulate = accumulate
-        self._variables = Variables(model)
+        variables = self._variables = Variables(model)
         momenta = {name(path): m.momentum for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
         deferred = momenta if statistics == "batch" else None
         self._program = Program(
-            self._variables,
-            optimizer,
-            loss,
-            metrics,
-            accumulate,
-            dtype,
-            remat,
-            self.layout,
-            deferred,
-            skip_bad,
+            variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred, skip_bad
         )
         self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
