@@ -299,7 +299,7 @@ def make_task(flags: Flags) -> cli.Task:
 
     return cli.Task(
         name="AlexNet",
-        model=nnx.jit(partial(net.make, rounds=rounds))(kinds["rngs"]),  # compiles all initial values at once
+        make=lambda: net.make(nnx.Rngs(flags.seed), rounds),
         train=train,
         test=lambda rows: enlarged(st.data.eval_batches(dataset.test, flags.batch_size, rows=rows)),
         layout=HYBRID,

@@ -55,7 +55,7 @@ def make_task(flags: Flags) -> cli.Task:
 
     return cli.Task(
         name="LocalNet",
-        model=nnx.jit(make)(),  # compiles all initial values at once
+        make=make,
         train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
         report=report,

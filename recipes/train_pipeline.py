@@ -77,7 +77,7 @@ def make_task(flags: Flags) -> cli.Task:
         trainer["overlap"] = flags.overlap
     return cli.Task(
         name=flags.model,
-        model=nnx.jit(make)(),
+        make=make,
         train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
         trainer=trainer,

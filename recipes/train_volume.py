@@ -94,7 +94,7 @@ def make_task(flags: Flags) -> cli.Task:
 
     task = cli.Task(
         name="UNet",
-        model=nnx.jit(make)(),  # compiles all initial values at once
+        make=make,
         train=train,
         test=lambda rows: st.volumes.eval_batches(volumes.test, flags.batch_size, rows=rows),
         loss=st.losses.pixel_cross_entropy,

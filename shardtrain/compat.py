@@ -71,6 +71,13 @@ def device_kind() -> str:
     return str(device.device_kind)
 
 
+def in_haste() -> dict[str, bool | int] | None:
+    """Compiler options for a program that runs once: on CPUs its machine code is left as it comes."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 def coordination_client() -> Any:
     """This process's client of the job's key-value store, None in a job of one process.
 

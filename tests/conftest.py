@@ -3,22 +3,33 @@
 import os
 
 import jax
+from recipe_process import IN_HASTE
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 
-# Tests compile much and compute little: machine code is left as it comes, a third of the time is saved. XLA
-# reads its flags once, here; processes that tests start get the environment as it was.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# XLA reads its flags once, here.
 _before = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{_before or ''} {_FLAGS}"
+os.environ["XLA_FLAGS"] = f"{_before or ''} {IN_HASTE}"
 jax.devices()
 del os.environ["XLA_FLAGS"]
 if _before is not None:
     os.environ["XLA_FLAGS"] = _before
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import _import_hook, install_import_hook  # noqa: E402
 
+
+class _Outer(_import_hook.JaxtypingTransformer):
+    """Leaves functions in functions alone: made at every call, they would be decorated at every call."""
+
+    def visit_FunctionDef(self, node):  # noqa: N802
+        inner, node.body = node.body, []
+        super().visit_FunctionDef(node)
+        node.body = inner
+        return node
+
+
+_import_hook.JaxtypingTransformer = _Outer
 install_import_hook("shardtrain", "beartype.beartype")
 
 import pytest  # noqa: E402

@@ -11,11 +11,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 OTHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "SHARDTRAIN_")
 
+IN_HASTE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""XLA's flags for tests, which compile much and compute little: machine code is left as it comes."""
+
 
 def environment(**more):
-    """The environment of a process that a test starts: nothing of the test's jax, nor of a scheduler's job."""
+    """The environment of a process that a test starts: nothing of the test's own, nor of a scheduler's job."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
-    return kept | {"PYTHONPATH": str(ROOT)} | more
+    return kept | {"PYTHONPATH": str(ROOT)} | {"XLA_FLAGS": IN_HASTE} | more
 
 
 def run(recipe, *flags):

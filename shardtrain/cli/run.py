@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
+from shardtrain import compat
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
 from shardtrain.cli.start import (
@@ -69,7 +71,7 @@ class Task:
 
     Attributes:
         name: of the model, `"resnet8"`.
-        model: the network; `nnx.jit` around its making compiles all initial values at once.
+        make: makes the network.
         train: the training batches.
         test: the test batches, those rows of each that this process holds.
         loss, metrics: as `Trainer` takes them.
@@ -81,7 +83,7 @@ class Task:
     """
 
     name: str
-    model: nnx.Module
+    make: Callable[[], nnx.Module]
     train: Batches
     test: Callable[[range], Iterable[tuple[Any, Any]]]
     loss: PerExample = losses.cross_entropy
@@ -90,6 +92,19 @@ class Task:
     layout: LayoutTable | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
+
+    @cached_property
+    def model(self) -> nnx.Module:
+        """The network, its initial values made by one program, which is compiled in haste as it runs once."""
+        kept = []
+
+        def values() -> nnx.State:
+            graph, state = nnx.split(self.make())
+            kept.append(graph)
+            return state
+
+        state = jax.jit(values, compiler_options=compat.in_haste())()
+        return nnx.merge(kept[0], state)
 
 
 def kinds(flags: RunFlags) -> dict[str, Any]:

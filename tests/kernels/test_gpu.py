@@ -146,7 +146,11 @@ CASES = [  # (shape, filters, window, outputs, type, fused)
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{c[2]}-{c[4]}-{'fused' if c[5] else ''}" for c in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c is CASES[1] else c for c in CASES],
+    ids=[f"{c[2]}-{c[4]}-{'fused' if c[5] else ''}" for c in CASES],
+)
 @pytest.mark.parametrize("implementation", BOTH)
 def test_values(implementation, case):
     shape, filters, window, outputs, dtype, fused = case

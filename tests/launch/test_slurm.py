@@ -134,9 +134,11 @@ def test_the_command_arrives_word_for_word(tmp_path):
 def test_a_process_has_the_signals_and_its_status_is_passed_on(number):
     """Slurm sends them to all processes of a task, the shell around it too."""
     program = f"trap 'sleep 0.3; exit 75' {number}; echo there; for k in $(seq 100); do sleep 0.1; done"
+    before = signal.signal(number, signal.SIG_DFL)  # a suite in the background was started to ignore SIGINT
     job = subprocess.Popen(
         ["bash", "-c", WRAP, "bash", "sh", "-c", program], stdout=subprocess.PIPE, start_new_session=True
     )
+    signal.signal(number, before)
     assert job.stdout is not None
     assert job.stdout.readline() == b"there\n"
     os.killpg(job.pid, number)

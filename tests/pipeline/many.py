@@ -1,11 +1,7 @@
 """`python -m pipeline.many MODEL MESH GROUP`: one comparison of `parity.check` on as many devices as it takes."""
 
 import math
-import os
 import sys
-
-# As in conftest.py: machine code is left as it comes, which saves much of the time.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import jax
 

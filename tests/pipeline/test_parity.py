@@ -19,7 +19,8 @@ QUICK = [
     ("resnet", "pipe=4,channel=2"),
     ("alexnet", "pipe=2,height=2"),
 ]
-LONG = [(QUICK[1], "interleaved"), (QUICK[2], "one stage a rank")]
+LONG = [(QUICK[1], "interleaved"), (QUICK[1], "v")]
+LONG += [(QUICK[2], "interleaved"), (QUICK[2], "one stage a rank")]
 SLOW = [
     (name, f"pipe={ranks}{inner}")
     for name in MODELS

@@ -77,7 +77,7 @@ def test_a_program_that_could_skip_computes_the_same(mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("at", [4, 6])  # in the middle, and the last
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 6])  # in the middle, and the last
 def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(mesh, at, tmp_path):
     ours, theirs = deep(mesh), deep(mesh)
     with st.Checkpoints(tmp_path / "checkpoints") as kept:

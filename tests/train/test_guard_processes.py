@@ -145,7 +145,7 @@ def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
         assert [row["rank"] for row in job.events("profile")] == [1, 1]
 
 
-@pytest.mark.parametrize("at", ["looking", "writing"])
+@pytest.mark.parametrize("at", [pytest.param("looking", marks=pytest.mark.slow), "writing"])
 def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
     """It is named, and the other one ends so that it is run again; the checkpoint before is whole."""
     with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=3) as job:
@@ -155,7 +155,7 @@ def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
         assert job.saved() == ([] if at == "looking" else [1])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named(rank, tmp_path):
     with Job(tmp_path, watchdog=5) as job:
         job.wait_for_step(5)
@@ -197,7 +197,7 @@ def test_a_killed_rank_is_named(tmp_path):
         assert "rank 1 did not answer" in job.err(0)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
     with Job(tmp_path, fault="raise", rank=rank, at=6) as job:
         job.wait_for_step(4)

@@ -65,6 +65,7 @@ def test_each_replica_is_a_model_of_its_own_on_its_own_examples():
     assert any(np.abs(first[path] - second[path]).max() > 1e-3 for path in first)
 
 
+@pytest.mark.slow
 def test_replicas_survive_a_checkpoint(tmp_path):
     ours = trainer(st.make_mesh("replica=2,pipe=2"))
     ours.fit(batches(), steps=2, progress=False)
