@@ -2,6 +2,7 @@
 what chooses among them, and wrong variants. What the compiler says of them is in test_gpu_compiled.py."""
 
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -314,8 +315,8 @@ def test_what_is_not_finite_stays_so(implementation, bad):
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of `implementation="triton"` in plain jax."""
-    monkeypatch.setitem(stages.ROOMS, "triton", plain)
-    monkeypatch.setattr("shardtrain.kernels.matmul.api.triton", plain)
+    monkeypatch.setitem(sys.modules, "shardtrain.kernels.winograd.triton", plain)
+    monkeypatch.setitem(sys.modules, "shardtrain.kernels.matmul.triton", plain)
 
 
 @some.composite
@@ -341,8 +342,8 @@ def test_any_shape(problem):
     shape, filters, window, outputs, fused = problem
     x, kernel, bias = numbers(*shape), numbers(*window, shape[-1], filters), numbers(filters)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stages.ROOMS, "triton", plain)
-        patch.setattr("shardtrain.kernels.matmul.api.triton", plain)
+        patch.setitem(sys.modules, "shardtrain.kernels.winograd.triton", plain)
+        patch.setitem(sys.modules, "shardtrain.kernels.matmul.triton", plain)
 
         def f(x, kernel, bias):
             return winograd(x, kernel, bias, outputs=outputs, implementation="triton", fused=fused)

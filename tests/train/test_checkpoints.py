@@ -23,7 +23,7 @@ from recipe_process import environment
 import shardtrain as st
 from shardtrain import Checkpoints, UserError
 from shardtrain.launch.local import free_port
-from shardtrain.train import manifest, storage
+from shardtrain.train import manifest
 from shardtrain.train.storage import Handler, Restore
 
 BATCH = 16
@@ -123,20 +123,19 @@ def test_steps_go_on_while_a_checkpoint_is_written(other, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
-def test_threads_that_write_have_a_low_priority(other, tmp_path):
-    def niceness():
+def test_threads_that_write_take_only_cores_that_are_idle(other, tmp_path):
+    def policies():
         for task in Path("/proc/self/task").iterdir():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended by now
                 name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
-                yield name, int(fields.split()[16])
+                yield name, int(fields.split()[38])
 
     with Checkpoints(tmp_path) as checkpoints:
         other.save(checkpoints)
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
-    found = list(niceness())
-    writers = {nice for name, nice in found if name == "ts_pool_worker"}
-    assert writers == {min(mine + storage.NICE, 19)}
-    assert mine in {nice for name, nice in found if name != "ts_pool_worker"}
+    found = list(policies())
+    assert {policy for name, policy in found if name == "ts_pool_worker"} == {os.SCHED_IDLE}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert os.SCHED_OTHER in {policy for name, policy in found if name != "ts_pool_worker"}
 
 
 def test_the_manifest_says_what_the_run_was(saved):

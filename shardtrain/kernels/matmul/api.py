@@ -1,6 +1,7 @@
 """The front door: pads to whole tiles, picks an implementation, and differentiates."""
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,6 @@ from jaxtyping import Float
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import gpu
-from shardtrain.kernels.matmul import mosaic, triton
 from shardtrain.kernels.tiles import filled, whole
 
 PRECISIONS = ("default", "tf32x3", "highest")
@@ -151,7 +151,8 @@ def _by_kernels(static: Static, a: Array, b: Array) -> Array:
     transpose_a, at = static.transpose_a, gpu.card()
     assert at is not None
     rows, columns = a.shape[2 if transpose_a else 1], b.shape[2]
-    room = mosaic if static.implementation == "mosaic" else triton
+    # Here, for jax's Mosaic GPU takes most of a second to import, which only GPUs need.
+    room = importlib.import_module(f"shardtrain.kernels.matmul.{static.implementation}")
     bm, bn, bk = room.tile_sizes(rows, whole(columns, 64), a.dtype)
     # The boundary check of the CUDA example: the borders are filled to whole tiles instead, with zeros.
     a = _padded(a, (bk, bm) if transpose_a else (bm, bk))
@@ -162,7 +163,7 @@ def _by_kernels(static: Static, a: Array, b: Array) -> Array:
             "highest": lax.Precision.HIGHEST,
         }
         exact = a.dtype == jnp.float32 and not at.interpreted  # the interpreter's products are float32's own
-        y = triton.matmul(
+        y = room.matmul(
             a,
             b,
             transpose_a=transpose_a,
@@ -174,7 +175,7 @@ def _by_kernels(static: Static, a: Array, b: Array) -> Array:
         if transpose_a and a.dtype == jnp.float32:
             a, transpose_a = a.mT, False
         split = static.precision == "tf32x3" and a.dtype == jnp.float32
-        y = mosaic.matmul(
+        y = room.matmul(
             tf32_parts(a) if split else a[None],
             tf32_parts(b) if split else b[None],
             products=((0, 1), (1, 0), (0, 0)) if split else ((0, 0),),

@@ -5,10 +5,10 @@ back. Filters, small as they are, are left to XLA, which also fills the borders 
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,10 +20,9 @@ from jaxtyping import Float
 from shardtrain.kernels import gpu
 from shardtrain.kernels.matmul import matmul
 from shardtrain.kernels.tiles import filled, transposed, whole
-from shardtrain.kernels.winograd import mosaic, triton, xla
+from shardtrain.kernels.winograd import xla
 from shardtrain.kernels.winograd.cook_toom import Algorithm
 
-ROOMS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
 LARGEST_TILE = 8
 """Of either dimension: a larger one does not fit in the registers."""
 
@@ -50,7 +49,7 @@ class Static:
 
     @property
     def room(self) -> Any:
-        return ROOMS[self.implementation]
+        return importlib.import_module(f"shardtrain.kernels.winograd.{self.implementation}")
 
 
 @dataclass(frozen=True)
