@@ -1,7 +1,6 @@
 """Times pipeline schedules on two devices, over the ideal that their bubbles leave, and beside PyTorch's.
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
-    python tools/bench_pipeline.py --markdown --features 2048 --rows 2048 --rounds 3
 
 The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are
 slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core.
@@ -43,7 +42,6 @@ from bench_step import free_port, has_torch, machine, markdown, show, show_table
 # Only the standard library here: the PyTorch workers import this file in an environment without jax.
 
 MARKERS = ("bench_pipeline", "bench_pipeline_torch")
-FEATURES = ROWS = 1024
 LAYERS, INPUTS, CLASSES, RATE = 8, 16, 10, 0.01
 DEVICES = 2
 QUIET = 0.08
@@ -558,7 +556,7 @@ def _all(seconds: Sequence[Any]) -> str:
 def torch_caption(found: Sequence[Found], version: str) -> str:
     """What was timed, where."""
     text = (
-        f"The same network and microbatches, in turns with the table before. PyTorch: "
+        f"The same network and microbatches, in turns with all of ours. PyTorch: "
         f"torch.distributed.pipelining, {DEVICES} processes of one thread on a core each, gloo; "
         f"its ideal is from its own unpipelined step in both processes at once, ours here from two apart. "
         f"{version}."
@@ -576,8 +574,8 @@ def main() -> None:
     parser.add_argument("--schedule", action="append", choices=tuple(TORCH), help="only these schedules")
     parser.add_argument("--microbatches", type=int, action="append", metavar="M", help="of a batch (8)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (7)")
-    parser.add_argument("--features", type=int, default=FEATURES, metavar="N", help="of a layer (1024)")
-    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="of a microbatch (1024)")
+    parser.add_argument("--features", type=int, default=1024, metavar="N", help="of a layer (1024)")
+    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="of a microbatch (1024)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S", help="seconds for doing disturbed steps again (60)"
     )
@@ -624,9 +622,8 @@ def main() -> None:
         show_table("beside PyTorch", torch_cells(found), caption)
         texts.append(markdown(torch_cells(found), caption))
     if args.markdown:
-        size = "" if network == Network(FEATURES, ROWS) else f"_{network.features}_{network.rows}"
         for marker, text in zip(MARKERS, texts, strict=False):
-            write_between(marker + size, text)
+            write_between(marker, text)
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in found], indent=1) + "\n")
 
