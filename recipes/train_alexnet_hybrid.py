@@ -255,7 +255,6 @@ def make_task(flags: Flags) -> cli.Task:
     dataset = st.data.load(flags.data)
     times = -(-LEAST // min(dataset.train.images.shape[1:3]))
     height, width, channels = dataset.train.images.shape[1:]
-    kinds = cli.kinds(flags)
     net = Network(
         (height * times, width * times, channels),
         dataset.classes,
@@ -263,7 +262,7 @@ def make_task(flags: Flags) -> cli.Task:
         flags.width,
         flags.hidden,
         flags.accumulate,
-        kinds["param_dtype"],
+        cli.kinds(flags)["param_dtype"],
         sent_as(flags),
     )
     rounds = partial(st.nn.Rounds, flags.scheme, remat=flags.recompute)
@@ -299,7 +298,7 @@ def make_task(flags: Flags) -> cli.Task:
 
     return cli.Task(
         name="AlexNet",
-        make=lambda: net.make(nnx.Rngs(flags.seed), rounds),
+        make=lambda: net.make(cli.kinds(flags)["rngs"], rounds),
         train=train,
         test=lambda rows: enlarged(st.data.eval_batches(dataset.test, flags.batch_size, rows=rows)),
         layout=HYBRID,

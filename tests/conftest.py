@@ -8,7 +8,7 @@ from recipe_process import IN_HASTE
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 
-# XLA reads its flags once, here.
+# XLA reads its flags once, here; what a test starts with the environment as it is, has it as it was.
 _before = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{_before or ''} {IN_HASTE}"
 jax.devices()

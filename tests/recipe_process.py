@@ -1,4 +1,4 @@
-"""A recipe as a user runs it: in a process of its own, with nothing of the test's jax in its environment."""
+"""A recipe as a user runs it, in a process of its own; but it is compiled in haste, as all that tests compile."""
 
 import os
 import re
@@ -16,9 +16,9 @@ IN_HASTE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pass
 
 
 def environment(**more):
-    """The environment of a process that a test starts: nothing of the test's own, nor of a scheduler's job."""
+    """The environment of a process that a test starts: nothing of the test's jax, nor of a scheduler's job."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
-    return kept | {"PYTHONPATH": str(ROOT)} | {"XLA_FLAGS": IN_HASTE} | more
+    return kept | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": IN_HASTE} | more
 
 
 def run(recipe, *flags):

@@ -19,8 +19,7 @@ QUICK = [
     ("resnet", "pipe=4,channel=2"),
     ("alexnet", "pipe=2,height=2"),
 ]
-LONG = [(QUICK[1], "interleaved"), (QUICK[1], "v")]
-LONG += [(QUICK[2], "interleaved"), (QUICK[2], "one stage a rank")]
+LONG = {QUICK[1]: ("interleaved", "v"), QUICK[2]: ("interleaved", "one stage a rank")}
 SLOW = [
     (name, f"pipe={ranks}{inner}")
     for name in MODELS
@@ -38,7 +37,7 @@ SIXTEEN = ["pipe=4,data=2,height=2", "pipe=8,data=2", "pipe=8,height=2", "pipe=8
 @pytest.mark.parametrize(
     ("name", "mesh", "group"),
     [
-        pytest.param(*one, group, marks=pytest.mark.slow if (one, group) in LONG else ())
+        pytest.param(*one, group, marks=pytest.mark.slow if group in LONG.get(one, ()) else ())
         for one in QUICK
         for group in GROUPS
     ],

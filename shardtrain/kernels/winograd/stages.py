@@ -49,6 +49,7 @@ class Static:
 
     @property
     def room(self) -> Any:
+        # Imported when it is needed, as in matmul's.
         return importlib.import_module(f"shardtrain.kernels.winograd.{self.implementation}")
 
 
