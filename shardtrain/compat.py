@@ -71,11 +71,19 @@ def device_kind() -> str:
     return str(device.device_kind)
 
 
+IN_HASTE: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+"""XLA's options for CPUs with which compiling takes least, and running most."""
+if jax.__version_info__ < (0, 11):
+    IN_HASTE["xla_cpu_use_fusion_emitters"] = False  # the others set MLIR up anew for each of their kernels
+
+
 def in_haste() -> dict[str, bool | int] | None:
     """Compiler options for a program that runs once: on CPUs its machine code is left as it comes."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return IN_HASTE if jax.default_backend() == "cpu" else None
 
 
 def coordination_client() -> Any:

@@ -3,20 +3,10 @@
 import os
 
 import jax
-from recipe_process import IN_HASTE
+from jaxtyping import _import_hook, install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
-
-# XLA reads its flags once, here; what a test starts with the environment as it is, has it as it was.
-_before = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{_before or ''} {IN_HASTE}"
-jax.devices()
-del os.environ["XLA_FLAGS"]
-if _before is not None:
-    os.environ["XLA_FLAGS"] = _before
-
-from jaxtyping import _import_hook, install_import_hook  # noqa: E402
 
 
 class _Outer(_import_hook.JaxtypingTransformer):
@@ -31,6 +21,16 @@ class _Outer(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = _Outer
 install_import_hook("shardtrain", "beartype.beartype")
+
+from recipe_process import IN_HASTE  # noqa: E402  (imports shardtrain)
+
+# XLA reads its flags once, here; what a test starts with the environment as it is, has it as it was.
+_before = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{_before or ''} {IN_HASTE}"
+jax.devices()
+del os.environ["XLA_FLAGS"]
+if _before is not None:
+    os.environ["XLA_FLAGS"] = _before
 
 import pytest  # noqa: E402
 

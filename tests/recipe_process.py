@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardtrain import compat
+
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
 OTHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "SHARDTRAIN_")
 
-IN_HASTE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""XLA's flags for tests, which compile much and compute little: machine code is left as it comes."""
+IN_HASTE = " ".join(f"--{name}={str(value).lower()}" for name, value in compat.IN_HASTE.items())
+"""XLA's flags for tests, which compile much and compute little."""
 
 
 def environment(**more):
