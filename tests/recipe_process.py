@@ -1,10 +1,14 @@
 """A recipe as a user runs it, in a process of its own; but it is compiled in haste, as all that tests compile."""
 
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 from shardtrain import compat
 
@@ -23,9 +27,31 @@ def environment(**more):
     return kept | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": IN_HASTE} | more
 
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["shardtrain.cli", "sklearn.datasets", "sklearn.model_selection", "matplotlib.pyplot", "tensorboardX"]
+)
+
+
+def _recipe(path, flags, streams):
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY), number)
+    os.chdir(ROOT)
+    sys.argv = [str(path), *flags]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def run(recipe, *flags):
-    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
+    """What a recipe says and returns; its process is the fork of one that has imported what all import."""
+    path, flags = ROOT / "recipes" / recipe, [*map(str, flags)]
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = _FORKS.Process(target=_recipe, args=(path, flags, (out.name, err.name)))
+        with mock.patch.dict(os.environ, environment(), clear=True):
+            process.start()
+        process.join()
+        texts = [Path(stream.name).read_text() for stream in (out, err)]
+    return subprocess.CompletedProcess([path, *flags], process.exitcode, *texts)
 
 
 def gaps(done):

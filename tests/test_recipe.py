@@ -1,5 +1,6 @@
 """The recipe as a user runs it: real processes, real files, real exit codes."""
 
+import functools
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import recipe_process
 from recipe_process import ROOT, environment
 
 from shardtrain.cli.start import held
@@ -18,16 +20,7 @@ from shardtrain.errors import FAULT, StartError
 RECIPE = ROOT / "recipes" / "train_cnn.py"
 
 
-def run(*flags, cwd=ROOT):
-    """The recipe in a process of its own, with nothing of the test's jax in its environment."""
-    return subprocess.run(
-        [sys.executable, str(RECIPE), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(),
-        check=False,
-    )
+run = functools.partial(recipe_process.run, RECIPE.name)
 
 
 @pytest.fixture(scope="module")
