@@ -31,10 +31,10 @@ train: install
 	$(BIN)/python recipes/train_cnn.py --mesh data=2,height=2,channel=2 --compare --out runs/digits
 
 test: install $(COMPILER)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: install $(COMPILER)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The suite on the newest jax, which needs Python 3.12 or newer.
 test-latest:

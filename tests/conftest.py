@@ -1,6 +1,7 @@
 """Eight simulated devices, float64, and shapes checked at run time."""
 
 import os
+from pathlib import Path
 
 import jax
 from jaxtyping import _import_hook, install_import_hook
@@ -34,8 +35,34 @@ if _before is not None:
 
 import pytest  # noqa: E402
 
+LONGEST = [
+    "test_recipe.py",
+    "train/test_guard_processes.py",
+    "launch/test_jobs.py",
+    "train/test_pipeline.py",
+    "kernels/test_gpu.py",
+    "test_recipe_pipeline.py",
+    "test_recipe_hybrid.py",
+    "pipeline/test_parity.py",
+    "train/test_checkpoints.py",
+    "pipeline/test_split.py",
+    "pipeline/test_tables.py",
+    "launch/test_local.py",
+    "train/test_trainer.py",
+    "pipeline/test_local.py",
+    "nn/test_models.py",
+]
+"""Files that take a minute and more, those that take most first: begun late, one would keep one process waiting
+for the other."""
+
+
+def _turn(item: pytest.Item) -> int:
+    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):
