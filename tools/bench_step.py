@@ -502,9 +502,10 @@ def show(text: Any) -> None:
 
 def show_table(title: str, cells: tuple[list[str], list[list[str]]], caption: str) -> None:
     """A table in the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=escape(caption))  # which may hold what PyTorch says of a failure
     for position, name in enumerate(cells[0]):
         table.add_column(name, justify="right" if position else "left", no_wrap=not position)
     for row in cells[1]:
