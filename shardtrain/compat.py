@@ -71,6 +71,14 @@ def device_kind() -> str:
     return str(device.device_kind)
 
 
+def scan_extents(params: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried, by its parameters."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # since jax 0.12
+    return len(list(constants)), len(list(carried))
+
+
 IN_HASTE: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

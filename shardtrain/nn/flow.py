@@ -93,7 +93,7 @@ def _inside(equation: Any, inner: Sequence[Any], ins: list[Origin], calls: list[
         found = [_walk(branch, ins[1:], calls) for branch in inner]
         return [frozenset().union(*one) for one in zip(*found, strict=True)]
     if kind == "scan":
-        constants, carries = params["num_consts"], params["num_carry"]
+        constants, carries = compat.scan_extents(params)
         return _looped(
             inner[0], ins[:constants], ins[constants : constants + carries], ins[constants + carries :], calls
         )

@@ -114,7 +114,7 @@ class _Evaluator:
 
     def scan(self, equation: Any, blocks: list[Block]) -> list[Block]:
         p = equation.params
-        nc, nk = p["num_consts"], p["num_carry"]
+        nc, nk = compat.scan_extents(p)
         consts, carry = blocks[:nc], blocks[nc : nc + nk]
         xs = [b.whole_on([0]) for b in blocks[nc + nk :]]
         rows = [

@@ -80,7 +80,7 @@ def control(equation: Any, values: list[Any], inner: Sequence[Values]) -> list[A
     """
     p = equation.params
     if equation.primitive.name == "scan":
-        nc, nk = p["num_consts"], p["num_carry"]
+        nc, nk = compat.scan_extents(p)
 
         def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
             outs = inner[0]([*values[:nc], *carry, *rows])
