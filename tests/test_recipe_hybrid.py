@@ -18,14 +18,14 @@ from train_alexnet_hybrid import Flags, Network, Plan, closed_form, measured, pl
 
 import shardtrain as st
 
-SMALL = ("--hidden", 128, "--steps", 40, "--batch-size", 64)
+SMALL = ("--hidden", 128, "--steps", 60, "--batch-size", 64)
 NET = Network((64, 64, 1), 10, 128, width=8, hidden=64, dtype=jnp.float64, sent_as=jnp.float64)
 SELDOM = [plan for plan in plans(2, 4) if plan.scheme] + [plan for plan in plans(1, 8) if plan.recompute]
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A run of 40 steps in rounds, in float64, compared with one device."""
+    """A run of 60 steps in rounds, in float64, compared with one device."""
     out = tmp_path_factory.mktemp("hybrid") / "run"
     done = run("train_alexnet_hybrid.py", *SMALL, "--scheme", "spread", "--x64", "--compare", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -34,8 +34,8 @@ def short(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(short):
     out, done, result = short
-    assert (result["mesh"], result["model"], len(result["losses"])) == ({"channel": 8}, "AlexNet", 40)
-    assert result["final_loss"] < 2.1 < 2.3 < result["losses"][0]
+    assert (result["mesh"], result["model"], len(result["losses"])) == ({"channel": 8}, "AlexNet", 60)
+    assert result["final_loss"] < 1.5 < 2.2 < result["losses"][0]
     assert (out / "curve.png").read_bytes()[:8] == PNG
     assert list((out / "checkpoints").iterdir())
     share = result["hybrid"]["share_of_pure_data"]
