@@ -137,7 +137,6 @@ class _Acts:
         self.outs = [Pack(p.outs).places for p in programs[:-1]]
         self.flows = [Pack([s for s in p.outs if is_float(s)]).places for p in programs[:-1]]
         self.lengths = message(programs)
-        self.empty = zeros(self.lengths, machine.bubble)
         self.pools = {
             name: Pool.of([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
             for name in POOLS
@@ -164,10 +163,7 @@ class _Acts:
         """All that waits, before the first tick."""
         table, bubble = self.machine.table, self.machine.bubble
         ends, sums = self.machine.programs[-1].outs, self.machine.sums
-        inbox = {
-            d: jnp.broadcast_to(v[:1] if n else v, (table.inbox + 1, n))
-            for (d, n), v in zip(self.lengths.items(), self.empty.values(), strict=True)
-        }
+        inbox = {d: jnp.broadcast_to(v, (table.inbox + 1, len(v))) for d, v in self.empty().items()}
         carry: dict[str, Any] = {
             "state": state,
             "inbox": inbox,
@@ -177,7 +173,7 @@ class _Acts:
         for targets in self.window.kinds.values():
             carry |= {name: target.empty(bubble) for name, target in targets.items()}
         if table.hop > 1:
-            carry["sent"] = self.empty
+            carry["sent"] = self.empty()
         return carry
 
     def branches(self) -> list[Callable[[dict[str, Any], Numbers], Done]]:
@@ -190,8 +186,12 @@ class _Acts:
 
         return [self.idle if doing is None else of(*doing) for doing in self.machine.table.branches]
 
+    def empty(self) -> Buffers:
+        """No message. Made in each branch: what all of them share, XLA makes at every tick and copies."""
+        return zeros(self.lengths, self.machine.bubble)
+
     def idle(self, c: dict[str, Any], at: Numbers) -> Done:
-        return {name: c[name] for name in WHOLE}, self.window.filled(), self.empty
+        return {name: c[name] for name in WHOLE}, self.window.filled(), self.empty()
 
     def forward(self, k: int, c: dict[str, Any], at: Numbers) -> Done:
         program, state = self.machine.programs[k], self.machine.state
@@ -207,9 +207,9 @@ class _Acts:
         whole["state"] = write(c["state"], [state[name] for name in stage.moving], results[n:a])
         keeps = {"saved": results[a:b], "lasting": results[b:]}
         parts = {name: self.pools[name].part(c[name], k, at[name], values) for name, values in keeps.items()}
-        message = self.empty
+        message = self.empty()
         if k < len(self.outs):
-            message = write(dict(message), self.outs[k], results[:n])
+            message = write(message, self.outs[k], results[:n])
         else:
             sums = self.machine.sums
             whole["sums"] = [x + y for x, y in zip(c["sums"], results[:sums], strict=True)]
@@ -223,7 +223,7 @@ class _Acts:
         program = self.machine.programs[k]
         some = [*read(self.params, self.weights[k]), *self.sides(at["microbatch"])]
         lasting = read(c["lasting"], self.pools["lasting"].slot(k, at["lasting"]))
-        message, whole = self.empty, {name: c[name] for name in WHOLE}
+        message, whole = self.empty(), {name: c[name] for name in WHOLE}
         if kind == "W":
             between = read(c["between"], self.pools["between"].slot(k, at["between"]))
         else:
@@ -237,7 +237,7 @@ class _Acts:
             flows = sum(is_float(s) for s in program.ins)
             between = results[flows:]
             if k:
-                message = write(dict(message), self.flows[k - 1], results[:flows])
+                message = write(message, self.flows[k - 1], results[:flows])
         if kind == "I":
             part = self.pools["between"].part(c["between"], k, at["between"], between)
             return whole, self.window.filled("I", {"between": part}), message
