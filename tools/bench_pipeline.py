@@ -16,7 +16,7 @@ is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
 one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
-install torch` in any environment and name its python, without it those rows are left out.
+install torch numpy` in any environment and name its python, without it those rows are left out.
 """
 
 import argparse
@@ -320,6 +320,7 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
     known: dict[tuple[str, int], Callable[[], None]] = {}
     for line in sys.stdin:
         name, microbatches = json.loads(line)
+        begun = time.perf_counter()
         try:
             if (name, microbatches) not in known:
                 make = alone if name == ALONE else lambda m, name=name: pipelined(name, m)
@@ -328,7 +329,8 @@ def torch_worker(rank: int, port: int, features: int, rows: int) -> None:
             known[name, microbatches]()
             answer: dict[str, Any] = {"seconds": time.perf_counter() - clock}
         except Exception as error:  # a schedule that does not work here is a line of the table
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"}
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+            answer = {"error": reason, "after": time.perf_counter() - begun}
         print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)  # no shutdown barrier: the other rank ends by itself
 
@@ -374,8 +376,9 @@ class Team:
                 worker.stdin.write(json.dumps([name, microbatches]) + "\n")
                 worker.stdin.flush()
             answers = self._answers(workers)
-            if errors := [answer["error"] for answer in answers if "error" in answer]:
-                raise RuntimeError(errors[0])
+            if failed := [answer for answer in answers if "error" in answer]:
+                # the first to fail has the reason, others the time they waited for it
+                raise RuntimeError(min(failed, key=lambda answer: answer["after"])["error"])
             return float(max(answer["seconds"] for answer in answers))
 
         return run
@@ -605,7 +608,7 @@ def main() -> None:
         team = Team(args.torch_python, network)
         watch.processes += [str(worker.pid) for worker in team.workers]
     else:
-        show("PyTorch is not there, so its table is left out; pip install torch, or give --torch-python")
+        show("PyTorch is not there, so its table is left out; pip install torch numpy or give --torch-python")
     costs: dict[int, Any] = {}
     schedules = args.schedule or list(TORCH)
     try:
