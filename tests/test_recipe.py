@@ -184,7 +184,7 @@ def bad_idx(folder):
         (["--checkpoint-every", "0"], "--checkpoint-every 0: use 1 or more"),
         (["--keep", "0"], "--keep 0: use 1 or more"),
         (["--devices", "0"], "--devices 0"),
-        (["--mesh", "data=1", "--accumulate", "3"], "times accumulate=3; use 129"),
+        (["--mesh", "data=1", "--accumulate", "3"], "times 3 microbatches; use 129"),
         (["--mesh", "data=--5"], "'data=--5' is not axis=number"),
         (["--mesh", "data=200000"], "at most 512 can be simulated"),
         (["--lr", "nan"], "--lr nan"),

@@ -6,13 +6,13 @@ The network is a row of equal dense layers, so the stages are balanced, in float
 slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core.
 If an unpipelined run of the same model and microbatches, alone and held to one core, takes T, the ideal is
 T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W take equally long and messages
-no time. A second ratio is over the ideal from two such runs at once, one on each device: what these are
-slower by is what cores take from each other, whatever they do.
+no time. Two such runs at once, one on each device, show what cores take from each other, whatever they do.
 
 Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
-every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each;
-ratios are medians over the rounds. A step during which other processes took cores is done again, while there
-is patience. Linux only, whose `/proc` says so.
+every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each,
+an unpipelined one before and after each pipelined one: a machine may be fast in one minute and slow in the
+next. Ratios are medians over the rounds. A step during which other processes took cores is done again, while
+there is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
 one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
@@ -32,9 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench_step import free_port, has_torch, machine, markdown, show, show_table
@@ -107,15 +108,40 @@ class Watch:
         return best[1]
 
 
-def in_turns(steps: dict[str, Step], rounds: int, watch: Watch) -> dict[str, list[float]]:
-    """Seconds of one step of each, a number for every round, in alternating order."""
+def in_turns(
+    steps: Mapping[str, Step], rounds: int, watch: Watch, bases: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of steps, in alternating order.
+
+    Args:
+        bases: the step against which another is measured, by that one's name. It is done before and after it.
+
+    Returns:
+        The seconds of each step, a number for every round, for bases one for every time that they were done;
+        and for each step that has a base the mean of the base's two, a number for every round.
+    """
     for step in steps.values():
         step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    beside: dict[str, list[float]] = {name: [] for name in bases}
+
+    def do(name: str) -> float:
+        taken[name].append(watch.quietest(steps[name]))
+        return taken[name][-1]
+
+    others = [name for name in steps if name not in bases.values()]
     for turn in range(rounds):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            taken[name].append(watch.quietest(steps[name]))
-    return taken
+        done = ""
+        for name in others[:: 1 if turn % 2 else -1]:
+            base = bases.get(name)
+            if base and base != done:
+                do(base)
+            do(name)
+            if base:
+                before = taken[base][-1]
+                beside[name].append((before + do(base)) / 2)
+            done = base or ""
+    return taken, beside
 
 
 def on_one_core(step: Step) -> Step:
@@ -242,7 +268,7 @@ def action_times(programs: Sequence[Any], calls: int, watch: Watch) -> Any:
 
     kinds = ("forward", "input_gradient", "weight_gradient")
     steps = {f"{k} {kind}": step(getattr(p, kind)) for k, p in enumerate(programs) for kind in kinds}
-    taken = in_turns(steps, calls, watch)
+    taken, _ = in_turns(steps, calls, watch)
     rows = [tuple(statistics.median(taken[f"{k} {kind}"]) for k in range(len(programs))) for kind in kinds]
     return Costs(*rows)
 
@@ -403,6 +429,7 @@ class Found:
     Attributes:
         microbatches: of the batch.
         taken: seconds by name, a number for every round; PyTorch's names have `torch ` in front.
+        beside: the mean of the unpipelined steps before and after, by name, a number for every round.
         idle: of our schedules by name: classical, and in lockstep, with equal actions.
         lockstep: of our schedules by name, seconds of all ticks by the measured times of the actions.
         runs: the schedule that was run, which may be a split one.
@@ -411,6 +438,7 @@ class Found:
 
     microbatches: int
     taken: dict[str, list[float]]
+    beside: dict[str, list[float]]
     idle: dict[str, float]
     lockstep: dict[str, float]
     runs: dict[str, str]
@@ -419,10 +447,10 @@ class Found:
     def milliseconds(self, name: str) -> str:
         return f"{1000 * statistics.median(self.taken[name]):.0f}"
 
-    def over(self, name: str, alone: str, idle: float) -> list[float]:
-        """Times over the ideal, round by round."""
+    def over(self, name: str, idle: float) -> list[float]:
+        """Times over the ideal, of each round."""
         share = DEVICES * (1 - idle)
-        return sorted(t * share / a for t, a in zip(self.taken[name], self.taken[alone], strict=True))
+        return sorted(t * share / a for t, a in zip(self.taken[name], self.beside[name], strict=True))
 
 
 def half(values: Sequence[float]) -> str:
@@ -460,9 +488,13 @@ def measure(
             step()
         except RuntimeError as error:
             failed[name] = str(error)
+            if name == ALONE:  # against which all others are measured
+                break
         else:
             steps[f"torch {name}"] = step
-    taken = in_turns(steps, rounds, watch)
+    bases = {name: ALONE for name in (APART, *ours)}
+    bases |= {name: f"torch {ALONE}" for name in steps if name.startswith("torch ") and name[6:] in ours}
+    taken, beside = in_turns(steps, rounds, watch, bases)
     idle, ticks, runs = {}, {}, {}
     for name, one in ours.items():
         pipeline = one.trainer.pipeline
@@ -473,34 +505,31 @@ def measure(
         idle[name] = float(classical(make(name, DEVICES, microbatches)).idle)
         ticks[name] = float(lockstep(pipeline.schedule, costs[stages]).makespan)
         runs[name] = pipeline.schedule.name
-    return Found(microbatches, taken, idle, ticks, runs, failed)
+    return Found(microbatches, taken, beside, idle, ticks, runs, failed)
 
 
 def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     header = ["schedule", "microbatches", "runs as", "idle", "ideal, ms", "time, ms", "time / ideal"]
-    header += ["middle half", "over two apart's", "ticks, ms", "time / ticks"]
+    header += ["middle half", "ticks, ms", "time / ticks"]
     rows = []
     for row in found:
         for name in (ALONE, APART, *row.idle):
             count, time_ = str(row.microbatches), row.milliseconds(name)
             if name == ALONE:
-                rows.append([name, count, "", "", "", time_, "", "", "", "", ""])
+                rows.append([name, count, "", "", "", time_, "", "", "", ""])
                 continue
             if name == APART:
-                ratios = row.over(name, ALONE, 0.5)
-                ratio = f"{statistics.median(ratios):.2f}"
-                rows.append(
-                    [name, count, "", "", row.milliseconds(ALONE), time_, ratio, half(ratios), "", "", ""]
-                )
+                ratios = row.over(name, 0.5)
+                ratio, middle = f"{statistics.median(ratios):.2f}", half(ratios)
+                rows.append([name, count, "", "", row.milliseconds(ALONE), time_, ratio, middle, "", ""])
                 continue
             idle = row.idle[name]
-            ratios, ratios_apart = row.over(name, ALONE, idle), row.over(name, APART, idle)
+            ratios = row.over(name, idle)
             ideal = 1000 * statistics.median(row.taken[ALONE]) / (DEVICES * (1 - idle))
             over = statistics.median(row.taken[name]) / row.lockstep[name]
             cells = [name, count, row.runs[name], f"{idle:.1%}", f"{ideal:.0f}", time_]
             cells += [f"{statistics.median(ratios):.2f}", half(ratios)]
-            cells += [f"{statistics.median(ratios_apart):.2f}"]
             rows.append([*cells, f"{1000 * row.lockstep[name]:.0f}", f"{over:.2f}"])
     return header, rows
 
@@ -517,13 +546,12 @@ def torch_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
             if theirs not in row.taken:
                 rows.append([name, count, "fails", "", "", row.milliseconds(ours), "", ""])
                 continue
-            pairs = zip(row.taken[ours], row.taken[theirs], strict=True)
-            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+            ratio = f"{statistics.median(row.taken[ours]) / statistics.median(row.taken[theirs]):.2f}"
             cells = [row.milliseconds(theirs), "", "", row.milliseconds(ours), ""]
             if name != ALONE:
-                over = row.over(theirs, f"torch {ALONE}", row.idle[name])
+                over = row.over(theirs, row.idle[name])
                 cells[1:3] = f"{statistics.median(over):.2f}", half(over)
-                cells[4] = f"{statistics.median(row.over(name, APART, row.idle[name])):.2f}"
+                cells[4] = f"{statistics.median(row.over(name, row.idle[name])):.2f}"
             rows.append([name, count, *cells, ratio])
     return header, rows
 
@@ -532,21 +560,21 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
     """What was timed, where."""
     import jax
 
-    rounds = len(found[0].taken[ALONE])
+    rounds = len(found[0].taken[APART])
     loud = sum(share > QUIET for share in watch.shares)
     times = "; ".join(
         f"{stages} stages F {_all(cost.forward)}, I {_all(cost.input)}, W {_all(cost.weight)} ms"
         for stages, cost in costs.items()
     )
     return (
-        f"Median of a step over {rounds} rounds in turns: {LAYERS} dense layers of {network.features} "
+        f"Median of a step over {rounds} rounds in turns, an unpipelined one before and after each: {LAYERS} "
+        f"dense layers of {network.features} "
         f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; "
         f"{DEVICES} simulated devices, the unpipelined run held to one core. {APART.capitalize()}: the "
         f"unpipelined step on both devices at once, and its time over the unpipelined. Idle: the schedule's "
-        f"bubble with equal F, I, W. Ideal: the unpipelined time / ({DEVICES} (1 - idle)). Time / ideal: "
-        f"median and middle half over the rounds. Over two apart's: the same over the ideal from the time of "
-        f"two apart. Ticks: every tick as long as its slowest action, by their "
-        f"times alone: {times}. "
+        f"bubble with equal F, I, W. Ideal: the unpipelined time / ({DEVICES} (1 - idle)). Time / ideal: by "
+        f"the unpipelined steps beside it, median and middle half over the rounds. Ticks: every tick as long "
+        f"as its slowest action, by their times alone: {times}. "
         f"Steps with over {QUIET:.0%} of the cores taken by other processes: {loud} of {len(watch.shares)}. "
         f"{machine()}, jax {jax.__version__}."
     )
@@ -556,12 +584,12 @@ def _all(seconds: Sequence[Any]) -> str:
     return " ".join(f"{1000 * float(s):.1f}" for s in seconds)
 
 
-def torch_caption(found: Sequence[Found], version: str) -> str:
+def torch_caption(network: Network, found: Sequence[Found], version: str) -> str:
     """What was timed, where."""
     text = (
-        f"The same network and microbatches, in turns with all of ours. PyTorch: "
+        f"{network.features} features and {network.rows} rows, in turns with all of ours. PyTorch: "
         f"torch.distributed.pipelining, {DEVICES} processes of one thread on a core each, gloo; "
-        f"its ideal is from its own unpipelined step in both processes at once, ours here from two apart. "
+        f"its ideal is from its own unpipelined steps, in both processes at once. "
         f"{version}."
     )
     reasons = {name: reason for row in found for name, reason in row.failed.items()}
@@ -621,7 +649,7 @@ def main() -> None:
     show_table(f"a training step in a pipeline of {DEVICES}", our_cells(found), caption)
     texts = [markdown(our_cells(found), caption)]
     if team:
-        caption = torch_caption(found, team.version)
+        caption = torch_caption(network, found, team.version)
         show_table("beside PyTorch", torch_cells(found), caption)
         texts.append(markdown(torch_cells(found), caption))
     if args.markdown:

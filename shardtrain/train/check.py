@@ -138,14 +138,14 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
             )
     if (masks := plain(model, nnx.Dropout)) and accumulate > 1:
         raise UserError(
-            f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in every microbatch of "
-            f"accumulate={accumulate}; use shardtrain.nn.Dropout with the same arguments"
+            f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in each of the "
+            f"{accumulate} microbatches; use shardtrain.nn.Dropout with the same arguments"
         )
     if (norms := plain(model, nnx.BatchNorm)) and accumulate > 1 and statistics == "batch":
         raise UserError(
-            f"{norms[0]!r} is a plain nnx.BatchNorm, whose running statistics move with each microbatch of "
-            f"accumulate={accumulate} and not once, as statistics='batch' asks; use shardtrain.nn.BatchNorm "
-            f"with the same arguments"
+            f"{norms[0]!r} is a plain nnx.BatchNorm, whose running statistics move with each of the "
+            f"{accumulate} microbatches and not once, as statistics='batch' asks; use "
+            f"shardtrain.nn.BatchNorm with the same arguments"
         )
 
 

@@ -193,7 +193,8 @@ def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
 def indivisible(rows: int, size: int | float, mesh: Mesh, shards: int, parts: int) -> UserError:
     """What to say of a batch of `rows`, `size` over all processes, that `shards * parts` does not divide."""
     near = max(1, round(size / (shards * parts))) * shards * parts
+    times = f" times {parts} microbatches" if parts > 1 else ""
     return UserError(
-        f"a batch of {rows} does not divide by the {shards} shards of the batch on mesh {text(mesh)} times "
-        f"accumulate={parts}; use {near}"
+        f"a batch of {rows} does not divide by the {shards} shards of the batch on mesh {text(mesh)}{times}; "
+        f"use {near}"
     )

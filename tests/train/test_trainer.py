@@ -365,7 +365,7 @@ def test_every_parameter_gradient_is_summed_once():
             lambda: curve(small_trainer("data=8"), batch=20),
             "batch of 20 does not divide by the 8 shards .* use 16",
         ),
-        (lambda: curve(small_trainer("data=8", accumulate=4)), "times accumulate=4; use 32"),
+        (lambda: curve(small_trainer("data=8", accumulate=4)), "times 4 microbatches; use 32"),
         (lambda: small_trainer().evaluate([]), "there are no examples"),
         (
             lambda: small_trainer().fit([(np.ones((8, 7, 7, 1)), np.ones(7, int))], steps=1),
