@@ -73,7 +73,7 @@ def test_resume_on_another_mesh_goes_on_as_if_never_stopped(tmp_path):
 def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     """Killed while it trains and saves; the losses are those of a run that was not."""
     shape = ("--batch-size", 32, "--mesh", "data=2", "--model", "lenet", "--x64", "--lr", 0.02)
-    flags = (*shape, "--steps", 30, "--checkpoint-every", 3, "--resume", "auto")
+    flags = (*shape, "--steps", 60, "--checkpoint-every", 3, "--resume", "auto")
     assert run(*flags, "--out", tmp_path / "whole").returncode == 0
     out = tmp_path / "killed"
     command = [sys.executable, str(RECIPE), *map(str, flags), "--out", str(out)]
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     assert not (out / "result.json").exists()
     done = run(*flags, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"resumed at step (\d+) of 30", done.stderr)[1]) >= 6
+    assert int(re.search(r"resumed at step (\d+) of 60", done.stderr)[1]) >= 6
     losses = [json.loads((f / "result.json").read_text())["losses"] for f in (tmp_path / "whole", out)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)
     other = run(*flags, "--out", out, "--seed", 1)

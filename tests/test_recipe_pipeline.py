@@ -135,7 +135,10 @@ def test_a_schedule_of_ones_own(tmp_path):
         ),
         (["--parameters", "pipe"], "parameters='pipe', but a mesh with pipe keeps each stage's parameters"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
-        (["--model", "lenet", "--microbatches", "7"], "times 7 microbatches; use"),
+        (
+            ["--model", "lenet", "--microbatches", "7"],
+            "does not divide by the 2 shards of the batch on mesh pipe=4,data=2 times 7 microbatches; use 126",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
