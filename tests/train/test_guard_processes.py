@@ -48,14 +48,17 @@ class Job:
         lines = re.findall(r"^\{.*\}$", self.out(rank), re.MULTILINE)
         return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
-    def wait_for_step(self, step, limit=60):
+    def wait_for_step(self, step, limit=120):
         until = time.monotonic() + limit
         while not all(step <= max(self.rows(r), default=0) for r in range(len(self.processes))):
             assert time.monotonic() < until, [self.err(r) for r in range(len(self.processes))]
             time.sleep(0.05)
 
-    def codes(self, limit, ranks=None):
-        """Exit statuses, all of them within `limit` seconds."""
+    def codes(self, ranks=None, limit=240):
+        """Exit statuses. Which guard ended a process is told by its status and words, not by how soon.
+
+        A job that takes a second here took 60 beside four busy processes: Orbax saves with many threads.
+        """
         until = time.monotonic() + limit
         ranks = range(len(self.processes)) if ranks is None else ranks
         try:
@@ -81,7 +84,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
     with Job(tmp_path / "a") as job:
         job.wait_for_step(5)
         job.processes[rank].send_signal(signal.SIGTERM)
-        assert job.codes(limit=15) == [75, 75]
+        assert job.codes() == [75, 75]
         steps = {row["step"] for row in job.events("preempted")}
         assert len(job.events("preempted")) >= 2
         (saved,) = job.saved()
@@ -93,10 +96,10 @@ def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
     if rank == 0:
         return
     with Job(tmp_path / "a", steps=last + 5) as job:
-        assert job.codes(limit=40) == [0, 0]
+        assert job.codes() == [0, 0]
         assert min(job.rows(0)) == last + 1
     with Job(tmp_path / "b", processes=1, steps=last + 5) as straight:
-        assert straight.codes(limit=40) == [0]
+        assert straight.codes() == [0]
         assert first | job.rows(0) == pytest.approx(straight.rows(0), rel=1e-5)
 
 
@@ -106,12 +109,12 @@ def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
 def test_sigterm_in_the_last_step_or_its_save_stops_after_the_save(fault, tmp_path):
     """Nothing comes after it, and the same command again has nothing left to train."""
     with Job(tmp_path, fault=fault, rank=1, at=6, steps=6) as job:
-        assert job.codes(limit=40) == [75, 75]
+        assert job.codes() == [75, 75]
         assert job.saved() == [6]
         assert {row["step"] for row in job.events("preempted")} == {6}
         assert "trained" not in job.out(0) + job.out(1)
     with Job(tmp_path, steps=6) as job:
-        assert job.codes(limit=40) == [0, 0]
+        assert job.codes() == [0, 0]
         assert "trained to example 48" in job.out(0)
         assert job.rows(0) == {}
 
@@ -119,11 +122,11 @@ def test_sigterm_in_the_last_step_or_its_save_stops_after_the_save(fault, tmp_pa
 def test_a_ragged_batch_counts_the_rows_that_there_are(tmp_path):
     """Of 8 rows a batch the fourth has 4 and 1; the run that takes this one up goes on behind them."""
     with Job(tmp_path, ragged=[4, [4, 1]], steps=6) as job:
-        assert job.codes(limit=40) == [0, 0]
+        assert job.codes() == [0, 0]
         assert "trained to example 45" in job.out(0)
         assert "trained to example 45" in job.out(1)
     with Job(tmp_path, processes=1, steps=8) as job:
-        assert job.codes(limit=40) == [0]
+        assert job.codes() == [0]
         assert "trained to example 61" in job.out(0)
 
 
@@ -136,10 +139,9 @@ def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
         "on_nan": "rollback",
         "profile": [5, 7],
         "every": 2,
-        "watchdog": 2,
     }
     with Job(tmp_path, steps=8, **wishes) as job:
-        assert job.codes(limit=40) == [0, 0]
+        assert job.codes() == [0, 0]
         assert [row["checkpoint"] for row in job.events("rollback")] == [2]
         assert str(job.rows(0)) == str(job.rows(1))
         assert [row["rank"] for row in job.events("profile")] == [1, 1]
@@ -148,8 +150,8 @@ def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
 @pytest.mark.parametrize("at", [pytest.param("looking", marks=pytest.mark.slow), "writing"])
 def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
     """It is named, and the other one ends so that it is run again; the checkpoint before is whole."""
-    with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=3) as job:
-        assert job.codes(limit=60) == [76, -signal.SIGKILL]
+    with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=8) as job:
+        assert job.codes() == [76, -signal.SIGKILL]
         assert "rank 1 did not answer" in job.err(0), job.err(0)
         assert "could not be written" not in job.err(0)
         assert job.saved() == ([] if at == "looking" else [1])
@@ -161,7 +163,7 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         job.wait_for_step(5)
         job.processes[rank].send_signal(signal.SIGSTOP)
         other = 1 - rank
-        assert job.codes(limit=30, ranks=[other]) == [76]
+        assert job.codes(ranks=[other]) == [76]
         said = job.err(other)
         assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
         assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
@@ -175,14 +177,14 @@ def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
         job.processes[1].send_signal(signal.SIGSTOP)
         time.sleep(1)
         job.processes[0].send_signal(signal.SIGTERM)
-        assert job.codes(limit=20, ranks=[0]) == [75]
+        assert job.codes(ranks=[0]) == [75]
         assert re.search(r"rank 1\b.* did not (answer|come)", job.err(0))
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
     with Job(tmp_path, watchdog=5, fault="hang", rank=1, at=6) as job:
         job.wait_for_step(4)
-        assert job.codes(limit=25) == [76, 76]
+        assert job.codes() == [76, 76]
         assert "no progress for" in job.err(0) + job.err(1)
         assert "in spin" in job.err(1)
         told = job.err(0)
@@ -193,15 +195,15 @@ def test_a_killed_rank_is_named(tmp_path):
     with Job(tmp_path) as job:
         job.wait_for_step(5)
         job.processes[1].kill()
-        assert job.codes(limit=15, ranks=[0]) == [76]
-        assert "rank 1 did not answer" in job.err(0)
+        assert job.codes(ranks=[0]) == [76]
+        assert "a collective failed: rank 1 did not answer" in job.err(0)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
     with Job(tmp_path, fault="raise", rank=rank, at=6) as job:
         job.wait_for_step(4)
-        assert job.codes(limit=20) == [1, 1]
+        assert job.codes() == [1, 1]
         message = "RuntimeError: the disk of rank 1 is on fire"
         assert "Traceback" in job.err(rank)
         assert message in job.err(rank)
@@ -216,7 +218,9 @@ def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
     place = f'{sys.executable} {WORKER} "${{SHARDTRAIN_COORDINATOR#*:}}" 2 "$SHARDTRAIN_PROCESS_ID" "$0" "$1"'
     job = ["sh", "-c", place, str(tmp_path / "run"), json.dumps(wishes)]
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", *job]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 2
     _, first, words = done.stderr.partition("launch: process 0 failed first: it ended with status 2")
     assert first, done.stderr
@@ -227,7 +231,7 @@ def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
 @pytest.mark.slow
 def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
     with Job(tmp_path, fault="user error", rank=1, at=4) as job:
-        assert job.codes(limit=40) == [2, 2]
+        assert job.codes() == [2, 2]
         assert "error: this folder is empty; name another one" in job.err(1)
         assert "Traceback" not in job.err(0) + job.err(1)
         assert "rank 1 failed: this folder is empty" in job.err(0)
@@ -235,23 +239,23 @@ def test_a_user_error_on_one_rank_is_a_sentence(tmp_path):
 
 def test_a_rank_that_exits_by_itself_ends_all_with_its_status(tmp_path):
     with Job(tmp_path, fault="exit", rank=1, at=4, status=3) as job:
-        assert job.codes(limit=40) == [3, 3]
+        assert job.codes() == [3, 3]
         assert "rank 1 failed: it exited with status 3" in job.err(0)
         assert "Traceback" not in job.err(0) + job.err(1)
         assert "watchdog" not in job.err(0)
 
 
 def test_a_rank_that_ends_while_others_compute_is_named(tmp_path):
-    with Job(tmp_path, watchdog=2, fault="exit", rank=1, at=4, status=0) as job:
-        assert job.codes(limit=40) == [76, 76]
-        assert re.search("no progress for 2 s in 'compute'; rank 1 came to the end", job.err(0)), job.err(0)
+    with Job(tmp_path, watchdog=5, fault="exit", rank=1, at=4, status=0) as job:
+        assert job.codes() == [76, 76]
+        assert re.search("no progress for 5 s in 'compute'; rank 1 came to the end", job.err(0)), job.err(0)
 
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
-    with Job(tmp_path, watchdog=2, fault="late", rank=1, steps=5) as job:
+    with Job(tmp_path, watchdog=5, fault="late", rank=1, steps=5) as job:
         job.wait_for_step(5)
-        assert job.codes(limit=30) == [76, 76]
+        assert job.codes() == [76, 76]
         assert re.search("rank 1 (did not come to 'the end'|is behind)", job.err(0)), job.err(0)
 
 
@@ -260,12 +264,12 @@ def test_one_process(tmp_path):
     with Job(tmp_path, processes=1) as job:
         job.wait_for_step(5)
         job.processes[0].send_signal(signal.SIGTERM)
-        assert job.codes(limit=10) == [75]
+        assert job.codes() == [75]
         assert job.saved() == [max(job.rows(0))]
     before = job.saved()[0]
-    with Job(tmp_path, processes=1, watchdog=2, fault="hang", at=before + 3) as job:
-        assert job.codes(limit=30) == [76]
-        assert f"step {before + 3}: watchdog: no progress for 2 s in 'data'" in job.err(0)
+    with Job(tmp_path, processes=1, watchdog=5, fault="hang", at=before + 3) as job:
+        assert job.codes() == [76]
+        assert f"step {before + 3}: watchdog: no progress for 5 s in 'data'" in job.err(0)
         assert "in spin" in job.err(0)
 
 
@@ -290,7 +294,7 @@ def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 76
