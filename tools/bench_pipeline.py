@@ -9,10 +9,11 @@ T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W ta
 no time. Two such runs at once, one on each device, show what cores take from each other, whatever they do.
 
 Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
-every step would begin with a hundred thousand page faults. All that is compared takes turns, one step each,
-an unpipelined one before and after each pipelined one: a machine may be fast in one minute and slow in the
-next. Ratios are medians over the rounds. A step during which other processes took cores is done again, while
-there is patience. Linux only, whose `/proc` says so.
+every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, for all alike, too: with
+YNNPACK, its default on CPUs, F and I take longer than W, and the ranks that do a W wait (`--ynnpack`). All
+that is compared takes turns, one step each, an unpipelined one before and after each pipelined one: a machine
+may be fast in one minute and slow in the next. Ratios are medians over the rounds. A step during which other
+processes took cores is done again, while there is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
 one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
@@ -56,8 +57,11 @@ TORCH = {
 }
 """PyTorch's class for each of our schedules, and how many stages a rank holds there."""
 
-KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-"""Keeps freed memory in the process, as the allocators of GPUs do."""
+KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+"""Keeps freed memory in the process, as the allocators of GPUs do; all arenas but the first give it back."""
+
+EIGEN = "--xla_cpu_experimental_ynn_fusion_type="
+"""XLA's flag against products by YNNPACK."""
 
 Step = Callable[[], float]
 """Does one step and returns its seconds."""
@@ -560,6 +564,7 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
     """What was timed, where."""
     import jax
 
+    library = "Eigen" if EIGEN in os.environ["XLA_FLAGS"].split() else "YNNPACK"
     rounds = len(found[0].taken[APART])
     loud = sum(share > QUIET for share in watch.shares)
     times = "; ".join(
@@ -569,7 +574,8 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
     return (
         f"Median of a step over {rounds} rounds in turns, an unpipelined one before and after each: {LAYERS} "
         f"dense layers of {network.features} "
-        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD; "
+        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD, XLA's "
+        f"products by {library}; "
         f"{DEVICES} simulated devices, the unpipelined run held to one core. {APART.capitalize()}: the "
         f"unpipelined step on both devices at once, and its time over the unpipelined. Idle: the schedule's "
         f"bubble with equal F, I, W. Ideal: the unpipelined time / ({DEVICES} (1 - idle)). Time / ideal: by "
@@ -613,6 +619,7 @@ def main() -> None:
     parser.add_argument(
         "--torch-python", default=sys.executable, metavar="PATH", help="a python that has PyTorch (this one)"
     )
+    parser.add_argument("--ynnpack", action="store_true", help="XLA's default on CPUs, and not Eigen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--markdown", action="store_true", help="write the tables into docs/measurements.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -621,8 +628,10 @@ def main() -> None:
         return torch_worker(*json.loads(args.worker))
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: use 2 or more")
-    if os.environ.get("GLIBC_TUNABLES") != KEEPING:  # read when a process starts, PyTorch's too
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": KEEPING})
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != EIGEN]
+    asked = {"GLIBC_TUNABLES": KEEPING, "XLA_FLAGS": " ".join(flags + [EIGEN] * (not args.ynnpack))}
+    if asked.items() - os.environ.items():  # read when a process starts, PyTorch's too
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | asked)
     import jax
     from census_conv import write_between
 

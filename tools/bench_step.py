@@ -409,7 +409,10 @@ def torch_table(
 def has_torch(python: str) -> bool:
     """Whether this python finds PyTorch."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
-    return subprocess.run([python, "-c", code], check=False).returncode == 0
+    try:
+        return subprocess.run([python, "-c", code], check=False).returncode == 0
+    except OSError:  # there is no such python
+        return False
 
 
 # --- tables ---
