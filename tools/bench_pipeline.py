@@ -10,10 +10,10 @@ no time. Two such runs at once, one on each device, show what cores take from ea
 
 Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
 every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, for all alike, too: with
-YNNPACK, its default on CPUs, F and I take longer than W, and the ranks that do a W wait (`--ynnpack`). All
-that is compared takes turns, one step each, an unpipelined one before and after each pipelined one: a machine
-may be fast in one minute and slow in the next. Ratios are medians over the rounds. A step during which other
-processes took cores is done again, while there is patience. Linux only, whose `/proc` says so.
+YNNPACK, its default on CPUs (`--ynnpack`), steps take longer, those of pipelines most. All that is compared
+takes turns, one step each, an unpipelined one before and after each pipelined one: a machine may be fast in
+one minute and slow in the next. Ratios are medians over the rounds. A step during which other processes took
+cores is done again, while there is patience. Linux only, whose `/proc` says so.
 
 PyTorch runs its own schedules of the same names by `torch.distributed.pipelining`, in two gloo processes of
 one thread, over an ideal from its own unpipelined step in both at once. It is needed by nothing else: `pip
