@@ -85,7 +85,7 @@ def test_a_wrong_coordinator_name(tmp_path):
     assert "error: --coordinator no-such-host:62000: the coordinator's name" in done.stderr
     assert "'no-such-host' does not resolve" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - start < 150
+    assert time.monotonic() - start < 60
     assert not (tmp_path / "a").exists()
 
 
@@ -99,7 +99,7 @@ def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
     said = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - start < 150
+    assert time.monotonic() - start < 40
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -330,7 +330,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
     said = log.read_text(errors="replace")
     assert job.returncode == 0, said[-5000:]
     assert kills == 20
-    assert max(waits) < 40
+    assert max(waits) < 15
     assert torn >= 1
     begun = [int(step) for step in re.findall(r"resumed at step (\d+) of 500", said)]
     assert len(set(begun) - {0}) > 3  # restarts went on, and none from further back than the one before

@@ -53,7 +53,7 @@ time.sleep(60)
     start = time.monotonic()
     status, _, err = launch(capfd, program, 3)
     assert status == 3
-    assert time.monotonic() - start < 40  # of 60
+    assert time.monotonic() - start < 5
     said = [line for line in err.splitlines() if not line.startswith("[")]
     assert said[0] == "launch: process 2 failed first: it ended with status 3, its last words:"
     assert said[1].strip() == "bad batch 17"
@@ -84,7 +84,7 @@ time.sleep(60)
     start = time.monotonic()
     status, _, err = launch(capfd, program, 2)
     assert status == 4
-    assert time.monotonic() - start < 20  # of 30, the grace of who is told to stop
+    assert time.monotonic() - start < 10
     assert "process 1 was killed by SIGKILL" in err
     time.sleep(0.2)
     state = Path("/proc") / (tmp_path / "child").read_text() / "stat"
@@ -151,7 +151,7 @@ def test_a_pause_ends_when_the_launcher_is_told_to_stop():
         assert job.poll() is None
     begin = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=40)
+    _, err = job.communicate(timeout=20)
     assert time.monotonic() - begin < 7  # of 8
     assert job.returncode == 75
     assert "restart" not in err
@@ -195,7 +195,7 @@ def test_who_never_ends_after_75_is_killed(capfd):
     start = time.monotonic()
     status, _, err = launch(capfd, "time.sleep(0 if rank == 0 else 60); sys.exit(75)", 2, grace=1.0)
     assert status == 75, err
-    assert time.monotonic() - start < 40  # of 60
+    assert time.monotonic() - start < 10
 
 
 def test_a_coordinator_of_another_job_is_not_ours(capfd, monkeypatch):
@@ -343,7 +343,7 @@ SAVES = (
 def test_sigterm_is_passed_on_and_nothing_restarts(tmp_path):
     job = start(tmp_path, SAVES, "--restarts", "3")
     job.send_signal(signal.SIGTERM)
-    out, err = job.communicate(timeout=40)
+    out, err = job.communicate(timeout=20)
     assert job.returncode == 75, err
     assert out.count("saved") == 2
     assert "restart" not in err
@@ -356,7 +356,7 @@ def test_ctrl_c_once_and_twice(tmp_path):
     time.sleep(0.5)
     assert job.poll() is None
     job.send_signal(signal.SIGINT)
-    job.communicate(timeout=40)
+    job.communicate(timeout=10)
     assert job.returncode == 128 + signal.SIGKILL
 
 
@@ -365,8 +365,8 @@ def test_the_grace_has_an_end(tmp_path):
     job = start(tmp_path, patient, "--grace", "1")
     begin = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=40)
-    assert time.monotonic() - begin < 20  # of 30, the grace that is not asked for
+    job.communicate(timeout=10)
+    assert time.monotonic() - begin < 5
     assert job.returncode == 128 + signal.SIGTERM
 
 
@@ -376,7 +376,7 @@ def test_the_grace_is_counted_from_the_signal(tmp_path):
     job = start(tmp_path, f"{program}\nfor _ in range(60): time.sleep(1)", "--grace", "4")
     begin = time.monotonic()
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=40)
+    _, err = job.communicate(timeout=20)
     assert 3.9 < time.monotonic() - begin < 7  # and not 3, 4 and a half
     assert job.returncode == 75, err
 
@@ -387,7 +387,7 @@ def test_nothing_outlives_the_launcher(tmp_path):
     state = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
     assert state.exists()
     job.kill()
-    job.communicate(timeout=40)
+    job.communicate(timeout=10)
     time.sleep(0.5)
     assert not state.exists() or state.read_text().split()[2] == "Z"
 

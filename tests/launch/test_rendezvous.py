@@ -79,7 +79,7 @@ def test_missing_processes_are_named_to_all():
     assert "within 1 s: 2, 3;" in first
     assert first.may_pass
     assert second.may_pass  # the others learn of it from process 0
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 3
 
 
 def test_no_coordinator():
@@ -90,7 +90,7 @@ def test_no_coordinator():
     assert "nothing answers at the coordinator 127.0.0.1:" in said
     assert "within 1 s (Connection refused, and 127.0.0.1 is this host itself)" in said
     assert said.may_pass
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 3
 
 
 def test_a_coordinator_that_dies_while_others_wait():
@@ -168,10 +168,10 @@ def test_a_coordinator_that_hangs():
         start = time.monotonic()
         meeting = pool.submit(all_meet, job(2, server.getsockname()[1])[1:], limit=0.5)
         with server.accept()[0]:
-            wait([meeting], timeout=30)
+            wait([meeting], timeout=5)
             took = time.monotonic() - start
         assert "broke off before all processes were there" in meeting.result()[0]
-    assert took < 20
+    assert took < 4
 
 
 def test_a_process_that_takes_its_time_to_leave_and_has_another_clock(monkeypatch):

@@ -142,7 +142,7 @@ def test_a_process_has_the_signals_and_its_status_is_passed_on(number):
     assert job.stdout is not None
     assert job.stdout.readline() == b"there\n"
     os.killpg(job.pid, number)
-    job.communicate(timeout=40)
+    job.communicate(timeout=10)
     assert job.returncode == 1  # as srun is to see 75
 
 
@@ -155,7 +155,7 @@ def test_a_process_that_does_not_answer_signals_ends_as_usual():
     assert job.stdout is not None
     assert job.stdout.readline() == b"there\n"
     os.killpg(job.pid, signal.SIGTERM)
-    job.communicate(timeout=40)
+    job.communicate(timeout=10)
     assert job.returncode == 128 + signal.SIGTERM
 
 

@@ -30,7 +30,7 @@ def test_a_folder_that_cannot_be_made_does_not_hold_the_process(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=40,
         check=True,
     )
     assert "could not be written to" in done.stdout

@@ -15,6 +15,12 @@ from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "guard_worker.py"
 
+LIMIT = 240
+"""Seconds for what hangs. Which guard ended a process is told by its status and words, not by how soon.
+
+Orbax saves with many threads: a job that takes a second here took 60 beside four busy processes.
+"""
+
 
 class Job:
     """Processes of `guard_worker.py`, each with its files of output."""
@@ -48,24 +54,21 @@ class Job:
         lines = re.findall(r"^\{.*\}$", self.out(rank), re.MULTILINE)
         return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
-    def wait_for_step(self, step, limit=120):
+    def wait_for_step(self, step, limit=60):
         until = time.monotonic() + limit
         while not all(step <= max(self.rows(r), default=0) for r in range(len(self.processes))):
             assert time.monotonic() < until, [self.err(r) for r in range(len(self.processes))]
             time.sleep(0.05)
 
-    def codes(self, ranks=None, limit=240):
-        """Exit statuses. Which guard ended a process is told by its status and words, not by how soon.
-
-        A job that takes a second here took 60 beside four busy processes: Orbax saves with many threads.
-        """
-        until = time.monotonic() + limit
+    def codes(self, ranks=None):
+        """Exit statuses."""
+        until = time.monotonic() + LIMIT
         ranks = range(len(self.processes)) if ranks is None else ranks
         try:
             return [self.processes[r].wait(max(0.1, until - time.monotonic())) for r in ranks]
         except subprocess.TimeoutExpired:
             pytest.fail(
-                f"still there after {limit} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
+                f"still there after {LIMIT} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
             )
 
     def out(self, rank):
@@ -166,6 +169,7 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         assert job.codes(ranks=[other]) == [76]
         said = job.err(other)
         assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
+        assert re.search("no(t answer| progress) for 5 s", said), said
         assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
         assert "in run" in said
 
@@ -178,14 +182,14 @@ def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
         time.sleep(1)
         job.processes[0].send_signal(signal.SIGTERM)
         assert job.codes(ranks=[0]) == [75]
-        assert re.search(r"rank 1\b.* did not (answer|come)", job.err(0))
+        assert re.search(r"rank 1\b.* did not (answer for|come to 'stop' within) 5 s", job.err(0))
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
     with Job(tmp_path, watchdog=5, fault="hang", rank=1, at=6) as job:
         job.wait_for_step(4)
         assert job.codes() == [76, 76]
-        assert "no progress for" in job.err(0) + job.err(1)
+        assert "no progress for 5 s" in job.err(0) + job.err(1)
         assert "in spin" in job.err(1)
         told = job.err(0)
         assert "rank 1 is behind, at step 6 in 'data'" in told or "rank 1 saw no progress" in told
@@ -219,7 +223,7 @@ def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
     job = ["sh", "-c", place, str(tmp_path / "run"), json.dumps(wishes)]
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", *job]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 2
     _, first, words = done.stderr.partition("launch: process 0 failed first: it ended with status 2")
@@ -294,7 +298,7 @@ def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 76

@@ -52,7 +52,7 @@ def test_a_second_signal_leaves_at_once_and_one_sent_twice_does_not(begin):
     time.sleep(AGAIN + 0.5)
     assert job.poll() is None  # it would stop after this step, which has no end
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=40)
+    _, err = job.communicate(timeout=10)
     assert job.returncode == 75
     assert "stopping after step 1" in err
     assert "a second signal: leaving at once" in err
@@ -92,7 +92,7 @@ with Guard(watchdog={SECONDS}) as guard:
 """)
     assert [job.stdout.readline().strip() for _ in parts] == parts
     start = time.monotonic()
-    _, err = job.communicate(timeout=50)
+    _, err = job.communicate(timeout=20)
     assert job.returncode == 76
     assert re.search(rf"no progress for {PATIENCE * SECONDS:.0f} s in {last!r}", err), err
-    assert PATIENCE * SECONDS - 0.2 < time.monotonic() - start < PATIENCE * SECONDS + 30  # of 60
+    assert PATIENCE * SECONDS - 0.2 < time.monotonic() - start < PATIENCE * SECONDS + 5
