@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -19,7 +19,8 @@ class Call:
     Attributes:
         role: such as `"body"`, `"condition"`, `"branch_computations"`, `"calls"`.
         name: of the computation.
-        runs: how often, for one run of the instruction; None for a loop whose length XLA does not know.
+        runs: how often, for one run of the instruction, at most once where that is not known; None for a
+            loop whose length XLA does not know.
     """
 
     role: str
@@ -37,6 +38,7 @@ class Instruction:
         shape: of its result, as text.
         code: all behind the `=`, with all strings empty: a name in the metadata must not look like code.
         line: all of it.
+        once: whether it is a loop that each run leaves after at most one turn.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Instruction:
     shape: str
     code: str
     line: str
+    once: bool = False
 
     @property
     def collective(self) -> str | None:
@@ -57,11 +60,23 @@ class Instruction:
         if self.collective or self.op.endswith(("-done", "-update")):
             return
         known = _TRIPS.search(self.line)
-        trips = 1 if self.op != "while" else int(known[1]) if known else None
+        trips = 1 if self.once or self.op != "while" else int(known[1]) if known else None
         for role, names in _CALLS.findall(self.code):
             # a loop asks its condition once more than it runs its body
             runs = trips + 1 if role == "condition" and trips is not None else trips
             yield from (Call(role, name, runs) for name in re.findall(r"[\w.\-]+", names))
+
+    @property
+    def divergent(self) -> bool:
+        """Whether devices may differ in what they run of it: a conditional, a loop of unknown length."""
+        return self.op == "conditional" or (self.op == "while" and not _TRIPS.search(self.line))
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it is computed from."""
+        inner = next(pieces(self.code[len(self.shape) + 1 + len(self.op) :], ","))[1:-1]
+        words = [re.sub(r"/\*.*?\*/", "", piece).split() for piece in pieces(inner, ",")]
+        return [word[-1].removeprefix("%") for word in words if word]
 
     @property
     def source(self) -> str:
@@ -95,7 +110,37 @@ def parse(text: str) -> tuple[str, Computations]:
             shape = next(pieces(code, " "))
             op = code[len(shape) + 1 :].partition("(")[0]
             current.append(Instruction(found[1], op, shape, code, line))
+    for body in computations.values():
+        body[:] = [replace(i, once=True) if _once(i, computations) else i for i in body]
     return entry, computations
+
+
+def _once(loop: Instruction, computations: Computations) -> bool:
+    """Whether a loop asks for one of the values it carries, which its body makes false."""
+    if not (loop.op == "while" and loop.divergent):
+        return False
+    called = {call.role: computations[call.name] for call in loop.calls}
+    asked, made = root(called["condition"]), root(called["body"])
+    if asked.op != "get-tuple-element" or made.op != "tuple":
+        return False
+    by_name = {i.name: i for i in called["body"]}
+    value = by_name[made.operands[index(asked)]]
+    while value.op == "copy":
+        value = by_name[value.operands[0]]
+    return value.op == "constant" and "constant(false)" in value.code
+
+
+def root(computation: Iterable[Instruction]) -> Instruction:
+    """The instruction whose value a computation returns."""
+    return next(i for i in computation if i.line.lstrip().startswith("ROOT "))
+
+
+def index(element: Instruction) -> int:
+    """Which element of its tuple a `get-tuple-element` is."""
+    found = re.search(r"\bindex=(\d+)", element.code)
+    if not found:
+        raise ValueError(f"not an element of a tuple: {element.line}")
+    return int(found[1])
 
 
 def devices(text: str) -> int:

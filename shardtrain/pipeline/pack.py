@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+ROOM = 1.02
+"""How much longer buffers may be if arrays that all stages have alike stand in buffers of their own."""
+
 Buffers = dict[str, Array]
 Shape = jax.ShapeDtypeStruct
 
@@ -38,6 +41,11 @@ class Place:
     def read(self, buffers: Mapping[str, Array]) -> Array:
         flat = lax.dynamic_slice(buffers[self.buffer], (self.start,), (self.size,))
         return flat.reshape(self.shape)
+
+    def add(self, buffers: Buffers, value: Array) -> Buffers:
+        # behind the barrier XLA sees no reshaping, and adds in place
+        flat = lax.optimization_barrier(jnp.reshape(value, -1))
+        return self.write(buffers, self.read(buffers).reshape(-1) + flat)
 
     def write(self, buffers: Buffers, value: Array) -> Buffers:
         flat = lax.dynamic_update_slice(buffers[self.buffer], value.reshape(-1), (self.start,))
@@ -108,6 +116,13 @@ def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Any]) -> B
     return buffers
 
 
+def add(buffers: Buffers, places: Sequence[Place], values: Sequence[Array]) -> Buffers:
+    """The buffers with `values` added to what stands at `places`."""
+    for place, value in zip(places, values, strict=True):
+        buffers = place.add(buffers, value)
+    return buffers
+
+
 def largest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Of every buffer the longest."""
     buffers = sorted({b for row in lengths for b in row})
@@ -161,3 +176,10 @@ class Rows:
     def nbytes(self) -> int:
         """Of all buffers."""
         return sum(n * dtype_of(b).itemsize for b, n in self.lengths.items())
+
+
+def slots(shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> Rows:
+    """Slots for arrays of `shapes`, `depth` of them, for each stage."""
+    flat = Rows.of([Pack(row) for row in shapes], depth, ranks_of)
+    own = Rows.of(list(map(Pack, shapes, apart(shapes))), depth, ranks_of)
+    return own if own.nbytes <= ROOM * flat.nbytes else flat

@@ -1,33 +1,42 @@
 """Runs a schedule: one SPMD program in which every rank does, tick by tick, what its row of the table says.
 
-The program is manual over every mesh axis. A tick is one `switch` over all stages' `F`, `I`, `W` (or the
-fused `B`), in which devices of other stages take other branches; then what the branch made is put where it
-waits, and messages go to the ranks that are to act on them. Inside a branch only grouped collectives stand,
-whose groups never leave a stage.
+The program is manual over every mesh axis. In a tick a device enters the loop of its stage and in it that of
+its action, `F`, `I`, `W` or the fused `B`, and puts what it makes where that waits; then messages go to the
+ranks that are to act on them, along the routes that have any. Devices of other stages enter other loops, so
+inside them only grouped collectives stand, whose groups never leave a stage.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, largest, read, write, zeros
+from shardtrain.pipeline.pack import Buffers, Pack, Place, Rows, add, largest, read, slots, write, zeros
 from shardtrain.pipeline.stages import Programs, is_float
 from shardtrain.pipeline.table import COLUMNS, POOLS, Table
-from shardtrain.pipeline.window import Pool, Sums, Window, Written
-
-WHOLE = ("state", "sums", "outputs")
-"""What a branch returns whole."""
 
 Numbers = Mapping[str, Array]
 """What the table says of a tick, by the names of its columns."""
 
-Done = tuple[dict[str, Any], Written, Buffers]
-"""What a branch returns: part of the carry, a window for what waits or is summed, a message."""
+Carry = dict[str, Any]
+"""What actions change, by name."""
+
+
+def once(needed: Array, do: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """What `do` makes of a carry where that is needed, else the carry.
+
+    A loop of one turn or none: it changes its arrays in place, while XLA copies all that a conditional takes
+    and returns.
+    """
+
+    def turn(now: tuple[Array, Carry]) -> tuple[Array, Carry]:
+        return jnp.bool_(False), do(now[1])
+
+    return lax.while_loop(lambda now: now[0], turn, (needed, carry))[1]
 
 
 @dataclass(frozen=True)
@@ -76,28 +85,27 @@ class Machine:
             the outputs of all microbatches, which are zeros on all ranks but the last stage's.
         """
         acts = _Acts(self, params, shared, sides)
-        table, window, branches = self.table, acts.window, acts.branches()
-        kinds = ["" if doing is None else acts.writes(*doing) for doing in table.branches]
-        of_kind = {kind: np.array([kind == k for k in kinds]) for kind in window.kinds}
-        rank = lax.axis_index("pipe")
+        table, rank = self.table, lax.axis_index("pipe")
 
-        def tick(c: dict[str, Any], row: Array) -> tuple[dict[str, Any], None]:
+        def tick(c: Carry, row: Array) -> tuple[Carry, None]:
             mine = lax.dynamic_index_in_dim(row, rank, keepdims=False)
             at = {name: mine[i] for i, name in enumerate(COLUMNS)}
-            before = c.get("sent")
-            kept = {key: value for key, value in c.items() if key != "sent"}
-            whole, written, made = lax.switch(at["branch"], branches, kept, at)
-            acted = {kind: jnp.asarray(is_it)[at["branch"]] for kind, is_it in of_kind.items()}
-            kept |= whole | window.put(kept, acted, written)
+            inbox, before = c["inbox"], c["message"]
+            kept = {key: value for key, value in c.items() if key != "inbox"}
+            if table.hop > 1 or self.bubble:  # else what is there is written over
+                kept["message"] = acts.empty()
+            for stage in range(len(self.programs)):
+                kept = acts.act(stage, kept, inbox, at)
+            travels = table.travels(row)
             for number, (distance, pairs) in enumerate(table.routes.items()):
-                sent = made if before is None or distance == 0 else before
-                if distance:
-                    sent = jax.tree.map(lambda v, pairs=pairs: lax.ppermute(v, "pipe", pairs), sent)
+                sent = before if distance and table.hop > 1 else kept["message"]
                 slot = mine[len(COLUMNS) + number]
-                kept["inbox"] = {
-                    d: lax.dynamic_update_index_in_dim(v, sent[d], slot, 0) for d, v in kept["inbox"].items()
-                }
-            return (kept if before is None else {**kept, "sent": made}), None
+                deliver = functools.partial(_delivered, sent=sent, pairs=pairs if distance else (), slot=slot)
+                if distance and table.hop > 1:  # travels beside what is computed, so not in a loop
+                    inbox = deliver(inbox)
+                else:  # it asks the same on all devices, which wait for each other inside
+                    inbox = once(travels[number], deliver, inbox)
+            return {**kept, "inbox": inbox}, None
 
         carry, _ = lax.scan(tick, acts.carry(state), jnp.asarray(table.rows) if rows is None else rows)
         return carry.get("grads", {}), carry["state"], carry["sums"], carry["outputs"]
@@ -122,7 +130,7 @@ class Machine:
 
 
 class _Acts:
-    """What a rank may do in a tick, each a function of the carry and of the table's numbers."""
+    """What a rank may do in a tick, each a function of the carry, the inbox and the table's numbers."""
 
     def __init__(
         self,
@@ -138,121 +146,119 @@ class _Acts:
         self.flows = [Pack([s for s in p.outs if is_float(s)]).places for p in programs[:-1]]
         self.lengths = message(programs)
         self.pools = {
-            name: Pool.of([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
+            name: slots([getattr(p, name) for p in programs], table.depth[name], machine.ranks_of)
             for name in POOLS
         }
-        self.chunks = [machine.ranks_of[:k].count(rank) for k, rank in enumerate(machine.ranks_of)]
-        self.sums = [
-            Sums.of(machine.rows, [k for k, c in enumerate(self.chunks) if c == chunk])
-            for chunk in range(max(self.chunks) + 1)
-        ]
-        kinds: dict[str, dict[str, Pool | Sums]] = {}
-        for k, kind in (doing for doing in table.branches if doing is not None):
-            kinds[self.writes(k, kind)] = (
-                {"grads": self.sums[self.chunks[k]]}
-                if kind in "WB"
-                else {name: self.pools[name] for name, (first, _) in POOLS.items() if first == kind}
-            )
-        self.window = Window(kinds)
 
-    def writes(self, k: int, kind: str) -> str:
-        """What an action is to the window, to which gradients of a rank's stages are different kinds."""
-        return f"W{self.chunks[k]}" if kind in "WB" else kind
-
-    def carry(self, state: Buffers) -> dict[str, Any]:
+    def carry(self, state: Buffers) -> Carry:
         """All that waits, before the first tick."""
         table, bubble = self.machine.table, self.machine.bubble
         ends, sums = self.machine.programs[-1].outs, self.machine.sums
-        inbox = {d: jnp.broadcast_to(v, (table.inbox + 1, len(v))) for d, v in self.empty().items()}
-        carry: dict[str, Any] = {
+        carry = {
             "state": state,
-            "inbox": inbox,
+            "inbox": {d: jnp.broadcast_to(v, (table.inbox + 1, len(v))) for d, v in self.empty().items()},
+            "message": self.empty(),
             "sums": [jnp.zeros(s.shape, s.dtype) for s in ends[:sums]],
             "outputs": [jnp.zeros((table.microbatches, *s.shape), s.dtype) for s in ends[sums:]],
         }
-        for targets in self.window.kinds.values():
-            carry |= {name: target.empty(bubble) for name, target in targets.items()}
-        if table.hop > 1:
-            carry["sent"] = self.empty()
-        return carry
-
-    def branches(self) -> list[Callable[[dict[str, Any], Numbers], Done]]:
-        """In the order of the table."""
-
-        def of(k: int, kind: str) -> Callable[[dict[str, Any], Numbers], Done]:
-            if kind == "F":
-                return lambda c, at: self.forward(k, c, at)
-            return lambda c, at: self.backward(k, kind, c, at)
-
-        return [self.idle if doing is None else of(*doing) for doing in self.machine.table.branches]
+        if any(doing and doing[1] in "BW" for doing in table.branches):
+            carry["grads"] = zeros(self.machine.rows.lengths)
+        return carry | {name: zeros(pool.lengths, bubble) for name, pool in self.pools.items()}
 
     def empty(self) -> Buffers:
-        """No message. Made in each branch: what all of them share, XLA makes at every tick and copies."""
+        """No message."""
         return zeros(self.lengths, self.machine.bubble)
 
-    def idle(self, c: dict[str, Any], at: Numbers) -> Done:
-        return {name: c[name] for name in WHOLE}, self.window.filled(), self.empty()
+    def act(self, k: int, c: Carry, inbox: Buffers, at: Numbers) -> Carry:
+        """What stage `k` does in a tick, if anything."""
+        branches = enumerate(self.machine.table.branches)
+        numbers = {doing[1]: i for i, doing in branches if doing and doing[0] == k}
 
-    def forward(self, k: int, c: dict[str, Any], at: Numbers) -> Done:
+        def turn(c: Carry) -> Carry:
+            for kind, number in numbers.items():
+
+                def do(c: Carry, kind: str = kind) -> Carry:
+                    if kind == "F":
+                        return self.forward(k, c, inbox, at)
+                    return self.backward(k, kind, c, inbox, at)
+
+                c = once(at["branch"] == number, do, c)
+            return c
+
+        first, last = min(numbers.values()), max(numbers.values())
+        return once((first <= at["branch"]) & (at["branch"] <= last), turn, c)
+
+    def forward(self, k: int, c: Carry, inbox: Buffers, at: Numbers) -> Carry:
         program, state = self.machine.programs[k], self.machine.state
         stage, n = program.stage, len(program.outs)
         variables = [
             state[name].read(c["state"]) if name in state else self.shared[name] for name in stage.state
         ]
-        ins = read(self._arrived(c, at), Pack(program.ins).places)
+        ins = read(_arrived(inbox, at), Pack(program.ins).places)
         given = [*read(self.params, self.weights[k]), *variables, *self.sides(at["microbatch"]), *ins]
         results = jax.core.eval_jaxpr(program.forward.jaxpr, program.forward.consts, *given)
         a, b = n + len(stage.moving), n + len(stage.moving) + len(program.saved)
-        whole = {name: c[name] for name in WHOLE}
-        whole["state"] = write(c["state"], [state[name] for name in stage.moving], results[n:a])
-        keeps = {"saved": results[a:b], "lasting": results[b:]}
-        parts = {name: self.pools[name].part(c[name], k, at[name], values) for name, values in keeps.items()}
-        message = self.empty()
+        c = {**c, "state": write(c["state"], [state[name] for name in stage.moving], results[n:a])}
+        c |= self._kept(k, c, at, saved=results[a:b], lasting=results[b:])
         if k < len(self.outs):
-            message = write(message, self.outs[k], results[:n])
-        else:
-            sums = self.machine.sums
-            whole["sums"] = [x + y for x, y in zip(c["sums"], results[:sums], strict=True)]
-            whole["outputs"] = [
-                lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
-                for x, y in zip(c["outputs"], results[sums:n], strict=True)
-            ]
-        return whole, self.window.filled("F", parts), message
+            return {**c, "message": write(c["message"], self.outs[k], results[:n])}
+        sums = self.machine.sums
+        # without the barrier XLA on GPUs sums over devices behind the loop, whatever the stage does in a tick
+        new = lax.optimization_barrier(results[:sums])
+        c["sums"] = [x + y for x, y in zip(c["sums"], new, strict=True)]
+        c["outputs"] = [
+            lax.dynamic_update_index_in_dim(x, y, at["microbatch"], 0)
+            for x, y in zip(c["outputs"], results[sums:n], strict=True)
+        ]
+        return c
 
-    def backward(self, k: int, kind: str, c: dict[str, Any], at: Numbers) -> Done:
+    def backward(self, k: int, kind: str, c: Carry, inbox: Buffers, at: Numbers) -> Carry:
         program = self.machine.programs[k]
         some = [*read(self.params, self.weights[k]), *self.sides(at["microbatch"])]
-        lasting = read(c["lasting"], self.pools["lasting"].slot(k, at["lasting"]))
-        message, whole = self.empty(), {name: c[name] for name in WHOLE}
+        lasting = self._waiting("lasting", k, c, at)
         if kind == "W":
-            between = read(c["between"], self.pools["between"].slot(k, at["between"]))
+            between = self._waiting("between", k, c, at)
         else:
             if k < len(self.flows):
-                cotangents = read(self._arrived(c, at), self.flows[k])
+                cotangents = read(_arrived(inbox, at), self.flows[k])
             else:
                 cotangents = [jnp.ones(program.outs[0].shape, program.outs[0].dtype)]
-            saved = read(c["saved"], self.pools["saved"].slot(k, at["saved"]))
+            saved = self._waiting("saved", k, c, at)
             closed = program.input_gradient
             results = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *cotangents, *saved, *lasting)
             flows = sum(is_float(s) for s in program.ins)
             between = results[flows:]
             if k:
-                message = write(message, self.flows[k - 1], results[:flows])
+                c = {**c, "message": write(c["message"], self.flows[k - 1], results[:flows])}
         if kind == "I":
-            part = self.pools["between"].part(c["between"], k, at["between"], between)
-            return whole, self.window.filled("I", {"between": part}), message
+            return c | self._kept(k, c, at, between=between)
         closed = program.weight_gradient
         new = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *some, *lasting, *between)
-        part = self.sums[self.chunks[k]].part(k, self.weights[k], new)
-        return whole, self.window.filled(self.writes(k, kind), {"grads": part}), message
+        return {**c, "grads": add(c["grads"], self.weights[k], new)}
 
-    def _arrived(self, c: dict[str, Any], at: Numbers) -> Buffers:
-        """The message that the tick acts on."""
-        return {d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in c["inbox"].items()}
+    def _waiting(self, pool: str, k: int, c: Carry, at: Numbers) -> list[Array]:
+        """What waits in the slot of a pool that the tick reads."""
+        return read(c[pool], self.pools[pool].slot(k, at[pool]))
+
+    def _kept(self, k: int, c: Carry, at: Numbers, **values: Sequence[Array]) -> Carry:
+        """Pools with `values` in the slots that the tick writes."""
+        return {name: write(c[name], self.pools[name].slot(k, at[name]), v) for name, v in values.items()}
+
+
+def _arrived(inbox: Buffers, at: Numbers) -> Buffers:
+    """The message that the tick acts on."""
+    return {d: lax.dynamic_index_in_dim(v, at["inbox"], keepdims=False) for d, v in inbox.items()}
+
+
+def _delivered(inbox: Buffers, sent: Buffers, pairs: Sequence[tuple[int, int]], slot: Array) -> Buffers:
+    """The inbox with what came, by `pairs` of ranks or from this one."""
+    if pairs:
+        sent = jax.tree.map(lambda v: lax.ppermute(v, "pipe", pairs), sent)
+    return {d: lax.dynamic_update_index_in_dim(v, sent[d], slot, 0) for d, v in inbox.items()}
 
 
 def message(programs: Sequence[Programs]) -> dict[str, int]:
-    """Lengths of the buffers that travel at every tick: of the largest activations, or their gradients."""
+    """Lengths of the buffers that travel: of the largest activations, or their gradients."""
     outs = [Pack(p.outs).lengths for p in programs[:-1]]
     flows = [Pack([s for s in p.outs if is_float(s)]).lengths for p in programs[:-1]]
     return largest([*outs, *flows])

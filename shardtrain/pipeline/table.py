@@ -6,6 +6,7 @@ many as the schedule holds at once, and no more.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class Table:
     routes: dict[int, tuple[tuple[int, int], ...]]
     hop: int
     microbatches: int
+
+    def travels(self, rows: Any) -> Any:
+        """Whether anything comes by each route: bool (ticks, routes), of rows of this table or a like one."""
+        return (rows[..., len(COLUMNS) :] != self.inbox).any(axis=-2)
 
 
 class _Slots:

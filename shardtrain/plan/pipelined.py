@@ -156,8 +156,8 @@ class Copies:
     """Bytes that one tick copies from one buffer into another of the same shape, and computes nothing.
 
     Attributes:
-        loop: behind the conditional, at every tick.
-        branch: in the branch that copies most.
+        loop: on every device, at every tick.
+        branch: in the action that copies most.
         carried: of all arrays that the loop carries, for comparison.
     """
 
@@ -170,21 +170,27 @@ def copies(text: str) -> Copies:
     """What the loop over ticks of a compiled pipeline copies at every tick.
 
     Raises:
-        UserError: a program without a loop that has a conditional in it.
+        UserError: a program without a loop over loops of one turn.
     """
-    _, computations = hlo.parse(text)
+    entry, computations = hlo.parse(text)
 
     def copied(name: str) -> int:
         return sum(_size(i) for i in computations[name] if i.op in ("copy", "copy-start"))
 
-    for body in computations.values():
-        for loop in (i for i in body if i.op == "while"):
-            inner = next((c.name for c in loop.calls if c.role == "body"), "")
-            switches = [i for i in computations.get(inner, ()) if i.op == "conditional"]
-            if switches:
-                branches = [copied(call.name) for i in switches for call in i.calls]
-                return Copies(copied(inner), max(branches), _size(loop))
-    raise UserError("the program has no loop with a conditional in it; give the text of a pipelined step")
+    def inner(name: str) -> list[str]:
+        return [c.name for i in computations[name] if i.once for c in i.calls if c.role == "body"]
+
+    def most(name: str) -> int:
+        return copied(name) + max(map(most, inner(name)), default=0)
+
+    todo = [entry]
+    for name in todo:  # from outside to inside
+        for call in (c for i in computations.get(name, ()) for c in i.calls):
+            if call.role == "body" and (actions := inner(call.name)):
+                carried = next(i for i in computations[call.name] if i.op == "parameter")
+                return Copies(copied(call.name), max(map(most, actions)), _size(carried))
+            todo.append(call.name)
+    raise UserError("the program has no loop over loops of one turn; give the text of a pipelined step")
 
 
 def _size(instruction: hlo.Instruction) -> int:

@@ -45,6 +45,11 @@ def looping(x):
     return lax.fori_loop(0, 5, lambda _, x: shift(jnp.sin(x)), x)
 
 
+def until(x):
+    """A loop that each device leaves when it likes, with a permute in it."""
+    return lax.while_loop(lambda y: y.sum() < 3, lambda y: shift(y) + 1, x)
+
+
 BAD = {
     "in a branch": shift,
     "in a loop in a branch": looping,
@@ -62,6 +67,20 @@ def test_a_permute_in_a_branch_is_refused(mesh, branch):
         refuse_divergent(text, mesh)
 
 
+def test_a_permute_in_a_loop_of_unknown_length_is_refused(mesh):
+    text = compiled(mesh, until)
+    ((loop, permute),) = in_branches(text)
+    with pytest.raises(UserError) as error:
+        refuse_divergent(text, mesh)
+    assert str(error.value) == (
+        f"the compiled program has the collective-permute {permute.name!r} ({permute.source}) in the loop "
+        f"{loop.name!r} ({loop.source}), whose length XLA does not know: all devices must meet in it, but only "
+        "some devices run it as often, and they would wait forever; use psum, all_gather or another collective "
+        "of groups that stay inside a stage"
+    )
+    assert loop.op == "while"
+
+
 def test_the_sentence_names_the_instruction_and_the_conditional(mesh):
     text = compiled(mesh, divergent(shift))
     ((branch, permute),) = in_branches(text)
@@ -77,7 +96,42 @@ def test_the_sentence_names_the_instruction_and_the_conditional(mesh):
     assert branch.op == "conditional"
 
 
+def listed(turns, do):
+    """A scan over numbers, in which `do` gets a number and the array."""
+    return lambda x: lax.scan(lambda x, n: (do(n, x), None), x, jnp.asarray(turns))[0]
+
+
+def once(needed, x):
+    return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), shift(c[1])), (needed, x))[1]
+
+
+def drifting(x):
+    """A loop that asks for a number which is the same everywhere at first, and not after its first turn."""
+    turn = lambda c: (c[0] + (c[1].sum() > 0), shift(c[1]))  # noqa: E731
+    return lax.while_loop(lambda c: c[0] < 3, turn, (jnp.int32(0), x))[1]
+
+
+UNLIKE = {
+    "by a device's place": listed([0, 1, 0], lambda n, x: once(n == lax.axis_index("pipe"), x)),
+    "by its data": listed([0, 1, 0], lambda n, x: once(n < x[0, 0], x)),
+    "after a turn": drifting,
+    "a branch by its place": listed(
+        [0, 1], lambda n, x: lax.cond(n == lax.axis_index("pipe"), shift, jnp.sin, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("f", UNLIKE.values(), ids=UNLIKE)
+def test_a_loop_that_devices_leave_unlike_is_refused(mesh, f):
+    with pytest.raises(UserError, match="the compiled program has the collective-permute"):
+        refuse_divergent(compiled(mesh, f), mesh)
+
+
 GOOD = {
+    "in a loop that all enter by a list": listed([0, 1, 0], lambda n, x: once(n == 1, x)),
+    "in a branch that all take by a list": listed(
+        [0, 1, 0], lambda n, x: lax.cond(n == 1, shift, jnp.sin, x)
+    ),
     "in a loop that all run": looping,
     "behind a conditional": lambda x: shift(divergent(jnp.cos)(x)),
     "a sum within a stage": divergent(lambda x: lax.psum(x, "height")),
@@ -184,9 +238,9 @@ def trained_on(mesh, layer):
 def test_a_pipelined_step_passes_and_one_that_sends_by_hand_does_not(mesh):
     trainer, program = trained_on(mesh, jnp.sin)
     text = program.as_text()
-    assert "conditional(" in text
     assert "collective-permute" in text  # the messages between stages
-    assert list(in_branches(text))  # the halos
+    kinds = {(branch.op, branch.once) for branch, _ in in_branches(text)}
+    assert kinds == {("while", True), ("conditional", False)}  # halos; sums of gradients
     refuse_divergent(text, trainer.mesh)
-    with pytest.raises(UserError, match=r"collective-permute .* in a branch of the conditional"):
+    with pytest.raises(UserError, match=r"collective-permute .* in the loop .* whose length"):
         trained_on(mesh, Sending())

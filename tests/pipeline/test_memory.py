@@ -59,10 +59,10 @@ def test_1f1b_needs_no_more_for_more_microbatches_and_gpipe_does():
 
 
 def test_a_tick_does_not_copy_what_waits():
-    """XLA copies what a conditional takes and returns; so what is kept is written behind it."""
+    """XLA copies what a conditional takes and returns; so what is kept is written in loops of one turn."""
     few, many = (copies(compiled("gpipe", m)[0].as_text()) for m in (4, 16))
     assert many.carried > 3 * few.carried
-    assert many.loop + many.branch < 1.05 * (few.loop + few.branch)
+    assert many.loop + many.branch <= few.loop + few.branch < 0.01 * few.carried
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ from hypothesis import strategies as hs
 
 import shardtrain as st
 from shardtrain.pipeline.hold import Held
-from shardtrain.pipeline.pack import Pack, Rows, apart, dtype_of
-from shardtrain.pipeline.window import Pool, Sums
+from shardtrain.pipeline.pack import Pack, Rows, add, apart, dtype_of, slots
 
 SHAPES = hs.builds(
     jax.ShapeDtypeStruct,
@@ -46,26 +45,23 @@ def test_a_sum_of_each_stage_gets_its_own_and_leaves_the_others(rows, data):
     ranks = data.draw(hs.lists(hs.integers(0, 2), min_size=len(rows), max_size=len(rows)))
     where = Rows.of([Pack(row) for row in rows], [1] * len(rows), ranks)
     stage = data.draw(hs.integers(0, len(rows) - 1))
-    sums = Sums.of(where, range(len(rows)))
+    places = where.slot(stage, 0)
     values = [jnp.full(s.shape, i + 1, s.dtype) for i, s in enumerate(rows[stage])]
-    starts, parts = sums.part(stage, where.slot(stage, 0), values)
-    for buffer, n in sums.reach.items():
-        part, at = jnp.concatenate(parts[buffer]), starts[buffer]
-        assert part.size == n
-        old = jnp.arange(where.lengths[buffer]).astype(dtype_of(buffer))
-        expected = np.array(old)
-        for place, value in zip(where.slot(stage, 0), values, strict=True):
-            if place.buffer == buffer:
-                expected[place.start : place.start + place.size] += np.ravel(value)
-        np.testing.assert_array_equal(sums.merged(old, part, at), expected)
+    old = {b: jnp.arange(n).astype(dtype_of(b)) for b, n in where.lengths.items()}
+    expected = {b: np.array(v) for b, v in old.items()}
+    for place, value in zip(places, values, strict=True):
+        expected[place.buffer][place.start : place.start + place.size] += np.ravel(value)
+    for buffer, sums in add(old, places, values).items():
+        np.testing.assert_array_equal(sums, expected[buffer])
 
 
 def test_buffers_of_their_own_are_not_taken_where_they_are_much_longer():
     one, nine = jax.ShapeDtypeStruct((10,), np.float32), jax.ShapeDtypeStruct((90,), np.float32)
-    alike = Pool.of([[one, nine], [one, nine]], [2, 1], [0, 1])
-    assert alike.rows.lengths == {"float32 10 0": 20, "float32 90 0": 180}
-    apart = Pool.of([[one], [one, nine]], [9, 1], [0, 1])
-    assert apart.rows.lengths == {"float32": 100}
+    assert slots([[one, nine], [one, nine]], [2, 1], [0, 1]).lengths == {
+        "float32 10 0": 20,
+        "float32 90 0": 180,
+    }
+    assert slots([[one], [one, nine]], [9, 1], [0, 1]).lengths == {"float32": 100}
 
 
 def test_what_two_axes_cut_comes_back_from_its_devices():

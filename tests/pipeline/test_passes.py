@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import shardtrain as st
-from shardtrain import compat
+from shardtrain import compat, hlo
 from shardtrain.pipeline import Costs, fastest, lockstep, make
+from shardtrain.pipeline.table import build
 
 from .parity import MICROBATCHES, Case
 
@@ -82,13 +83,46 @@ def test_the_fastest_ticks_are_those_that_run(case, step):
     assert ticks.params["length"] == len(lockstep(best).table) != len(lockstep(asked).table)
 
 
-def test_an_idle_tick_computes_nothing(step):
+def test_an_idle_tick_computes_nothing(case, step):
     (ticks,) = equations(step, "scan")
-    (acts,) = equations(ticks.params["jaxpr"].jaxpr, "cond")
-    idle, *others = acts.params["branches"]
-    assert {e.primitive.name for e in equations(idle.jaxpr)} == {"broadcast_in_dim"}
-    assert len(others) == 6  # F, I and W of two stages
-    assert all(map(products, others))
+    tick = ticks.params["jaxpr"].jaxpr
+    *stages, _ = [e.params["body_jaxpr"] for e in tick.eqns if e.primitive.name == "while"]
+    acts = [[e.params["body_jaxpr"] for e in s.jaxpr.eqns if e.primitive.name == "while"] for s in stages]
+    assert [[products(act) for act in stage] for stage in acts] == [[2, 1, 2], [4, 4, 4]]
+    assert len(list(equations(tick, "dot_general"))) == 2 + 1 + 2 + 4 + 4 + 4
+    # nor does XLA move out of the loops what is the same in all their turns
+    program = jax.jit(case.pipeline.train_step(case.batch)).lower(case.state, case.batch).compile()
+    entry, computations = hlo.parse(program.as_text())
+    found, todo = [], [(entry, ())]
+    for name, loops in todo:
+        for instruction in computations[name]:
+            inside = (*loops, instruction.once) if instruction.op == "while" else loops
+            found += [inside] if instruction.op == "dot" else []
+            todo += [(call.name, inside) for call in instruction.calls]
+    assert found == [(False, True, True)] * 17  # ticks, a stage's, an action's
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "zb-v"])
+def test_what_is_sent_is_what_the_next_stage_needs(schedule):
+    asked = make(schedule, 4, 8)
+    ticks, last, ranks = lockstep(asked), asked.stages - 1, asked.ranks_of
+    table = build(asked, ticks)
+    expected = []
+    for row in ticks.table:
+        steps = [(a.stage, a.stage + (1 if a.kind == "F" else -1)) for a in row if a and a.kind != "W"]
+        sent = {(ranks[to] - ranks[at]) % 4 for at, to in steps if 0 <= to <= last}
+        expected.append([distance in sent for distance in table.routes])
+    np.testing.assert_array_equal(table.travels(table.rows), expected)
+    assert 0.25 < np.mean(expected) < 0.9
+
+
+def test_messages_go_where_a_tick_has_any(step):
+    (ticks,) = equations(step, "scan")
+    *_, route = [
+        e.params["body_jaxpr"] for e in ticks.params["jaxpr"].jaxpr.eqns if e.primitive.name == "while"
+    ]
+    assert len(list(equations(ticks.params["jaxpr"].jaxpr, "ppermute"))) == 1
+    assert len(list(equations(route.jaxpr, "ppermute"))) == 1
 
 
 class Flipped(nnx.Module):

@@ -133,6 +133,21 @@ def test_unknown_trips_count_once_and_warn(mesh, caplog):
     assert "unknown length" in caplog.text
 
 
+def test_a_loop_of_one_turn_or_none_counts_as_one(mesh, caplog):
+    def once(x, last=False):
+        def turn(now):
+            y = lax.psum(now[1], "channel")
+            return jnp.bool_(False) if last else y[0, 0] < 3, y
+
+        return lax.while_loop(lambda now: now[0], turn, (x[0, 0] > 0, x))[1]
+
+    found = census(mapped(mesh, lambda x: once(x, last=True)), mesh)
+    assert [(c.axes, c.count) for c in found] == [(("channel",), 1)]
+    assert not caplog.records
+    census(mapped(mesh, once), mesh)  # what its body finds is not known
+    assert "unknown length" in caplog.text
+
+
 def test_a_loop_asks_its_condition_once_more(mesh, caplog):
     text = mapped(mesh, until).as_text()
     (loop,) = (line for line in text.splitlines() if " while(" in line)

@@ -85,8 +85,8 @@ def test_what_a_device_needs(step):
     need, text = memory(program), program.as_text()
     assert need.arguments > 0
     assert need.temporary > copies(text).carried / 2
-    with pytest.raises(UserError, match="no loop with a conditional"):
-        copies(text.replace(" conditional(", " call("))
+    with pytest.raises(UserError, match="no loop over loops of one turn"):
+        copies(text.replace(" while(", " call("))
 
 
 def tool(*arguments, timeout=280):
