@@ -19,8 +19,8 @@ class Call:
     Attributes:
         role: such as `"body"`, `"condition"`, `"branch_computations"`, `"calls"`.
         name: of the computation.
-        runs: how often, for one run of the instruction, at most once where that is not known; None for a
-            loop whose length XLA does not know.
+        runs: how often, for one run of the instruction; 1 for what it may also leave out, None for a loop
+            whose length XLA does not know.
     """
 
     role: str

@@ -130,15 +130,15 @@ def traffic_rows(found: list["Traffic"]) -> Lines:
     return rows
 
 
-def sentences(
-    pipeline: "Pipelined", need: "Memory", copied: "Copies", trips: int, seconds: float
-) -> list[str]:
+def sentences(pipeline: "Pipelined", need: "Memory", copied: "Copies", seconds: float) -> list[str]:
     """The figures that are no table."""
     from shardtrain.pipeline import classical
     from shardtrain.pipeline.show import percent
+    from shardtrain.plan.pipelined import sends, ticks
 
+    sent, counted = sends(pipeline)
     idle = percent(classical(pipeline.schedule, pipeline.costs).idle), percent(pipeline.ticks.idle)
-    of = pipeline.schedule
+    of, trips = pipeline.schedule, ticks(pipeline)
     return [
         f"{of.name}: {of.ranks} ranks, {of.stages} stages, {of.microbatches} microbatches, {trips} ticks",
         f"idle by counted costs: {idle[0]} if each rank waits only for what it needs, {idle[1]} in lockstep",
@@ -146,7 +146,8 @@ def sentences(
         + (f", peak {need.peak / MIB:,.0f} MiB" if need.peak > need.temporary else ""),
         f"a tick copies {(copied.loop + copied.branch) / MIB:,.0f} MiB without computing; the loop carries "
         f"{copied.carried / MIB:,.0f} MiB",
-        "no collective in a branch waits for devices that take another",
+        f"messages go along a route {sent} times, and not as counted at all ticks, {counted} times",
+        "no collective waits for devices that do not come",
         f"compiled in {seconds:.0f} s",
     ]
 
@@ -184,7 +185,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shardtrain.plan.pipelined import copies, memory, ticks, traffic
+    from shardtrain.plan.pipelined import copies, memory, traffic
 
     text = compiled.as_text()
     if args.hlo:
@@ -193,7 +194,7 @@ def main() -> None:
     where = "simulated CPU devices" if args.cpu else f"{args.target}, {args.hosts} host(s)"
     what = f"{args.model}, {args.batch} images of {args.image} x {args.image}, {args.dtype}"
     title = f"{what}: {args.mesh} on {where}"
-    said = sentences(pipeline, memory(compiled), copies(text), ticks(pipeline), seconds)
+    said = sentences(pipeline, memory(compiled), copies(text), seconds)
     tables = stage_rows(pipeline), traffic_rows(found)
 
     console = Console(width=100 if not sys.stdout.isatty() else None)

@@ -125,10 +125,13 @@ class _Same:
             return [v for where, loop in loops for v in self._carried(where, loop, index)] or None
         if instruction.op in ("constant", "iota"):
             return []
-        inner = [i.op for call in instruction.calls for i in self.computations.get(call.name, ())]
-        if not _PURE.issuperset((instruction.op, *inner)):
+        if not self._pure(instruction):
             return None
         return [(computation, operand, None) for operand in operands]
+
+    def _pure(self, instruction: hlo.Instruction) -> bool:
+        inner = [i for call in instruction.calls for i in self.computations[call.name]]
+        return instruction.op in _PURE and all(map(self._pure, inner))
 
     def _carried(self, computation: str, loop: hlo.Instruction, index: int | None) -> list[Value]:
         """What a value that a loop carries is made of."""
@@ -151,7 +154,8 @@ _PURE = frozenset(
     {
         "add", "and", "bitcast", "broadcast", "call", "clamp", "compare", "constant", "convert", "copy",
         "dynamic-slice", "fusion", "get-tuple-element", "iota", "maximum", "minimum", "multiply", "negate",
-        "not", "or", "parameter", "reduce", "reshape", "select", "slice", "subtract", "transpose", "tuple", "xor",
+        "not", "or", "parameter", "reduce", "reshape", "select", "slice", "subtract", "transpose",
+        "tuple", "xor",
     }
 )
 # fmt: on

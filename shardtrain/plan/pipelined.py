@@ -11,7 +11,7 @@ from jax.extend.core import Var
 from shardtrain import hlo
 from shardtrain.errors import UserError
 from shardtrain.pipeline.run import message
-from shardtrain.pipeline.table import build
+from shardtrain.pipeline.table import Table, build
 from shardtrain.plan.census import Collective, census
 from shardtrain.plan.trace import sent
 from shardtrain.train.pipelined import Pipelined
@@ -21,8 +21,8 @@ from shardtrain.train.pipelined import Pipelined
 class Traffic:
     """Collectives of one kind and purpose, in one call of the program.
 
-    A loop's collectives are those of all branches at every tick, as the census counts them; a device takes
-    one branch in a tick.
+    A loop's collectives are those of all actions and routes at every tick, as the census counts them; in a
+    tick a device does one action, and messages go along the routes that have any, see `sends`.
 
     Attributes:
         what: `"messages"` between stages, `"in stages"` at every tick, `"gradients"`, or `"others"` (sums of
@@ -52,17 +52,28 @@ class Traffic:
 
 def ticks(pipeline: Pipelined) -> int:
     """Trips of the compiled loop."""
-    return len(build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop).rows)
+    return len(_table(pipeline).rows)
+
+
+def sends(pipeline: Pipelined) -> tuple[int, int]:
+    """How often messages go along a route between ranks; and ticks times routes."""
+    table = _table(pipeline)
+    travels = table.travels(table.rows)[:, [distance != 0 for distance in table.routes]]
+    return int(travels.sum()) if table.hop == 1 else travels.size, travels.size
+
+
+def _table(pipeline: Pipelined) -> Table:
+    return build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop)
 
 
 def traffic(pipeline: Pipelined, compiled: jax.stages.Compiled | str) -> list[Traffic]:
     """What a compiled training step sends, beside its closed form.
 
-    Messages: at every tick, one along each route that the schedule has, as large as the largest. In stages:
+    Messages: ticks times the routes that the schedule has, each as large as the largest. In stages:
     the collectives of the traced `F`, `I` and `W`. Gradients: every parameter's, once a step, over the axes
     over which the ranks of its stage hold parts of the sum.
     """
-    table = build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop)
+    table = _table(pipeline)
     trips, mesh = len(table.rows), pipeline.mesh
     found: dict[tuple[str, str, tuple[str, ...]], Counter[str]] = {}
 

@@ -15,7 +15,7 @@ from jax import lax
 
 import shardtrain as st
 from shardtrain import UserError
-from shardtrain.plan.pipelined import _merged, copies, memory, ticks, traffic
+from shardtrain.plan.pipelined import _merged, copies, memory, sends, ticks, traffic
 from shardtrain.plan.trace import sent
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,10 @@ def test_what_is_sent_is_the_closed_form(step):
     (messages,) = (t for t in found if t.what == "messages")
     out = pipeline.programs[0].outs
     assert messages.count == ticks(pipeline)  # both ways in one permute, of two ranks
+    assert sends(pipeline) == (
+        4,
+        ticks(pipeline),
+    )  # two microbatches there and back, each in a tick of its own
     assert messages.payload == messages.count * sum(s.size * s.dtype.itemsize for s in out)
     # Batch norm's backward pass needs its scale's and bias's gradients summed, in every microbatch.
     params = pipeline.named_shapes.params.items()
