@@ -58,11 +58,12 @@ def test_1f1b_needs_no_more_for_more_microbatches_and_gpipe_does():
     assert all_kept[16] > 3 * need[32]
 
 
-def test_a_tick_does_not_copy_what_waits():
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-v"])
+def test_a_tick_copies_nothing_but_flags(schedule):
     """XLA copies what a conditional takes and returns; so what is kept is written in loops of one turn."""
-    few, many = (copies(compiled("gpipe", m)[0].as_text()) for m in (4, 16))
-    assert many.carried > 3 * few.carried
-    assert many.loop + many.branch <= few.loop + few.branch < 0.01 * few.carried
+    found = copies(compiled(schedule, 8)[0].as_text())
+    assert found.carried > 1e6
+    assert found.loop + found.branch < 16
 
 
 @pytest.mark.slow
