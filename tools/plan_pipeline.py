@@ -146,7 +146,7 @@ def sentences(pipeline: "Pipelined", need: "Memory", copied: "Copies", seconds: 
         + (f", peak {need.peak / MIB:,.0f} MiB" if need.peak > need.temporary else ""),
         f"a tick copies {(copied.loop + copied.branch) / MIB:,.0f} MiB without computing; the loop carries "
         f"{copied.carried / MIB:,.0f} MiB",
-        f"messages go along a route {sent} times, and not as counted at all ticks, {counted} times",
+        f"messages go along a route {sent} times; the census counts {counted}, one at every tick",
         "no collective waits for devices that do not come",
         f"compiled in {seconds:.0f} s",
     ]
