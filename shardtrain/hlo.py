@@ -59,17 +59,26 @@ class Instruction:
         """What it runs; what its `-start` runs is not named once more."""
         if self.collective or self.op.endswith(("-done", "-update")):
             return
-        known = _TRIPS.search(self.line)
-        trips = 1 if self.once or self.op != "while" else int(known[1]) if known else None
+        trips = self.trips if self.op == "while" and not self.once else 1
         for role, names in _CALLS.findall(self.code):
             # a loop asks its condition once more than it runs its body
             runs = trips + 1 if role == "condition" and trips is not None else trips
             yield from (Call(role, name, runs) for name in re.findall(r"[\w.\-]+", names))
 
+    def called(self, role: str) -> str:
+        """The computation that it runs in a role of which it has one."""
+        return next(call.name for call in self.calls if call.role == role)
+
+    @property
+    def trips(self) -> int | None:
+        """Turns of a loop; None if XLA does not know them."""
+        known = _TRIPS.search(self.line)
+        return int(known[1]) if known else None
+
     @property
     def divergent(self) -> bool:
         """Whether devices may differ in what they run of it: a conditional, a loop of unknown length."""
-        return self.op == "conditional" or (self.op == "while" and not _TRIPS.search(self.line))
+        return self.op == "conditional" or (self.op == "while" and self.trips is None)
 
     @property
     def operands(self) -> list[str]:
@@ -119,11 +128,11 @@ def _once(loop: Instruction, computations: Computations) -> bool:
     """Whether a loop asks for one of the values it carries, which its body makes false."""
     if not (loop.op == "while" and loop.divergent):
         return False
-    called = {call.role: computations[call.name] for call in loop.calls}
-    asked, made = root(called["condition"]), root(called["body"])
+    body = computations[loop.called("body")]
+    asked, made = root(computations[loop.called("condition")]), root(body)
     if asked.op != "get-tuple-element" or made.op != "tuple":
         return False
-    by_name = {i.name: i for i in called["body"]}
+    by_name = {i.name: i for i in body}
     value = by_name[made.operands[index(asked)]]
     while value.op == "copy":
         value = by_name[value.operands[0]]

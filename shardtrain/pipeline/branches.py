@@ -98,7 +98,7 @@ class _Same:
         todo: list[Value] = [
             (computation, branch.operands[0], None)
             if branch.op == "conditional"
-            else self._root(_called(branch, "condition"), None)
+            else self._root(branch.called("condition"), None)
         ]
         seen = set(todo)
         for value in todo:
@@ -137,16 +137,12 @@ class _Same:
         """What a value that a loop carries is made of."""
         return [
             (computation, loop.operands[0], index),
-            self._root(_called(loop, "body"), index),
-            self._root(_called(loop, "condition"), None),
+            self._root(loop.called("body"), index),
+            self._root(loop.called("condition"), None),
         ]
 
     def _root(self, computation: str, index: int | None) -> Value:
         return computation, hlo.root(self.computations[computation]).name, index
-
-
-def _called(loop: hlo.Instruction, role: str) -> str:
-    return next(call.name for call in loop.calls if call.role == role)
 
 
 # fmt: off

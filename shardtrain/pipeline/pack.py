@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -19,7 +18,6 @@ ROOM = 1.02
 """How much longer buffers may be if arrays that all stages have alike stand in buffers of their own."""
 
 Buffers = dict[str, Array]
-Shape = jax.ShapeDtypeStruct
 
 
 @dataclass(frozen=True)

@@ -90,18 +90,19 @@ class Machine:
         def tick(c: Carry, row: Array) -> tuple[Carry, None]:
             mine = lax.dynamic_index_in_dim(row, rank, keepdims=False)
             at = {name: mine[i] for i, name in enumerate(COLUMNS)}
-            inbox, before = c["inbox"], c["message"]
-            kept = {key: value for key, value in c.items() if key != "inbox"}
+            kept = dict(c)
+            inbox, before = kept.pop("inbox"), c["message"]
             if table.hop > 1 or self.bubble:  # else what is there is written over
                 kept["message"] = acts.empty()
             for stage in range(len(self.programs)):
                 kept = acts.act(stage, kept, inbox, at)
             travels = table.travels(row)
             for number, (distance, pairs) in enumerate(table.routes.items()):
-                sent = before if distance and table.hop > 1 else kept["message"]
+                late = distance != 0 and table.hop > 1
+                sent = before if late else kept["message"]
                 slot = mine[len(COLUMNS) + number]
                 deliver = functools.partial(_delivered, sent=sent, pairs=pairs if distance else (), slot=slot)
-                if distance and table.hop > 1:  # travels beside what is computed, so not in a loop
+                if late:  # travels beside what is computed, so not in a loop
                     inbox = deliver(inbox)
                 else:  # it asks the same on all devices, which wait for each other inside
                     inbox = once(travels[number], deliver, inbox)
@@ -176,12 +177,8 @@ class _Acts:
 
         def turn(c: Carry) -> Carry:
             for kind, number in numbers.items():
-
-                def do(c: Carry, kind: str = kind) -> Carry:
-                    if kind == "F":
-                        return self.forward(k, c, inbox, at)
-                    return self.backward(k, kind, c, inbox, at)
-
+                act = self.forward if kind == "F" else functools.partial(self.backward, kind)
+                do = functools.partial(act, k, inbox=inbox, at=at)
                 c = once(at["branch"] == number, do, c)
             return c
 
@@ -212,7 +209,7 @@ class _Acts:
         ]
         return c
 
-    def backward(self, k: int, kind: str, c: Carry, inbox: Buffers, at: Numbers) -> Carry:
+    def backward(self, kind: str, k: int, c: Carry, inbox: Buffers, at: Numbers) -> Carry:
         program = self.machine.programs[k]
         some = [*read(self.params, self.weights[k]), *self.sides(at["microbatch"])]
         lasting = self._waiting("lasting", k, c, at)

@@ -189,7 +189,7 @@ def copies(text: str) -> Copies:
         return sum(_size(i) for i in computations[name] if i.op in ("copy", "copy-start"))
 
     def inner(name: str) -> list[str]:
-        return [c.name for i in computations[name] if i.once for c in i.calls if c.role == "body"]
+        return [i.called("body") for i in computations[name] if i.once]
 
     def most(name: str) -> int:
         return copied(name) + max(map(most, inner(name)), default=0)

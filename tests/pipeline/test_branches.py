@@ -67,33 +67,33 @@ def test_a_permute_in_a_branch_is_refused(mesh, branch):
         refuse_divergent(text, mesh)
 
 
-def test_a_permute_in_a_loop_of_unknown_length_is_refused(mesh):
-    text = compiled(mesh, until)
-    ((loop, permute),) = in_branches(text)
-    with pytest.raises(UserError) as error:
-        refuse_divergent(text, mesh)
-    assert str(error.value) == (
-        f"the compiled program has the collective-permute {permute.name!r} ({permute.source}) in the loop "
-        f"{loop.name!r} ({loop.source}), whose length XLA does not know: all devices must meet in it, but only "
-        "some devices run it as often, and they would wait forever; use psum, all_gather or another collective "
-        "of groups that stay inside a stage"
-    )
-    assert loop.op == "while"
+SENTENCES = {
+    "conditional": (
+        divergent(shift),
+        "a branch of the conditional {}: all devices must meet in it, but only some devices take the branch",
+    ),
+    "while": (
+        until,
+        "the loop {}, whose length XLA does not know: all devices must meet in it, but only some devices run it "
+        "as often",
+    ),
+}
 
 
-def test_the_sentence_names_the_instruction_and_the_conditional(mesh):
-    text = compiled(mesh, divergent(shift))
+@pytest.mark.parametrize("op", SENTENCES)
+def test_the_sentence_names_the_instruction_and_what_it_is_in(mesh, op):
+    f, place = SENTENCES[op]
+    text = compiled(mesh, f)
     ((branch, permute),) = in_branches(text)
     with pytest.raises(UserError) as error:
         refuse_divergent(text, mesh)
+    where = place.format(f"{branch.name!r} ({branch.source})")
     assert str(error.value) == (
-        f"the compiled program has the collective-permute {permute.name!r} ({permute.source}) in a branch of "
-        f"the conditional {branch.name!r} ({branch.source}): all devices must meet in it, but only some devices "
-        "take the branch, and they would wait forever; use psum, all_gather or another collective of groups "
-        "that stay inside a stage"
+        f"the compiled program has the collective-permute {permute.name!r} ({permute.source}) in {where}, and "
+        "they would wait forever; use psum, all_gather or another collective of groups that stay inside a stage"
     )
     assert permute.op == "collective-permute"
-    assert branch.op == "conditional"
+    assert branch.op == op
 
 
 def listed(turns, do):
@@ -107,8 +107,8 @@ def once(needed, x):
 
 def drifting(x):
     """A loop that asks for a number which is the same everywhere at first, and not after its first turn."""
-    turn = lambda c: (c[0] + (c[1].sum() > 0), shift(c[1]))  # noqa: E731
-    return lax.while_loop(lambda c: c[0] < 3, turn, (jnp.int32(0), x))[1]
+    start = jnp.int32(0), x
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + (c[1].sum() > 0), shift(c[1])), start)[1]
 
 
 UNLIKE = {

@@ -49,8 +49,13 @@ def equations(jaxpr, kind=""):
             yield from equations(inner, kind)
 
 
-def products(closed):
-    return len(list(equations(closed.jaxpr, "dot_general")))
+def loops(jaxpr):
+    """The bodies of a jaxpr's own loops of unknown length."""
+    return [e.params["body_jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "while"]
+
+
+def products(jaxpr):
+    return len(list(equations(jaxpr, "dot_general")))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,8 @@ def step(case):
 def test_i_does_what_several_gradients_share(case):
     """The first stage's inputs need no gradient, but the way to its first layer is shared by two parameters."""
     counts = [
-        tuple(map(products, (p.forward, p.input_gradient, p.weight_gradient))) for p in case.pipeline.programs
+        tuple(products(closed.jaxpr) for closed in (p.forward, p.input_gradient, p.weight_gradient))
+        for p in case.pipeline.programs
     ]
     assert counts == [(2, 1, 2), (4, 4, 4)]
 
@@ -86,17 +92,16 @@ def test_the_fastest_ticks_are_those_that_run(case, step):
 def test_an_idle_tick_computes_nothing(case, step):
     (ticks,) = equations(step, "scan")
     tick = ticks.params["jaxpr"].jaxpr
-    *stages, _ = [e.params["body_jaxpr"] for e in tick.eqns if e.primitive.name == "while"]
-    acts = [[e.params["body_jaxpr"] for e in s.jaxpr.eqns if e.primitive.name == "while"] for s in stages]
-    assert [[products(act) for act in stage] for stage in acts] == [[2, 1, 2], [4, 4, 4]]
-    assert len(list(equations(tick, "dot_general"))) == 2 + 1 + 2 + 4 + 4 + 4
+    *stages, _ = loops(tick)
+    assert [[products(act) for act in loops(stage)] for stage in stages] == [[2, 1, 2], [4, 4, 4]]
+    assert products(tick) == 2 + 1 + 2 + 4 + 4 + 4
     # nor does XLA move out of the loops what is the same in all their turns
     program = jax.jit(case.pipeline.train_step(case.batch)).lower(case.state, case.batch).compile()
     entry, computations = hlo.parse(program.as_text())
     found, todo = [], [(entry, ())]
-    for name, loops in todo:
+    for name, outside in todo:
         for instruction in computations[name]:
-            inside = (*loops, instruction.once) if instruction.op == "while" else loops
+            inside = (*outside, instruction.once) if instruction.op == "while" else outside
             found += [inside] if instruction.op == "dot" else []
             todo += [(call.name, inside) for call in instruction.calls]
     assert found == [(False, True, True)] * 17  # ticks, a stage's, an action's
@@ -118,11 +123,10 @@ def test_what_is_sent_is_what_the_next_stage_needs(schedule):
 
 def test_messages_go_where_a_tick_has_any(step):
     (ticks,) = equations(step, "scan")
-    *_, route = [
-        e.params["body_jaxpr"] for e in ticks.params["jaxpr"].jaxpr.eqns if e.primitive.name == "while"
-    ]
-    assert len(list(equations(ticks.params["jaxpr"].jaxpr, "ppermute"))) == 1
-    assert len(list(equations(route.jaxpr, "ppermute"))) == 1
+    tick = ticks.params["jaxpr"].jaxpr
+    *_, route = loops(tick)
+    assert len(list(equations(tick, "ppermute"))) == 1
+    assert len(list(equations(route, "ppermute"))) == 1
 
 
 class Flipped(nnx.Module):

@@ -44,10 +44,8 @@ def test_what_is_sent_is_the_closed_form(step):
     (messages,) = (t for t in found if t.what == "messages")
     out = pipeline.programs[0].outs
     assert messages.count == ticks(pipeline)  # both ways in one permute, of two ranks
-    assert sends(pipeline) == (
-        4,
-        ticks(pipeline),
-    )  # two microbatches there and back, each in a tick of its own
+    # two microbatches there and back, each in a tick of its own
+    assert sends(pipeline) == (4, ticks(pipeline))
     assert messages.payload == messages.count * sum(s.size * s.dtype.itemsize for s in out)
     # Batch norm's backward pass needs its scale's and bias's gradients summed, in every microbatch.
     params = pipeline.named_shapes.params.items()
