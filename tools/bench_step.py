@@ -306,25 +306,29 @@ def work(side: str, extent: int, setup: Setup, rank: int, port: int) -> None:
     os._exit(0)  # no shutdown barrier: the other ranks end by themselves
 
 
-class Team:
-    """The worker processes of one side."""
+class Workers:
+    """Processes that write a line when they are ready, and one for each line that they read.
 
-    def __init__(self, python: str, side: str, extent: int, setup: Setup) -> None:
-        port = free_port()
-        job = [side, extent, setup.processes, setup.threads]
+    Args:
+        side: whose they are, for errors.
+        commands: one for each.
+        threads: of each, of OpenMP.
+    """
+
+    def __init__(self, side: str, commands: Sequence[Sequence[str]], threads: int) -> None:
         self.side = side
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the team)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the workers)
         self.workers = [
             subprocess.Popen(
-                [python, __file__, "--worker", json.dumps([*job, rank, port])],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.log,
                 text=True,
                 # Idle threads of PyTorch that spin would slow it tenfold where other work runs.
-                env=os.environ | {"OMP_NUM_THREADS": str(setup.threads), "OMP_WAIT_POLICY": "passive"},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
             )
-            for rank in range(setup.processes)
+            for command in commands
         ]
         self.about: dict[str, Any] = json.loads(self._answers()[0])
 
@@ -336,12 +340,13 @@ class Team:
             raise RuntimeError(f"{self.side} ended early:\n" + "".join(self.log.readlines()[-12:]))
         return lines
 
-    def block(self, steps: int) -> float:
+    def ask(self, line: str) -> list[str]:
+        """What all answer."""
         for worker in self.workers:
             if worker.stdin:
-                worker.stdin.write(f"{steps}\n")
+                worker.stdin.write(f"{line}\n")
                 worker.stdin.flush()
-        return max(map(float, self._answers()))
+        return self._answers()
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -351,6 +356,19 @@ class Team:
                 worker.wait(10)
             except subprocess.TimeoutExpired:
                 worker.kill()
+
+
+class Team(Workers):
+    """The worker processes of one side."""
+
+    def __init__(self, python: str, side: str, extent: int, setup: Setup) -> None:
+        job, port = [side, extent, setup.processes, setup.threads], free_port()
+        ranks = range(setup.processes)
+        commands = [[python, __file__, "--worker", json.dumps([*job, rank, port])] for rank in ranks]
+        super().__init__(side, commands, setup.threads)
+
+    def block(self, steps: int) -> float:
+        return max(map(float, self.ask(str(steps))))
 
 
 def free_port() -> int:

@@ -8,15 +8,13 @@ import dataclasses
 import importlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from bench_step import free_port
+from bench_step import Workers, free_port
 
 LAYERS, INPUTS, CLASSES, RATE = 8, 16, 10, 0.01
 DEVICES = 2
@@ -132,32 +130,14 @@ def work(rank: int, port: int, features: int, rows: int) -> None:
     os._exit(0)  # no shutdown barrier: the other rank ends by itself
 
 
-class Team:
+class Team(Workers):
     """PyTorch's processes."""
 
     def __init__(self, python: str, network: Network) -> None:
-        port = free_port()
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the team)
-        self.workers = [
-            subprocess.Popen(
-                [python, __file__, json.dumps([rank, port, network.features, network.rows])],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-            )
-            for rank in range(DEVICES)
-        ]
-        self.version: str = self._answers(self.workers)[0]["version"]
-
-    def _answers(self, workers: Sequence[Any]) -> list[dict[str, Any]]:
-        lines = [worker.stdout.readline() for worker in workers]
-        if not all(lines):
-            self.stop()
-            self.log.seek(0)
-            raise RuntimeError("PyTorch ended early:\n" + "".join(self.log.readlines()[-12:]))
-        return [json.loads(line) for line in lines]
+        job = free_port(), network.features, network.rows
+        commands = [[python, __file__, json.dumps([rank, *job])] for rank in range(DEVICES)]
+        super().__init__("PyTorch", commands, 1)
+        self.version: str = self.about["version"]
 
     def step(self, name: str, microbatches: int) -> Step:
         """A step of all ranks; the unpipelined one is each rank's own.
@@ -165,29 +145,15 @@ class Team:
         Raises:
             RuntimeError: from the step, with PyTorch's own reason.
         """
-        workers = self.workers
 
         def run() -> float:
-            for worker in workers:
-                assert worker.stdin is not None
-                worker.stdin.write(json.dumps([name, microbatches]) + "\n")
-                worker.stdin.flush()
-            answers = self._answers(workers)
+            answers = list(map(json.loads, self.ask(json.dumps([name, microbatches]))))
             if failed := [answer for answer in answers if "error" in answer]:
                 # the first to fail has the reason, others the time they waited for it
                 raise RuntimeError(min(failed, key=lambda answer: answer["after"])["error"])
             return float(max(answer["seconds"] for answer in answers))
 
         return run
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            if worker.stdin:
-                worker.stdin.close()
-            try:
-                worker.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.kill()
 
 
 if __name__ == "__main__":

@@ -102,10 +102,9 @@ class Machine:
                 sent = before if late else kept["message"]
                 slot = mine[len(COLUMNS) + number]
                 deliver = functools.partial(_delivered, sent=sent, pairs=pairs if distance else (), slot=slot)
-                if late:  # travels beside what is computed, so not in a loop
-                    inbox = deliver(inbox)
-                else:  # it asks the same on all devices, which wait for each other inside
-                    inbox = once(travels[number], deliver, inbox)
+                # late ones travel beside what is computed, so not in a loop; the loops of others ask the same
+                # on all devices, which wait for each other inside
+                inbox = deliver(inbox) if late else once(travels[number], deliver, inbox)
             return {**kept, "inbox": inbox}, None
 
         carry, _ = lax.scan(tick, acts.carry(state), jnp.asarray(table.rows) if rows is None else rows)
