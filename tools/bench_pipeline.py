@@ -3,10 +3,11 @@
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
 The network is a row of equal dense layers, so the stages are balanced, in float32; XLA's convolutions are
-slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. A device is one core.
-If an unpipelined run of the same model and microbatches, alone and held to one core, takes T, the ideal is
-T / (devices * (1 - idle)), where idle is the schedule's bubble if F, I and W take equally long and messages
-no time. Two such runs at once, one on each device, show what cores take from each other, whatever they do.
+slow inside loops on CPUs (jax-ml/jax#12868), which would hide what a pipeline costs. With as many rows as
+features F, I and W take about equally long. A device is one core. If an unpipelined run of the same model and
+microbatches, alone and held to one core, takes T, the ideal is T / (devices * (1 - idle)), where idle is the
+schedule's bubble if F, I and W take equally long and messages no time. Two such runs at once, one on each
+device, show what cores take from each other, whatever they do.
 
 Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
 every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, for all alike, too: with
@@ -36,6 +37,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bench_step import has_torch, machine, markdown, show, show_table
+from rich.progress import track
 from torch_pipeline import ALONE, CLASSES, DEVICES, INPUTS, LAYERS, RATE, TORCH, Network, Step, Team
 
 MARKERS = ("bench_pipeline", "bench_pipeline_torch")
@@ -102,7 +104,7 @@ def in_turns(
         return taken[name][-1]
 
     others = [name for name in steps if name not in bases.values()]
-    for turn in range(rounds):
+    for turn in track(range(rounds), f"{len(steps)} kinds of steps", refresh_per_second=0.5):
         done = ""
         for name in others[:: 1 if turn % 2 else -1]:
             base = bases.get(name)
@@ -336,7 +338,7 @@ def measure(
 
 def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
-    header = ["schedule", "microbatches", "runs as", "idle", "ideal, ms", "time, ms", "time / ideal"]
+    header = ["schedule", "m", "runs as", "idle", "ideal, ms", "time, ms", "time / ideal"]
     header += ["middle half", "ticks, ms", "time / ticks"]
     rows = []
     for row in found:
@@ -362,7 +364,7 @@ def our_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
 
 def torch_cells(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
-    header = ["schedule", "microbatches", "PyTorch, ms", "over its ideal", "middle half"]
+    header = ["schedule", "m", "PyTorch, ms", "over its ideal", "middle half"]
     header += ["shardtrain, ms", "over its ideal", "shardtrain / PyTorch"]
     rows = []
     for row in found:
@@ -396,7 +398,7 @@ def our_caption(network: Network, found: Sequence[Found], costs: dict[int, Any],
     return (
         f"Median of a step over {rounds} rounds in turns, an unpipelined one before and after each: {LAYERS} "
         f"dense layers of {network.features} "
-        f"features behind one of {INPUTS} inputs, microbatches of {network.rows} rows, float32, SGD, XLA's "
+        f"features behind one of {INPUTS} inputs, m microbatches of {network.rows} rows, float32, SGD, XLA's "
         f"products by {library}; "
         f"{DEVICES} simulated devices, the unpipelined run held to one core. {APART.capitalize()}: the "
         f"unpipelined step on both devices at once, and its time over the unpipelined. Idle: the schedule's "
@@ -432,9 +434,9 @@ def main() -> None:
     )
     parser.add_argument("--schedule", action="append", choices=tuple(TORCH), help="only these schedules")
     parser.add_argument("--microbatches", type=int, action="append", metavar="M", help="of a batch (8)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each (7)")
-    parser.add_argument("--features", type=int, default=1024, metavar="N", help="of a layer (1024)")
-    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="of a microbatch (1024)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each (5)")
+    parser.add_argument("--features", type=int, default=1536, metavar="N", help="of a layer (1536)")
+    parser.add_argument("--rows", type=int, default=1536, metavar="N", help="of a microbatch (1536)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S", help="seconds for doing disturbed steps again (60)"
     )
