@@ -5,9 +5,7 @@ matter: in the optimizer's update, which is traced on named arrays, and in check
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,101 +16,30 @@ from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
 from shardtrain import compat
-from shardtrain.errors import UserError
 from shardtrain.layout import spec
 from shardtrain.mesh import size, text
 from shardtrain.ops.island import crop_to
 from shardtrain.pipeline.balance import positions
 from shardtrain.pipeline.cut import Flow, Stage, Traced
-from shardtrain.pipeline.generate import NAMES, forward_only, make
+from shardtrain.pipeline.generate import forward_only
 from shardtrain.pipeline.layers import Layers
 from shardtrain.pipeline.local import Block, Cut, cut_of, evaluate
 from shardtrain.pipeline.pack import Place
 from shardtrain.pipeline.run import Machine
-from shardtrain.pipeline.schedule import Schedule, validate
+from shardtrain.pipeline.schedule import Schedule
 from shardtrain.pipeline.simulate import fastest, lockstep
 from shardtrain.pipeline.stages import Programs, costs_of, localize
 from shardtrain.pipeline.table import build
 from shardtrain.train import check
 from shardtrain.train.microbatch import REPLICA, Microbatch
 from shardtrain.train.recut import recut, refuse_counters, refuse_rowless
+from shardtrain.train.staging import Plan
 from shardtrain.train.state import TrainState
 from shardtrain.train.step import Batch, Program
 from shardtrain.train.stowed import AXIS, Stowed
 
 Shape = jax.ShapeDtypeStruct
 LIMIT = Shape((), jnp.float32)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a mesh's pipeline is to run; see `Trainer` for the meaning of the fields."""
-
-    schedule: Schedule
-    stages: str | None
-    in_flight: int | None
-    remat: bool
-    hop: int = 1
-    bubble: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        mesh: Mesh,
-        microbatches: int,
-        schedule: str | Path | Schedule | None,
-        stages: str | None,
-        in_flight: int | None,
-        remat: str | Callable[..., bool] | None,
-        overlap: bool,
-    ) -> "Plan | None":
-        """The plan that a user asked for; None on a mesh without stages.
-
-        Raises:
-            UserError: a schedule that there is not, or of other sizes; a `remat` that stages cannot do;
-                anything of stages where there are none.
-        """
-        ranks = size(mesh, AXIS)
-        if ranks == 1:
-            asked = {
-                "schedule": schedule,
-                "stages": stages,
-                "in_flight": in_flight,
-                "overlap": overlap or None,
-            }
-            for name, value in asked.items():
-                if value is not None:
-                    raise UserError(
-                        f"{name}={value!r} on mesh {text(mesh)}, which has no stages; add pipe=2 or more to "
-                        f"the mesh, or leave {name} out"
-                    )
-            return None
-        schedule = "1f1b" if schedule is None else schedule
-        if remat not in (None, "nothing"):
-            raise UserError(
-                f"remat={remat!r} on a mesh with pipe={ranks}; stages keep all that the backward pass needs "
-                f"(None) or only their inputs ('nothing'); a model's own remat=True works too"
-            )
-        if isinstance(schedule, str | Path):
-            if microbatches == 1:
-                raise UserError(
-                    f"mesh {text(mesh)} with accumulate=1: its stages would work one at a time; cut batches "
-                    f"into microbatches that follow each other, such as accumulate={4 * ranks}"
-                )
-            schedule = make(str(schedule), ranks, microbatches)
-        if not isinstance(schedule, Schedule):
-            raise UserError(
-                f"schedule={schedule!r}; name one of {', '.join(NAMES)} or a .csv file, or give a Schedule"
-            )
-        if not isinstance(stages, str | None):
-            raise UserError(f"stages={stages!r}; write a layout such as 'stem,...|head', or None to balance")
-        validate(schedule)
-        if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
-            raise UserError(
-                f"schedule {schedule.name!r} is of {schedule.ranks} ranks and {schedule.microbatches} "
-                f"microbatches, the mesh has pipe={ranks} and accumulate is {microbatches}; make them equal"
-            )
-        return cls(schedule, stages, in_flight, remat is not None, 2 if overlap else 1)
 
 
 class Pipelined(Stowed):
@@ -197,13 +124,18 @@ class Pipelined(Stowed):
         return traced, found["sums"], found["tree"]
 
     def _localize(
-        self, stages: Sequence[Stage], micro: Microbatch, *, remat: bool = False, backward: bool = True
+        self,
+        stages: Sequence[Stage],
+        micro: Microbatch,
+        *,
+        remat: Collection[int] = (),
+        backward: bool = True,
     ) -> tuple[Programs, ...]:
         ins: Sequence[Cut] = ()
         found: list[Programs] = []
         for k, stage in enumerate(stages):
             given = [self.cuts[n] for n in (*stage.params, *stage.state)] + list(micro.cuts)
-            kinds = {"last": k == len(stages) - 1, "remat": remat, "backward": backward}
+            kinds = {"last": k == len(stages) - 1, "remat": k in remat, "backward": backward}
             found.append(localize(stage, given, ins, self.outer, **kinds, warned=self._warned))
             ins = found[-1].outs_cut
         return tuple(found)

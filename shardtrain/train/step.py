@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as functions of global arrays."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,10 @@ class Batch:
 jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real", "limit"], ["extents"])
 
 
+Remat = str | Callable[..., bool] | Collection[int] | None
+"""What the backward pass keeps of the forward pass, see `shardtrain.train.Trainer`."""
+
+
 @dataclass(frozen=True)
 class Program:
     """What a step computes; see `shardtrain.train.Trainer` for the meaning of the fields."""
@@ -70,7 +74,7 @@ class Program:
     metrics: Mapping[str, PerExample]
     accumulate: int
     dtype: DTypeLike | None
-    remat: str | Callable[..., bool] | None
+    remat: Remat
     layout: Layout
     deferred: Mapping[str, float] | None = None
     """Momenta of the batch norms by path, where running statistics are those of the whole batch."""

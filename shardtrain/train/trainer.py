@@ -1,7 +1,7 @@
 """The trainer: a model, an optimizer and a mesh as one compiled program."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from shardtrain.train.guard import Guard
 from shardtrain.train.health import NONE
 from shardtrain.train.metrics import Observer, Row, Terminal
 from shardtrain.train.microbatch import REPLICA
-from shardtrain.train.pipelined import AXIS, Pipelined, Plan
+from shardtrain.train.pipelined import AXIS, Pipelined
 from shardtrain.train.recut import refuse_uncut
+from shardtrain.train.staging import Plan
 from shardtrain.train.state import (
     TrainState,
     Variables,
@@ -42,7 +43,7 @@ from shardtrain.train.state import (
     opt_state_specs,
     shardings,
 )
-from shardtrain.train.step import Batch, PerExample, Program, compiled
+from shardtrain.train.step import Batch, PerExample, Program, Remat, compiled
 
 
 class Trainer:
@@ -71,7 +72,8 @@ class Trainer:
         statistics: running statistics of batch norms move by each `"microbatch"` as scheduled, or `"batch"`.
         dtype: compute in it (`"bfloat16"`), with parameters and optimizer in the model's own dtype.
         remat: what the backward pass keeps of the forward pass: `None` all, `"contractions"` the outputs of
-            convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`.
+            convolutions and linear maps, `"nothing"`, or a policy of `jax.checkpoint_policies`; with `pipe`
+            all, `"nothing"` but the stages' inputs, or the numbers of the stages that keep only these.
         clip_norm: clip gradients to this global norm.
         skip_bad: leave out updates whose loss or gradient is not finite, or whose loss is above a limit.
 
@@ -102,7 +104,7 @@ class Trainer:
         overlap: bool = False,
         statistics: str = "microbatch",
         dtype: DTypeLike | None = None,
-        remat: str | Callable[..., bool] | None = None,
+        remat: Remat = None,
         clip_norm: float | None = None,
         skip_bad: bool = False,
     ) -> None:

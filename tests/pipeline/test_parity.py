@@ -50,7 +50,7 @@ def test_a_deep_network_whose_stages_keep_their_inputs_alone():
     """A value is used along many paths; each is looked at once."""
     model = st.models.ResNet(18, 8, 2, stem="small", width=4, **KINDS, rngs=nnx.Rngs(0))
     schedule = make("1f1b", 2, 2)
-    case = Case.of(model, "pipe=2", *data("resnet", 4), schedule, plan={"remat": True})
+    case = Case.of(model, "pipe=2", *data("resnet", 4), schedule, remat="nothing")
     first, second = case.pipeline.programs
     assert (first.saved, first.lasting) == ((), ())
     assert sum(s.size for s in (*second.saved, *second.lasting)) == sum(s.size for s in second.ins)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -190,6 +192,20 @@ def test_stages_that_keep_their_inputs_alone():
     assert kept(less) < 0.7 * kept(more)
 
 
+def test_one_stage_that_keeps_its_inputs_alone():
+    first, second = trainer("pipe=2", remat=(0,)), trainer("pipe=2", remat=[1])
+    every, none = trainer("pipe=2", remat="nothing"), trainer("pipe=2")
+    same(first, trainer("data=1"), batches())
+    for one in (second, every, none):
+        fit(one, batches(), 1)
+    for one, again in ((first, (every, none)), (second, (none, every))):
+        expected = [other.pipeline.programs[k] for k, other in enumerate(again)]
+        assert [(p.saved, p.lasting) for p in one.pipeline.programs] == [
+            (p.saved, p.lasting) for p in expected
+        ]
+    assert kept(none) > max(kept(first), kept(second)) >= min(kept(first), kept(second)) > kept(every)
+
+
 def test_parameters_spread_inside_stages():
     # Without batch norm, behind which the gradient of a bias is zero, and Adam makes steps of its rounding.
     ours, theirs = (
@@ -375,12 +391,14 @@ class PlainNorm(Plain):
 
 @pytest.mark.parametrize("mesh", ["data=2", "pipe=1"])
 @pytest.mark.parametrize(
-    "asked", [{"schedule": "1f1b"}, {"stages": "wide|deep"}, {"in_flight": 2}, {"overlap": True}], ids=str
+    "asked",
+    [{"schedule": "1f1b"}, {"stages": "wide|deep"}, {"in_flight": 2}, {"overlap": True}, {"remat": (0, 1)}],
+    ids=str,
 )
 def test_what_is_asked_of_stages_that_there_are_not_is_refused(mesh, asked):
     ((name, value),) = asked.items()
-    message = rf"{name}={value!r} on mesh {mesh}, which has no stages; add pipe=2 .* or leave {name} out"
-    with pytest.raises(UserError, match=message.replace("|", r"\|")):
+    message = rf"on mesh {mesh}, which has no stages; add pipe=2 .* or leave {name} out"
+    with pytest.raises(UserError, match=re.escape(f"{name}={value!r} ") + message):
         trainer(mesh, model=Deep(), **asked)
 
 
@@ -400,7 +418,9 @@ def test_what_is_asked_of_stages_that_there_are_not_is_refused(mesh, asked):
         (lambda: trainer("pipe=2", schedule="mine.csv"), "schedule file mine.csv cannot be read"),
         (lambda: trainer("pipe=2", schedule="interleaved", in_flight=1), "holds 5 activations on a rank, not 1; allow 5"),
         (lambda: trainer("pipe=2", parameters="pipe"), "parameters='pipe', but a mesh with pipe keeps each stage's"),
-        (lambda: trainer("pipe=2", remat="contractions"), "stages keep all .* or only their inputs \\('nothing'\\)"),
+        (lambda: trainer("pipe=2", remat="contractions"), "stages keep all .* or only their inputs \\('nothing', or"),
+        (lambda: trainer("pipe=2", remat=jax.checkpoint_policies.dots_saveable), "on a mesh with pipe=2; stages keep all"),
+        (lambda: trainer("pipe=2", remat=(1, 2)), r"remat=\(1, 2\): schedule '1f1b' has the stages 0 to 1; name"),
         (lambda: trainer("pipe=2", stages="stem|norm|drop"), "stage"),
         (lambda: trainer("pipe=2", stages="stem|neck"), "neck"),
         (lambda: trainer("pipe=2", schedule=st.pipeline.make("interleaved", 2, 4, 200)), "can be cut into .* stages at most, not 400"),
