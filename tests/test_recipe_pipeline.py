@@ -15,7 +15,7 @@ from shardtrain.pipeline import lockstep, make
 
 sys.path.append(str(ROOT / "recipes"))
 
-from train_pipeline import report
+from train_pipeline import Flags, make_task, report
 
 SHAPE = ("--model", "resnet8", "--batch-size", 32, "--microbatches", 4)
 SMALL = (*SHAPE, "--lr-schedule", "constant", "--steps", 6, "--x64")
@@ -53,6 +53,12 @@ def test_a_run_leaves_what_it_promises(short):
         assert (out / name).read_bytes()[:8] == PNG
     assert list((out / "checkpoints").iterdir())
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_what_the_flags_say_reaches_the_trainer():
+    asked = {"schedule": "zb-v", "stages": "stem,...|head", "in_flight": 3, "overlap": True}
+    assert make_task(Flags(**asked, statistics="batch")).trainer == {**asked, "statistics": "batch"}
+    assert make_task(Flags(schedule="none")).trainer == {"statistics": "microbatch"}
 
 
 def test_the_losses_are_those_of_one_device(short):

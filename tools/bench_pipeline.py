@@ -447,8 +447,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--markdown", action="store_true", help="write the tables into docs/measurements.md")
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds {args.rounds}: use 2 or more")
+    for flag, numbers, least in (
+        ("rounds", [args.rounds], 2),
+        ("microbatches", args.microbatches or [], 2),
+        ("features", [args.features], 1),
+        ("rows", [args.rows], 1),
+    ):
+        if min(numbers, default=least) < least:
+            parser.error(f"--{flag} {min(numbers)}: use {least} or more")
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != EIGEN]
     asked = {"GLIBC_TUNABLES": KEEPING, "XLA_FLAGS": " ".join(flags + [EIGEN] * (not args.ynnpack))}
     if asked.items() - os.environ.items():  # read when a process starts, PyTorch's too

@@ -11,15 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from shardtrain.pipeline.actions import Action
-from shardtrain.pipeline.costs import Costs
+from shardtrain.pipeline.costs import Costs, Number
 from shardtrain.pipeline.schedule import Schedule
-from shardtrain.pipeline.simulate import classical, in_flight, lockstep
+from shardtrain.pipeline.simulate import Timeline, classical, in_flight, lockstep
 
 COLOURS = {"F": (142, 190, 255), "B": (255, 178, 102), "I": (255, 214, 102), "W": (136, 214, 170)}
 WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 FINEST = 12
-"""Columns of the costliest action: with costs that share no large unit, columns are rounded."""
+"""Columns of the costliest action: with costs that share no large unit, columns are rounded, but no action is
+narrower than one."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def bars(schedule: Schedule, costs: Costs | None = None) -> list[Bar]:
         ['F0', 'B0', 'F1', 'B1']
     """
     costs = costs or Costs.equal(schedule.stages)
-    line, unit = classical(schedule, costs), _unit(costs)
+    line = classical(schedule, costs)
+    column = _columns(line, _unit(costs))
     chunks = {s: schedule.ranks_of[:s].count(rank) for s, rank in enumerate(schedule.ranks_of)}
     result = []
     for action, start in line.start.items():
@@ -59,7 +61,7 @@ def bars(schedule: Schedule, costs: Costs | None = None) -> list[Bar]:
         dark = chunk / max(1, max(chunks.values())) * 0.42  # later chunks of a rank are darker
         colour = _hex(action.kind, dark)
         kind = action.kind.lower() if chunk % 2 else action.kind
-        ends = round(start / unit), round(line.end[action] / unit)
+        ends = column[start], column[line.end[action]]
         rank, ink = schedule.ranks_of[action.stage], "#ffffff" if dark > 0.3 else "#000000"
         result.append(Bar(action, rank, *ends, f"{kind}{action.microbatch}", colour, ink))
     return result
@@ -164,6 +166,20 @@ def _unit(costs: Costs) -> Fraction:
     scale = math.lcm(*(v.denominator for v in values))
     shared = Fraction(math.gcd(*(int(v * scale) for v in values)), scale)
     return max(shared, max(values) / FINEST)
+
+
+def _columns(line: Timeline, unit: Fraction) -> dict[Number, int]:
+    """The column at which each time begins."""
+    ended: dict[Number, list[Number]] = {}
+    for action, end in line.end.items():
+        ended.setdefault(end, []).append(line.start[action])
+    columns: dict[Number, int] = {}
+    moved = 0  # by actions that would have been narrower than a column
+    for time in sorted({*ended, *line.start.values()}):
+        least = max((columns[start] + 1 for start in ended.get(time, ()) if start < time), default=0)
+        moved += max(0, least - round(time / unit) - moved)
+        columns[time] = round(time / unit) + moved
+    return columns
 
 
 def _coloured(schedule: Schedule) -> Text:

@@ -1,5 +1,7 @@
 """A collective that waits for devices which take another branch is found in the compiled program."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +103,8 @@ def listed(turns, do):
     return lambda x: lax.scan(lambda x, n: (do(n, x), None), x, jnp.asarray(turns))[0]
 
 
-def once(needed, x):
-    return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), shift(c[1])), (needed, x))[1]
+def once(needed, x, send=shift):
+    return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), send(c[1])), (needed, x))[1]
 
 
 def drifting(x):
@@ -125,6 +127,63 @@ UNLIKE = {
 def test_a_loop_that_devices_leave_unlike_is_refused(mesh, f):
     with pytest.raises(UserError, match="the compiled program has the collective-permute"):
         refuse_divergent(compiled(mesh, f), mesh)
+
+
+def of_a_loop_of_unlike_turns(needed, x, send):
+    """What a loop counts up to on this device, from a constant, decides."""
+    counted = lax.while_loop(lambda n: n < lax.axis_index("pipe"), lambda n: n + 1, jnp.int32(0))
+    return once(counted == needed, x, send)
+
+
+STAGES_ALONE = {
+    "by a device's place": lambda n, x, send: once(n == lax.axis_index("pipe"), x, send),
+    "by turns that differ": of_a_loop_of_unlike_turns,
+}
+
+
+@pytest.mark.parametrize("do", STAGES_ALONE.values(), ids=STAGES_ALONE)
+def test_a_loop_that_devices_leave_unlike_is_refused_where_a_stage_is_a_device(do):
+    """There the compiled program asks for a device's number itself."""
+    mesh = make_mesh("pipe=4")
+
+    def send(x):
+        return lax.ppermute(x, "pipe", [(i, (i + 1) % 4) for i in range(4)])
+
+    text = compiled(mesh, listed([0, 1, 0], functools.partial(do, send=send)), axes=P("pipe"))
+    assert "partition-id" in text
+    with pytest.raises(UserError, match="the compiled program has the collective-permute"):
+        refuse_divergent(text, mesh)
+
+
+FUSED = """HloModule jit_f, num_partitions=8
+
+%asked () -> pred[] {
+  %two = u32[] constant(2)
+  %number = u32[] INSIDE
+  ROOT %less = pred[] compare(%number, %two), direction=LT
+}
+
+%sending (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %cp = f32[4]{0} collective-permute(%q), source_target_pairs={{0,4},{4,0}}
+}
+
+%keeping (k: f32[4]) -> f32[4] {
+  ROOT %k = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %fused = pred[] fusion(), kind=kLoop, calls=%asked
+  ROOT %cond = f32[4]{0} conditional(%fused, %x, %x), true_computation=%sending, false_computation=%keeping
+}
+"""
+
+
+def test_what_a_fusion_asks_inside_counts(mesh):
+    refuse_divergent(FUSED.replace("INSIDE", "constant(1)"), mesh)
+    with pytest.raises(UserError, match="'cp' in a branch of the conditional 'cond'"):
+        refuse_divergent(FUSED.replace("INSIDE", "partition-id()"), mesh)
 
 
 GOOD = {

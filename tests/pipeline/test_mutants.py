@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shardtrain.pipeline import make
-from shardtrain.pipeline.run import Machine
-from shardtrain.pipeline.table import COLUMNS
+from shardtrain.pipeline.run import Machine, _Acts
+from shardtrain.pipeline.table import COLUMNS, POOLS
 
 from .parity import TOLERANCE, largest_difference
 from .tables import legal
@@ -129,6 +129,16 @@ def test_wrong_rows_are_noticed(runs, mutant):
 def test_the_right_rows_are_right(runs):
     found, tables = runs
     assert max(found.gap(rows) for rows in tables.values()) < TOLERANCE
+
+
+def test_whatever_nothing_was_written_to_is_not_a_number(runs):
+    """Messages of idle ranks, too; what leaks would be seen in the results."""
+    pipe = runs[0].case.pipeline
+    machine = pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums))
+    carry = _Acts(dataclasses.replace(machine, bubble=float("nan")), {}, {}, lambda i: []).carry({})
+    empty = [v for name in ("message", "inbox", *POOLS) for v in carry[name].values()]
+    assert all(np.isnan(v).all() for v in empty if np.issubdtype(v.dtype, np.floating))
+    assert min(len(carry[name]) for name in ("message", "inbox", *POOLS)) > 0
 
 
 def silenced(closed, which):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
 import shardtrain
 from shardtrain.cli.command import main
-from shardtrain.cli.pipeline import draw
+from shardtrain.cli.pipeline import _panel, draw
 from shardtrain.pipeline import NAMES, Action, Costs, Schedule, classical, make
 from shardtrain.pipeline.show import bars, timeline
 
@@ -79,6 +80,22 @@ def test_costs_stretch_what_they_cost():
     assert "makespan" in text(make("1f1b", 1, 1), Costs((0,), (0,), (0,)))
 
 
+@pytest.mark.parametrize("costs", [(1, 30), (1, 100), (100, 1), (7, 90)])
+def test_cheap_actions_are_drawn_too(costs):
+    one = make("1f1b", 2, 4)
+    costs = Costs(costs, costs, (1, 1))
+    drawn, line = bars(one, costs), classical(one, costs)
+    assert all(bar.start < bar.end for bar in drawn)
+    for bar in drawn:
+        for other in drawn:  # whatever is rounded, what waits for something stands behind it
+            if line.end[bar.action] <= line.start[other.action]:
+                assert bar.end <= other.start
+    shown = text(one, costs).splitlines()
+    for rank in range(2):
+        words = {word for row in shown if row.startswith(f"rank {rank}") for word in row[7:].split()}
+        assert words - {"·"} == {bar.label for bar in drawn if bar.rank == rank}
+
+
 def test_chunks_differ_in_letters_and_colour():
     by = {bar.action: bar for bar in bars(make("zb-v", 2, 4))}
     assert by[Action(0, "F", 1)].label == "F1"
@@ -97,6 +114,19 @@ def test_the_picture_has_the_colours_of_the_bars(name, ranks, microbatches, tmp_
     image = (255 * imread(tmp_path / "a.png")[..., :3] + 0.5).astype(int).reshape(-1, 3)
     pixels = set(map(tuple, np.unique(image, axis=0).tolist()))
     assert {tuple(bytes.fromhex(bar.colour[1:])) for bar in bars(one)} <= pixels
+
+
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_panel_has_every_bar_that_reaches_into_it(start):
+    drawn, columns = bars(make("zb-v", 2, 4)), 15
+    (axis,) = Figure().subplots(1, 1, squeeze=False)[0]
+    _panel(axis, drawn, 2, start, columns)
+    there = [bar for bar in drawn if bar.end > start and bar.start < start + columns]
+    spans = [(max(bar.start, start), min(bar.end, start + columns)) for bar in there]
+    assert 0 < len(there) < len(drawn)
+    boxes = [(p.get_x(), p.get_x() + p.get_width(), round(p.get_y() + 0.45)) for p in axis.patches]
+    assert boxes == [(*span, bar.rank) for span, bar in zip(spans, there, strict=True)]
+    assert [words.get_text() for words in axis.texts] == [bar.label for bar in there]
 
 
 # --- the command ------------------------------------------------------------------------------------------
