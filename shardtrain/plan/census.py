@@ -108,9 +108,8 @@ def _rows(
     if not groups or not times:
         return
     n = len(groups) if kind == "collective-permute" else max(map(len, groups))
-    if (
-        send.op != kind and kind != "all-reduce"
-    ):  # (operands, results, ...); all-reduce-start has only results
+    # of a -start (operands, results, ...); all-reduce-start of jax before 0.12 has only results
+    if send.op != kind and (kind != "all-reduce" or shape.startswith("((")):
         shape = list(hlo.pieces(shape[1:-1], ","))[1]
     arrays = hlo.arrays(shape)
     if kind == "all-to-all" and len(arrays) > 1:

@@ -259,6 +259,23 @@ GPU = {
             ("all-reduce", "bf16[5]", 4, ("data",), 1, 10, 15),
         ],
     ),
+    "all-reduce-start, printed as by jax 0.12": (
+        """
+  %ar = ((f32[32,8]{1,0}, bf16[5]{0}), (f32[32,8]{1,0}, bf16[5]{0})) all-reduce-start(%p, %q), """
+        """channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true, to_apply=%add, """
+        """output_to_operand_aliasing={{1,0}: (0, {}), {1,1}: (1, {})}
+  %ard = (f32[32,8]{1,0}, bf16[5]{0}) all-reduce-done(%ar)
+  %one = ((f32[32,8]{1,0}), f32[32,8]{1,0}) all-reduce-start(%p), channel_id=11, """
+        """replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true, to_apply=%add, """
+        """output_to_operand_aliasing={{1}: (0, {})}
+  %oned = f32[32,8]{1,0} all-reduce-done(%one)""",
+        "",
+        [
+            ("all-reduce", "f32[32,8]", 4, ("data",), 1, ALL, 2 * 3 * ALL // 4),
+            ("all-reduce", "bf16[5]", 4, ("data",), 1, 10, 15),
+            ("all-reduce", "f32[32,8]", 4, ("data",), 1, ALL, 2 * 3 * ALL // 4),
+        ],
+    ),
     "all-gather-start": (
         f"""
   %ag = (f32[32,8]{{1,0}}, f32[64,8]{{1,0}}) all-gather-start(%p), channel_id=2, dimensions={{0}}, {PAIRS}
