@@ -340,7 +340,7 @@ def _of_disk(error: Exception) -> str | None:
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(number[1]))
     if isinstance(error, OSError) and error.errno is not None:
-        return first_line(error, 300)
+        return os.strerror(error.errno)
     if isinstance(error, TimeoutError) and compat.process_count() == 1:
         return f"it was not complete after {LIMIT} s"
     return None
