@@ -177,8 +177,9 @@ def _columns(line: Timeline, unit: Fraction) -> dict[Number, int]:
     moved = 0  # by actions that would have been narrower than a column
     for time in sorted({*ended, *line.start.values()}):
         least = max((columns[start] + 1 for start in ended.get(time, ()) if start < time), default=0)
-        moved += max(0, least - round(time / unit) - moved)
-        columns[time] = round(time / unit) + moved
+        rounded = round(time / unit)
+        moved = max(moved, least - rounded)
+        columns[time] = rounded + moved
     return columns
 
 

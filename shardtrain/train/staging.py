@@ -84,15 +84,18 @@ class Plan:
 
 def _computed_again(remat: Remat, schedule: Schedule) -> frozenset[int]:
     """The stages that keep their inputs alone."""
-    if remat in (None, "nothing"):
-        return frozenset(range(schedule.stages) if remat else ())
+    stages = frozenset(range(schedule.stages))
+    if remat is None:
+        return frozenset()
+    if remat == "nothing":
+        return stages
     if isinstance(remat, str) or not isinstance(remat, Collection):
         raise UserError(
             f"remat={remat!r} on a mesh with pipe={schedule.ranks}; stages keep all that the backward pass "
             f"needs (None) or only their inputs ('nothing', or the numbers of such stages, as (0, 1)); a "
             f"model's own remat=True works too"
         )
-    if not set(remat) <= set(range(schedule.stages)):
+    if not stages.issuperset(remat):
         raise UserError(
             f"remat={remat!r}: schedule {schedule.name!r} has the stages 0 to {schedule.stages - 1}; name "
             f"some of them, or 'nothing' for all"

@@ -185,19 +185,12 @@ def kept(one):
 
 
 def test_stages_that_keep_their_inputs_alone():
-    less, more = trainer("pipe=2", remat="nothing"), trainer("pipe=2")
-    theirs = trainer("data=1")
-    same(less, theirs, batches())
-    fit(more, batches(), 1)
-    assert kept(less) < 0.7 * kept(more)
-
-
-def test_one_stage_that_keeps_its_inputs_alone():
-    first, second = trainer("pipe=2", remat=(0,)), trainer("pipe=2", remat=[1])
-    every, none = trainer("pipe=2", remat="nothing"), trainer("pipe=2")
-    same(first, trainer("data=1"), batches())
-    for one in (second, every, none):
+    none, every, first, second = (trainer("pipe=2", remat=remat) for remat in (None, "nothing", (0,), [1]))
+    for one in (every, first):
+        same(one, trainer("data=1"), batches())
+    for one in (none, second):
         fit(one, batches(), 1)
+    assert kept(every) < 0.7 * kept(none)
     for one, again in ((first, (every, none)), (second, (none, every))):
         expected = [other.pipeline.programs[k] for k, other in enumerate(again)]
         assert [(p.saved, p.lasting) for p in one.pipeline.programs] == [
