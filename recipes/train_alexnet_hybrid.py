@@ -69,7 +69,7 @@ class Flags(cli.RunFlags):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Variant:
     """One way to cut the network.
 
     Attributes:
@@ -143,7 +143,7 @@ class Network:
         return [36 * self.features()[-1], self.hidden, self.hidden, self.classes]
 
 
-def closed_form(net: Network, plan: Plan) -> dict[str, int]:
+def closed_form(net: Network, plan: Variant) -> dict[str, int]:
     """Bytes that each device sends in a step, by what they are for; labels and a few scalars are left out.
 
     With D devices on data, K on channel, P = D*K: weights that n devices share send 2(n-1)/n of their bytes
@@ -192,7 +192,7 @@ def closed_form(net: Network, plan: Plan) -> dict[str, int]:
     return sent
 
 
-def measured(net: Network, plan: Plan) -> dict[str, Any]:
+def measured(net: Network, plan: Variant) -> dict[str, Any]:
     """What the compiled step sends, holds and needs on each device; nothing is run."""
     rounds = partial(st.nn.Rounds, plan.scheme or "gather", remat=plan.recompute)
     model = nnx.eval_shape(lambda: net.make(nnx.Rngs(0), rounds))
@@ -217,12 +217,12 @@ def measured(net: Network, plan: Plan) -> dict[str, Any]:
     }
 
 
-def plans(data: int, channel: int) -> list[Plan]:
+def plans(data: int, channel: int) -> list[Variant]:
     """The hybrids on a mesh, and what they are compared with on as many devices."""
-    hybrids = [Plan(f"hybrid {s}", data, channel, s) for s in ("gather", "turns", "spread")]
-    again = [Plan(f"{s}, recompute", data, channel, s, recompute=True) for s in ("turns", "spread")]
+    hybrids = [Variant(f"hybrid {s}", data, channel, s) for s in ("gather", "turns", "spread")]
+    again = [Variant(f"{s}, recompute", data, channel, s, recompute=True) for s in ("turns", "spread")]
     devices = data * channel
-    return [*hybrids, *again, Plan("pure data", devices, 1), Plan("pure model", 1, devices)]
+    return [*hybrids, *again, Variant("pure data", devices, 1), Variant("pure model", 1, devices)]
 
 
 def comparison(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -282,9 +282,9 @@ def make_task(flags: Flags) -> cli.Task:
 
     def report(trainer: st.Trainer, out: Path) -> cli.Report:
         data, channel = (size(trainer.mesh, axis) for axis in ("data", "channel"))
-        mine = Plan(f"hybrid {flags.scheme}", data, channel, flags.scheme, flags.recompute)
+        mine = Variant(f"hybrid {flags.scheme}", data, channel, flags.scheme, flags.recompute)
         sent = sum(closed_form(net, mine).values())
-        pure = sum(closed_form(net, Plan("pure data", data * channel, 1)).values())
+        pure = sum(closed_form(net, Variant("pure data", data * channel, 1)).values())
         share = sent / pure if pure else 1.0  # one device sends nothing
         says = f"sends {100 * share:.0f} % of pure data parallel: {mib(sent)} of {mib(pure)} MiB a step"
         result: dict[str, Any] = {"closed_form": closed_form(net, mine), "share_of_pure_data": share}

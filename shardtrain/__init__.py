@@ -6,25 +6,17 @@ trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0
 trainer.fit(batches, steps=500)
 """
 
-from shardtrain import launch, nn, ops, pipeline, plan
+from shardtrain import data, launch, nn, ops, pipeline, plan
+from shardtrain.checkpoint import Checkpoints, export_state, import_state
+from shardtrain.data import volumes
 from shardtrain.errors import UserError
+from shardtrain.guard import Guard
 from shardtrain.layout import Layout
 from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
 from shardtrain.plan.summary import summary
-from shardtrain.train import (
-    Checkpoints,
-    Guard,
-    Trainer,
-    TrainState,
-    data,
-    export_state,
-    import_state,
-    losses,
-    metrics,
-    volumes,
-)
+from shardtrain.train import Trainer, TrainState, losses
 
 __all__ = [
     "Checkpoints",
@@ -41,7 +33,6 @@ __all__ = [
     "launch",
     "losses",
     "make_mesh",
-    "metrics",
     "models",
     "nn",
     "ops",

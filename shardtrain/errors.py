@@ -37,3 +37,9 @@ class StartError(UserError):
     """The processes of a job did not find each other, for a reason that may be gone the next time."""
 
     status = FAULT
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an error may only say that another process is gone: runtimes have no type for it."""
+    words = ("Gloo", "NCCL", "coordination", "collective", "Connection closed", "Connection reset", "barrier")
+    return not isinstance(error, UserError) and any(word in str(error) for word in words)

@@ -21,7 +21,13 @@ from shardtrain.errors import UserError
 
 log = logging.getLogger(__name__)
 
-AXES = ("replica", "pipe", "data", "depth", "height", "width", "channel")
+REPLICA = "replica"
+"""The mesh axis of the copies of the weights: each copy sees examples of its own."""
+
+PIPE = "pipe"
+"""The mesh axis of the pipeline's ranks."""
+
+AXES = (REPLICA, PIPE, "data", "depth", "height", "width", "channel")
 """Slowest first. Devices are laid out in this order, host by host, so that the axes that talk most
 (channel and space, many times a layer) are neighbours inside a host, and `data`, `pipe` and `replica`,
 which talk once a step or a microbatch, go across hosts."""

@@ -44,19 +44,19 @@ import pytest  # noqa: E402
 
 LONGEST = [
     "test_recipe.py",
-    "train/test_guard_processes.py",
+    "guard/test_processes.py",
     "launch/test_jobs.py",
-    "train/test_pipeline.py",
+    "train/pipelined/test_step.py",
     "kernels/test_gpu.py",
     "test_recipe_pipeline.py",
     "test_recipe_hybrid.py",
-    "pipeline/test_parity.py",
-    "train/test_checkpoints.py",
-    "pipeline/test_split.py",
-    "pipeline/test_tables.py",
+    "pipeline/runtime/test_parity.py",
+    "checkpoint/test_checkpoints.py",
+    "pipeline/cut/test_split.py",
+    "pipeline/runtime/test_tables.py",
     "launch/test_local.py",
     "train/test_trainer.py",
-    "pipeline/test_local.py",
+    "pipeline/localize/test_evaluate.py",
     "nn/test_models.py",
 ]
 """Files that take a minute and more, those that take most first: begun late, one would keep one process waiting

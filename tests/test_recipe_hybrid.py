@@ -14,7 +14,7 @@ from recipe_process import PNG, ROOT, check_refused, gaps, run
 
 sys.path.append(str(ROOT / "recipes"))
 
-from train_alexnet_hybrid import Flags, Network, Plan, closed_form, measured, plans, sent_as
+from train_alexnet_hybrid import Flags, Network, Variant, closed_form, measured, plans, sent_as
 
 import shardtrain as st
 
@@ -75,9 +75,9 @@ def test_the_compiled_step_sends_the_closed_form(plan):
 @pytest.mark.parametrize(
     ("plan", "microbatches", "dtype"),
     [
-        (Plan("hybrid spread", 2, 4, "spread"), 2, "bfloat16"),
-        pytest.param(Plan("hybrid turns", 1, 8, "turns"), 4, "float16", marks=pytest.mark.slow),
-        pytest.param(Plan("pure data", 8, 1), 4, "float32", marks=pytest.mark.slow),
+        (Variant("hybrid spread", 2, 4, "spread"), 2, "bfloat16"),
+        pytest.param(Variant("hybrid turns", 1, 8, "turns"), 4, "float16", marks=pytest.mark.slow),
+        pytest.param(Variant("pure data", 8, 1), 4, "float32", marks=pytest.mark.slow),
     ],
 )
 def test_the_trainers_step_in_microbatches_sends_the_closed_form(plan, microbatches, dtype):
@@ -97,13 +97,13 @@ def test_full_size_is_what_the_readme_says():
     full = Network((224, 224, 3), 1000, 1024)
 
     def sent(*plan):
-        return sum(closed_form(full, Plan("", *plan)).values())
+        return sum(closed_form(full, Variant("", *plan)).values())
 
     pure, model = sent(8, 1), sent(1, 8)
     assert [round(n / 2**20) for n in (sent(1, 8, "gather"), pure, model)] == [87, 408, 1258]
     assert sent(1, 8, "spread") == sent(1, 8, "gather")
     # Eight turns: the examples go eight times as far, and once more within each turn.
-    examples = closed_form(full, Plan("", 1, 8, "gather"))["examples"]
+    examples = closed_form(full, Variant("", 1, 8, "gather"))["examples"]
     assert sent(1, 8, "turns") - sent(1, 8, "gather") == 8 * examples
 
 

@@ -48,7 +48,7 @@ def winograd_cases(
 
     name = jnp.dtype(dtype).name
     found = algorithm(outputs, taps)
-    static = stages.Static((found, found), implementation, precision, jnp.dtype(dtype), relu=True)
+    static = stages.WinogradSettings((found, found), implementation, precision, jnp.dtype(dtype), relu=True)
     batch, rows, columns, channels = LAYER
     shape = batch, rows + taps - 1, columns + taps - 1, channels
     p = stages.plan(static, shape, channels, dtype)

@@ -23,7 +23,7 @@ import cards
 
 if TYPE_CHECKING:
     from shardtrain.plan.pipelined import Copies, Memory, Traffic
-    from shardtrain.train.pipelined import Pipelined
+    from shardtrain.train.pipelined.step import Pipelined
 
 MODELS = {"resnet50": 50, "resnet34": 34, "resnet18": 18, "resnet8": 8}
 MIB, GIGA = 2.0**20, 1e9
@@ -85,7 +85,7 @@ Lines = list[tuple[str, ...]]
 
 def stage_rows(pipeline: "Pipelined") -> Lines:
     """The stages: operations and bytes are those of one device."""
-    from shardtrain.pipeline.work import flops
+    from shardtrain.pipeline.cut.operation_costs import flops
 
     def giga(body: Any) -> str:
         return f"{sum(map(flops, body.jaxpr.eqns)) / GIGA:.3g}"
@@ -133,7 +133,7 @@ def traffic_rows(found: list["Traffic"]) -> Lines:
 def sentences(pipeline: "Pipelined", need: "Memory", copied: "Copies", seconds: float) -> list[str]:
     """The figures that are no table."""
     from shardtrain.pipeline import classical
-    from shardtrain.pipeline.show import percent
+    from shardtrain.pipeline.schedules.show import percent
     from shardtrain.plan.pipelined import sends, ticks
 
     sent, counted = sends(pipeline)

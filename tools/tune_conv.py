@@ -35,7 +35,7 @@ from shardtrain.errors import UserError
 from shardtrain.kernels.conv import costs, tables
 from shardtrain.kernels.conv.api import conv
 from shardtrain.kernels.conv.select import rows_of
-from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Task, parse
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, parse
 
 MORE = (
     "8x1024x64->64,window=3",
@@ -86,7 +86,7 @@ class Flags:
     other work."""
 
 
-def programs(task: Task) -> dict[tuple[str, str], Callable[[], object]]:
+def programs(task: ConvTask) -> dict[tuple[str, str], Callable[[], object]]:
     """One compiled program for every pass and algorithm that computes it."""
     rng = np.random.default_rng(0)
     p = task.problem
@@ -105,7 +105,7 @@ def programs(task: Task) -> dict[tuple[str, str], Callable[[], object]]:
     return found
 
 
-def _pass(task: Task, name: str, algorithm: str) -> Callable[..., Any]:
+def _pass(task: ConvTask, name: str, algorithm: str) -> Callable[..., Any]:
     p = task.problem
 
     def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def _pass(task: Task, name: str, algorithm: str) -> Callable[..., Any]:
     return lambda x, kernel, dy: jax.vjp(run, x, kernel)[1](dy)[which]
 
 
-def measured(task: Task, rounds: int) -> Seconds:
+def measured(task: ConvTask, rounds: int) -> Seconds:
     """Median seconds; sides that are ten times as slow as direct convolution are called twice only."""
     sides = programs(task)
     once = {}
@@ -144,7 +144,7 @@ def measured(task: Task, rounds: int) -> Seconds:
     return found
 
 
-def lower(found: dict[Task, Seconds], path: Path) -> dict[Task, Seconds]:
+def lower(found: dict[ConvTask, Seconds], path: Path) -> dict[ConvTask, Seconds]:
     """The lower ones of these times and of those in a file."""
     before = json.loads(path.read_text())["rows"]
     for row in before:
@@ -154,7 +154,7 @@ def lower(found: dict[Task, Seconds], path: Path) -> dict[Task, Seconds]:
     return found
 
 
-def fitted(found: dict[Task, Seconds]) -> dict[str, Any] | None:
+def fitted(found: dict[ConvTask, Seconds]) -> dict[str, Any] | None:
     """The cost model's rates for every pass and algorithm, and how far they can be trusted.
 
     A margin is the ninth decile of how much the model overrates an algorithm beside direct convolution.
@@ -182,7 +182,7 @@ def fitted(found: dict[Task, Seconds]) -> dict[str, Any] | None:
     return {"by_pass": by_pass, "margins": margins, "launch": LAUNCH, "workspace": WORKSPACE}
 
 
-def _fit(rows: list[tuple[Task, float]], algorithm: str) -> tuple[float, float]:
+def _fit(rows: list[tuple[ConvTask, float]], algorithm: str) -> tuple[float, float]:
     """Operations and bytes in a second, on a grid of factors of 1.2, by the least error in the logarithm."""
     grid = np.array([float(f"{1e8 * 1.2**i:.3g}") for i in range(45)])
     operations, bandwidth = grid[:, None], grid[None]

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 from shardtrain import compat
 from shardtrain.errors import UserError
-from shardtrain.train import Guard
-from shardtrain.train.watch import PATIENCE
+from shardtrain.guard import Guard
+from shardtrain.guard.watch import PATIENCE
 
 
 def guard(flags: Any, out: Path) -> Guard:

@@ -11,8 +11,8 @@ from rich.console import Console
 from shardtrain.cli.pictures import picture
 from shardtrain.errors import UserError
 from shardtrain.pipeline import Costs, Schedule, make
-from shardtrain.pipeline.schedule import is_file, validate
-from shardtrain.pipeline.show import Bar, bars, legend, timeline, title
+from shardtrain.pipeline.schedules.schedule import is_file, validate
+from shardtrain.pipeline.schedules.show import Bar, bars, legend, timeline, title
 
 LONGEST = 10_000
 """Actions beyond which a timeline is no longer looked at."""

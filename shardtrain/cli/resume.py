@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardtrain.checkpoint import Checkpoints
 from shardtrain.errors import UserError
 from shardtrain.launch import job, restarts
-from shardtrain.train import Checkpoints, Trainer
+from shardtrain.train import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from shardtrain import compat
+from shardtrain.checkpoint import Checkpoints
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
 from shardtrain.cli.start import (
@@ -31,13 +32,16 @@ from shardtrain.cli.start import (
     start_jax,
 )
 from shardtrain.errors import UserError
+from shardtrain.guard import Guard
+from shardtrain.guard.processes import meet
 from shardtrain.launch import Limits, connect, job, restarts
 from shardtrain.mesh import make_mesh, size
 from shardtrain.nn import LayoutTable
 from shardtrain.plan import census
-from shardtrain.train import Checkpoints, Guard, Trainer, losses, manifest, metrics
-from shardtrain.train.processes import meet
+from shardtrain.train import Trainer, losses
+from shardtrain.train.report import Recorder, plot_curves, read_rows, write_whole, writing
 from shardtrain.train.step import PerExample
+from shardtrain.versions import revision
 
 OF_STAGES = ("schedule", "stages", "in_flight", "overlap")
 """Arguments of `Trainer` that the same run on one device does without."""
@@ -136,7 +140,7 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     mesh, out = make_mesh(flags.mesh), check_out(flags.out)
     refuse_other_folders(out, flags.start_limit)
     first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
-    said = {"flags": resume.as_json(flags), "git": manifest.revision(), "job": job(os.environ)}
+    said = {"flags": resume.as_json(flags), "git": revision(), "job": job(os.environ)}
     own = Checkpoints(
         out / "checkpoints",
         every=flags.checkpoint_every,
@@ -162,14 +166,14 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
     meet("all have looked at the folder", guards.patience(flags))
     if first_process:
-        with metrics.writing(out):
+        with writing(out):
             folder.enter_context(held(out, flags.start_limit if restarts(os.environ) else 0.0))
             open_run(out, resume=goes_on)
     meet("the folder is open", guards.patience(flags))
     done = int(trainer.state.step)
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
-    with metrics.Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
+    with Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
         trainer.fit(
             itertools.chain([first], feed),
             steps=flags.steps,
@@ -179,7 +183,7 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
         )
     test = trainer.evaluate(task.test(rows_here))
     # The other processes help to compute, and their files go.
-    with metrics.writing(out), tempfile.TemporaryDirectory() as aside:
+    with writing(out), tempfile.TemporaryDirectory() as aside:
         report = task.report(trainer, out if first_process else Path(aside))
         if first_process:
             conclude(flags, task, trainer, own, test, report)
@@ -196,7 +200,7 @@ def conclude(
 ) -> None:
     """Writes the files of a run that has ended, and prints its tables."""
     out, best = checkpoints.folder.parent, checkpoints.best()
-    rows = metrics.read(out / "metrics.jsonl")
+    rows = read_rows(out / "metrics.jsonl")
     if not rows:
         raise UserError(
             f"{out / 'metrics.jsonl'} is not there any more, so there is nothing to tell of the run, which "
@@ -219,8 +223,8 @@ def conclude(
         "flags": resume.as_json(flags),
     }
     title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
-    metrics.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
-    metrics.plot_curves(rows, out / "curve.png", title)
+    write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
+    plot_curves(rows, out / "curve.png", title)
     console = Console(width=100, markup=False)  # folders may have brackets in their names
     console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
     for table in report.tables:

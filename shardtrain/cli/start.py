@@ -20,8 +20,8 @@ import tyro
 
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
 from shardtrain.errors import StartError, UserError, first_line
+from shardtrain.guard.processes import everyone
 from shardtrain.mesh import parse
-from shardtrain.train.processes import everyone
 
 log = logging.getLogger(__name__)
 

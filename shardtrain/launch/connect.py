@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 
 from shardtrain.errors import UserError
-from shardtrain.launch.card import own_card, refuse_unequal
 from shardtrain.launch.cluster import Cluster, detect
+from shardtrain.launch.identity import own_identity, refuse_unequal
 from shardtrain.launch.rendezvous import meet, refuse_endless
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def connect(
     if cluster is None or jax.distributed.is_initialized():
         return cluster
     refuse_nameless(cluster)
-    others = refuse_unequal(meet(cluster, own_card(), limits.start))
+    others = refuse_unequal(meet(cluster, own_identity(), limits.start))
     for difference in others if cluster.process_id == 0 else ():
         log.warning("%s; install the same on all hosts if this job hangs or fails", difference)
     # It would take SIGTERM for itself, which a `Guard` answers, and which before that is to end a process.

@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 
 from shardtrain.errors import UserError, first_line
-from shardtrain.launch.card import Card, differences, of_gpus, own_card
 from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
+from shardtrain.launch.identity import ProcessIdentity, differences, of_gpus, own_identity
 from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
-from shardtrain.train.manifest import installed
+from shardtrain.versions import installed
 
 SKEW = 1.0
 """Seconds by which clocks may differ: logs and file times are compared across hosts."""
@@ -93,10 +93,10 @@ def examine(
     rank = cluster.process_id
     try:
         with beacon(out, rank) as name:
-            cards = meet(cluster, own_card() | {"beacon": name}, limit)
+            cards = meet(cluster, own_identity() | {"beacon": name}, limit)
             found += together(cards) if rank == 0 else same_folder(out, cards[0]["beacon"])
             mine = [asdict(finding) | {"process": rank} for finding in found]
-            every = meet(cluster, own_card() | {"findings": mine}, limit)
+            every = meet(cluster, own_identity() | {"findings": mine}, limit)
     except UserError as error:
         problem, _, fix = str(error).partition("; ")
         return [
@@ -259,7 +259,7 @@ def same_folder(out: Path, name: str) -> list[Finding]:
     return [Finding("shared folder", False, f"{out} is not the folder that process 0 writes to", fix)]
 
 
-def together(cards: Sequence[Card]) -> list[Finding]:
+def together(cards: Sequence[ProcessIdentity]) -> list[Finding]:
     """What only a comparison of processes shows."""
     hosts = {card["host"] for card in cards}
     found = [Finding("processes", True, f"all {len(cards)} are there, on {len(hosts)} hosts")]

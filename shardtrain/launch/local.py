@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO
 
 from shardtrain.errors import REQUEUE, UserError
+from shardtrain.guard.watch import BEGUN, FOLLOWS
 from shardtrain.launch import cluster
 from shardtrain.launch.cluster import (
     COORDINATOR,
@@ -35,7 +36,6 @@ from shardtrain.launch.cluster import (
     RESTARTS,
 )
 from shardtrain.launch.command import refuse_no_command
-from shardtrain.train.watch import BEGUN, FOLLOWS
 
 SETTLE = 0.5
 """Seconds in which deaths are seen together: of a process, and of others because of it."""

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from shardtrain.errors import StartError, UserError
-from shardtrain.launch.card import Card
 from shardtrain.launch.cluster import Cluster
+from shardtrain.launch.identity import ProcessIdentity
 
 NAME_LIMIT = 10.0
 """Seconds until a name that does not resolve is called wrong. In Kubernetes names appear with their pods."""
@@ -35,7 +35,7 @@ DAY = 86400.0
 """Seconds that processes wait for each other at most; sockets cannot wait for ever."""
 
 
-def meet(cluster: Cluster, card: Card, limit: float) -> list[Card]:
+def meet(cluster: Cluster, card: ProcessIdentity, limit: float) -> list[ProcessIdentity]:
     """Waits until all processes of the job are there; gives each the cards of all.
 
     Args:
@@ -135,9 +135,11 @@ def resolve(host: str, end: float) -> str:
         time.sleep(PAUSE)
 
 
-def _gather(cluster: Cluster, card: Card, port: int, limit: float, end: float) -> list[Card]:
+def _gather(
+    cluster: Cluster, card: ProcessIdentity, port: int, limit: float, end: float
+) -> list[ProcessIdentity]:
     """What process 0 does: collects the cards of all others, then sends the whole list to each."""
-    cards: dict[int, Card] = {0: card | {"skew": 0.0}}
+    cards: dict[int, ProcessIdentity] = {0: card | {"skew": 0.0}}
     with listen(port) as server, selectors.DefaultSelector() as selector:
         selector.register(server, selectors.EVENT_READ)
         peers: dict[socket.socket, bytearray] = {}
@@ -178,7 +180,9 @@ def _gather(cluster: Cluster, card: Card, port: int, limit: float, end: float) -
         return answer
 
 
-def _refuse_impostor(cluster: Cluster, cards: dict[int, Card], rank: int, card: Card) -> None:
+def _refuse_impostor(
+    cluster: Cluster, cards: dict[int, ProcessIdentity], rank: int, card: ProcessIdentity
+) -> None:
     if (processes := card.pop("processes")) != cluster.processes or not 0 <= rank < processes:
         raise UserError(
             f"process {rank} on {card['host']} was told of {processes} processes, process 0 of "
@@ -192,8 +196,8 @@ def _refuse_impostor(cluster: Cluster, cards: dict[int, Card], rank: int, card: 
 
 
 def _report(
-    cluster: Cluster, card: Card, connection: socket.socket, here: str, limit: float, end: float
-) -> list[Card]:
+    cluster: Cluster, card: ProcessIdentity, connection: socket.socket, here: str, limit: float, end: float
+) -> list[ProcessIdentity]:
     """What the others do: send their card to process 0, and wait for those of all."""
     with connection as server:
         message = card | {
@@ -291,7 +295,7 @@ def _received(peer: socket.socket) -> bytes:
         return b""
 
 
-def _card(message: bytearray) -> Card | None:
+def _card(message: bytearray) -> ProcessIdentity | None:
     """The card in a message, None in one of someone else's."""
     try:
         card = json.loads(message)

@@ -1,9 +1,9 @@
 """Flax NNX layers and models over partitioned operators."""
 
 from shardtrain.nn.base import Partitioned
-from shardtrain.nn.context import examples
-from shardtrain.nn.contract import Conv, ConvTranspose, Embed, Linear, LocallyConnected
-from shardtrain.nn.flow import resharded
+from shardtrain.nn.conv import Conv, ConvTranspose, LocallyConnected
+from shardtrain.nn.examples import examples
+from shardtrain.nn.linear import Embed, Linear
 from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
 from shardtrain.nn.partition import LayoutTable, assign, partition_table
 from shardtrain.nn.pool import (
@@ -19,6 +19,7 @@ from shardtrain.nn.pool import (
     Upsample,
 )
 from shardtrain.nn.rounds import Rounds
+from shardtrain.nn.transitions import resharded
 
 __all__ = [
     "AdaptiveAvgPool",

@@ -11,7 +11,7 @@ from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, spec
 from shardtrain.nn.base import Partitioned, placed
-from shardtrain.nn.context import current_examples
+from shardtrain.nn.examples import current_examples
 
 
 class _Affine(Partitioned):

@@ -13,7 +13,7 @@ from rich.table import Table
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
-from shardtrain.nn import contract, norm, pool
+from shardtrain.nn import conv, linear, norm, pool
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.contract import Contraction
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 LayoutTable = Mapping[str, Layout | Mapping[str, str | Axes]]
 
 _TWINS: dict[type, type] = {
-    nnx.Conv: contract.Conv,
-    nnx.ConvTranspose: contract.ConvTranspose,
-    nnx.Linear: contract.Linear,
-    nnx.Embed: contract.Embed,
+    nnx.Conv: conv.Conv,
+    nnx.ConvTranspose: conv.ConvTranspose,
+    nnx.Linear: linear.Linear,
+    nnx.Embed: linear.Embed,
     nnx.BatchNorm: norm.BatchNorm,
     nnx.GroupNorm: norm.GroupNorm,
     nnx.InstanceNorm: norm.InstanceNorm,
@@ -96,7 +96,7 @@ def _say_what_stays_whole(
             ", ".join(whole),
         )
     for path, module in found.items():
-        if isinstance(module, contract.Embed):
+        if isinstance(module, linear.Embed):
             cut, rows = module.layout.cut("channels", mesh), module.num_embeddings
             if cut and rows % size(mesh, cut):
                 log.warning(

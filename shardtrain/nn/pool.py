@@ -11,9 +11,9 @@ from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import active_mesh
 from shardtrain.nn.base import Partitioned, placed
-from shardtrain.nn.context import current_examples
+from shardtrain.nn.examples import current_examples
+from shardtrain.ops.arguments import Padding, numbers_of, tuple_of
 from shardtrain.ops.resample import method_of
-from shardtrain.ops.window import Padding, numbers_of, tuple_of
 
 
 class MaxPool(Partitioned, nnx.Module):

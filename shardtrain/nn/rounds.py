@@ -13,7 +13,7 @@ from shardtrain.errors import UserError
 from shardtrain.layout import active_mesh
 from shardtrain.mesh import size
 from shardtrain.nn.base import Partitioned, name, placed
-from shardtrain.nn.context import current_examples, examples
+from shardtrain.nn.examples import current_examples, examples
 
 Scheme = Literal["gather", "turns", "spread"]
 

@@ -19,9 +19,10 @@ from shardtrain.kernels import conv as kernels
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
+from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
 from shardtrain.ops.channels import ChannelMode, ChannelPlan, channel_plan, straddle
 from shardtrain.ops.halo import block, exchange
-from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
+from shardtrain.ops.window import Window, check_fits
 
 CONTRACTION = "contraction"
 """Name of convolution and linear outputs, for remat policies that keep them and recompute the rest."""
@@ -288,11 +289,11 @@ def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Arr
     contract_dually.defvjp(forward, backward)
 
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
-        x = island.real(x, extents_in, cuts_in, mesh)
+        x = island.mask_padding(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary)
-        y = contract_dually(*compat.alike(x, kernel)) if duals else contract(x, kernel)
+        y = contract_dually(*compat.match_varying(x, kernel)) if duals else contract(x, kernel)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
-        return island.real(y, extents_out, cuts_out, mesh)
+        return island.mask_padding(y, extents_out, cuts_out, mesh)
 
     if mesh is None:
         return checkpoint_name(local(x, kernel, bias), CONTRACTION)

@@ -74,7 +74,7 @@ def _embed(indices: Array, table: Array, layout: Layout) -> Array:
             found = lax.psum(found, by_rows)
         exists = (wanted >= 0) & (wanted < rows)
         found = jnp.where(exists[..., None], found, jnp.nan)
-        return island.real(found, extents, [*cut, by_features], mesh)
+        return island.mask_padding(found, extents, [*cut, by_features], mesh)
 
     if mesh is None:
         return local(indices, table)

@@ -50,7 +50,7 @@ class Explanation:
     kind: str
     layer: str
     choice: kernels.Passes
-    rows: tuple[kernels.Row, ...]
+    rows: tuple[kernels.Estimate, ...]
     implementation: str
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Explanation:
         note = "* chosen; products: multiplications; MiB: workspace; error: relative rms, by a model"
         return f"{out.getvalue()}{note}\nwinograd here in {self.implementation}\n"
 
-    def _why_not(self, row: kernels.Row) -> str:
+    def _why_not(self, row: kernels.Estimate) -> str:
         best = next(
             r
             for r in self.rows
@@ -78,7 +78,7 @@ class Explanation:
         sooner = row.seconds is not None and best.seconds is not None and row.seconds < best.seconds
         return row.refused or ("not surely faster" if sooner else "")
 
-    def _cells(self, row: kernels.Row) -> list[str]:
+    def _cells(self, row: kernels.Estimate) -> list[str]:
         star = "*" if getattr(self.choice, row.pass_name) == row.algorithm else " "
         known = bool(row.multiplications)
         return [
@@ -145,7 +145,7 @@ def explain_conv(
     return _explanation(heard)
 
 
-def _explanation(heard: list[tuple[kernels.Task, kernels.Passes]]) -> Explanation:
+def _explanation(heard: list[tuple[kernels.ConvTask, kernels.Passes]]) -> Explanation:
     """Of the convolutions of one island: the first is the output's; one of another shape its dual."""
     task, choice = heard[0]
     kind = compat.device_kind()

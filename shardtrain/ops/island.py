@@ -44,7 +44,7 @@ def pad_to(x: Array, extents: Sequence[int]) -> Array:
     return jnp.pad(x, widths) if any(high for _, high in widths) else x
 
 
-def real(
+def mask_padding(
     x: Array, extents: Sequence[int], cuts: Sequence[Axes], mesh: AnyMesh | None, fill: float = 0.0
 ) -> Array:
     """This device's block with `fill` in all that lies past `extents`, inside an island.
@@ -53,7 +53,7 @@ def real(
     for all who pad it. Applied to outputs too, it keeps the padding's gradient out of the sums.
     """
     for dim, (extent, axes) in enumerate(zip(extents, cuts, strict=True)):
-        if even(extent, axes, mesh) != extent:
+        if round_up(extent, axes, mesh) != extent:
             row = lax.axis_index(axes) * x.shape[dim] + lax.broadcasted_iota(jnp.int32, x.shape, dim)
             x = jnp.where(row < extent, x, jnp.asarray(fill, x.dtype))
     return x
@@ -61,7 +61,7 @@ def real(
 
 def fill_up(x: Array, cuts: Sequence[Axes], mesh: AnyMesh | None) -> Array:
     """`x` padded so that `cuts` cut every dimension into whole blocks."""
-    return pad_to(x, [even(n, axes, mesh) for n, axes in zip(x.shape, cuts, strict=True)])
+    return pad_to(x, [round_up(n, axes, mesh) for n, axes in zip(x.shape, cuts, strict=True)])
 
 
 def own(table: np.ndarray, reach: Reach) -> Array:
@@ -76,7 +76,7 @@ def crop_to(x: Array, extents: Sequence[int]) -> Array:
     return x if x.shape == tuple(extents) else lax.slice(x, (0,) * x.ndim, extents)
 
 
-def even(extent: int, axes: Axes, mesh: AnyMesh | None) -> int:
+def round_up(extent: int, axes: Axes, mesh: AnyMesh | None) -> int:
     """The extent, raised to a multiple of the shards that `axes` cut it into."""
     shards = size(mesh, axes) if mesh is not None else 1
     return -(-extent // shards) * shards

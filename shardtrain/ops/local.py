@@ -18,11 +18,12 @@ from shardtrain.kernels.conv import window_sizes
 from shardtrain.layout import Axes, Layout, active_mesh, axes_of, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
+from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
 from shardtrain.ops.channels import ChannelMode, channel_plan
 from shardtrain.ops.conv import CONTRACTION
 from shardtrain.ops.halo import exchange
 from shardtrain.ops.reshard import move
-from shardtrain.ops.window import Padding, Window, check_fits, mode_of, pads_of, tuple_of
+from shardtrain.ops.window import Window, check_fits
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Arra
         bias, kept_bias = _cut_pixels(bias, kept_bias, space)
 
     def local(x: Array, kernel: Array, bias: Array | None) -> Array:
-        x = island.real(x, extents_in, cuts_in, mesh)
+        x = island.mask_padding(x, extents_in, cuts_in, mesh)
         kernel = island.gather(kernel, kept, layout, vary, rank)
         for dim, window in enumerate(windows):
             if window.shards > 1:
@@ -194,7 +195,7 @@ def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Arra
         )
         y = plan.summed(y)
         y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary, rank)
-        return island.real(y, extents_out, cuts_out, mesh)
+        return island.mask_padding(y, extents_out, cuts_out, mesh)
 
     if mesh is None:
         return checkpoint_name(local(x, kernel, bias), CONTRACTION)

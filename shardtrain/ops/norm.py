@@ -93,7 +93,7 @@ def _batch_norm(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
     extents, cut, cut_weight = x.shape, [batch, *cuts, channels], [batch, *cuts, ()]
-    even = [island.even(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    even = [island.round_up(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
 
     # 1 for every value that counts, None where all do. It has the size of one channel, no more.
     weight = None
@@ -102,12 +102,12 @@ def _batch_norm(
         weight = jnp.broadcast_to(counts.reshape(-1, *[1] * (x.ndim - 1)), (*extents[:-1], 1)).astype(dtype)
 
     def local(x: Array, scale: Array, bias: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-        x = island.real(x, extents, cut, mesh)
-        weight = None if weight is None else island.real(weight, (*extents[:-1], 1), cut_weight, mesh)
+        x = island.mask_padding(x, extents, cut, mesh)
+        weight = None if weight is None else island.mask_padding(weight, (*extents[:-1], 1), cut_weight, mesh)
         scale, bias = (island.gather_same(p, kept, layout) for p in (scale, bias))
         sums = _Sums(vary, tuple(range(x.ndim - 1)), epsilon)
         y, mean, var = _normalize(sums, x.astype(dtype), scale, bias, weight)
-        y = island.real(y, extents, cut, mesh).astype(out_dtype)
+        y = island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
         return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
     scale = jnp.ones(extents[-1:], dtype) if scale is None else scale.astype(dtype)
@@ -284,7 +284,7 @@ def _by_example(
         return sums @ member, lambda s: s @ member.T
 
     def local(x: Array, scale: Array | None, bias: Array | None) -> Array:
-        wide = island.real(x, extents, cut, mesh).astype(dtype)
+        wide = island.mask_padding(x, extents, cut, mesh).astype(dtype)
         sums = jnp.stack([wide, wide**2])
         if pixels and x.ndim > 2:
             sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
@@ -296,7 +296,7 @@ def _by_example(
         scale, bias = (None if p is None else island.gather(p, kept, layout, vary) for p in (scale, bias))
         y = (wide - mean) * (inverse if scale is None else inverse * scale)
         y = y if bias is None else y + bias
-        return island.real(y, extents, cut, mesh).astype(out_dtype)
+        return island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
 
     if mesh is None:
         return local(x, scale, bias)

@@ -14,8 +14,9 @@ from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
+from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
 from shardtrain.ops.halo import exchange
-from shardtrain.ops.window import Padding, Window, mode_of, pads_of, tuple_of
+from shardtrain.ops.window import Window
 
 
 def max_pool(
@@ -135,7 +136,7 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
     extents_out = (x.shape[0], *(w.extent_out for w in windows), x.shape[-1])
 
     def local(x: Array) -> Array:
-        x = island.real(x, extents_in, cut, mesh, fill)
+        x = island.mask_padding(x, extents_in, cut, mesh, fill)
         pads = [(0, 0)] * len(windows)
         for dim, window in enumerate(windows):
             if window.shards == 1 and min(window.pad) >= 0:  # the reduction pads by itself
@@ -150,7 +151,7 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
             (1, *(w.stride for w in windows), 1),
             [(0, 0), *pads, (0, 0)],
         )
-        return island.real(y, extents_out, cut, mesh)
+        return island.mask_padding(y, extents_out, cut, mesh)
 
     if mesh is None:
         return local(x)
@@ -166,7 +167,7 @@ def _global_avg_pool(x: Array, layout: Layout) -> Array:
     axes = tuple(a for entry in space for a in entry)
 
     def local(x: Array) -> Array:
-        total = island.real(x, extents, cut, mesh).sum(tuple(range(1, x.ndim - 1)))
+        total = island.mask_padding(x, extents, cut, mesh).sum(tuple(range(1, x.ndim - 1)))
         total = lax.psum(total, axes) if axes else total
         return total / math.prod(extents[1:-1])
 

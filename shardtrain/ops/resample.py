@@ -14,8 +14,9 @@ from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
+from shardtrain.ops.arguments import check_repeats, pairs_of, tuple_of
 from shardtrain.ops.halo import exchange
-from shardtrain.ops.window import Bands, Reach, Window, check_repeats, pairs_of, tuple_of
+from shardtrain.ops.window import Bands, Reach, Window
 
 PAD_MODES = ("constant", "wrap", "reflect", "edge")
 
@@ -245,11 +246,11 @@ def _each_dimension(x, reaches, layout, combine, fill=0.0):  # type: ignore[no-u
     extents_out = (x.shape[0], *(r.extent_out for r in reaches), x.shape[-1])
 
     def local(x: Array) -> Array:
-        x = island.real(x, extents_in, cut, mesh, fill)
+        x = island.mask_padding(x, extents_in, cut, mesh, fill)
         for dim, reach in enumerate(reaches, start=1):
             x = exchange(x, dim, reach, fill=fill, grouped=island.grouped(mesh))
             x = combine(x, dim, reach)
-        return island.real(x, extents_out, cut, mesh)
+        return island.mask_padding(x, extents_out, cut, mesh)
 
     if mesh is None:
         return local(x)

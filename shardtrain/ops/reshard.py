@@ -99,14 +99,16 @@ def moves(shape: tuple[int, ...], before: Cuts, after: Cuts, mesh: AnyMesh) -> l
             now = _with(now, dim, now[dim][:-1])
             steps.append(Move("all-gather", now, axis, source=dim))
     cuts = [old or new for old, new in zip(now, after, strict=True)]
-    blocks = [island.even(n, axes, mesh) for n, axes in zip(shape, cuts, strict=True)]
+    blocks = [island.round_up(n, axes, mesh) for n, axes in zip(shape, cuts, strict=True)]
     return steps + _cheapest(tuple(blocks), now, after, mesh)
 
 
 def _torn(extent: int, old: Axes, new: Axes, mesh: AnyMesh) -> bool:
     """Whether old and new blocks of a dimension are padded to different extents."""
     uneven = extent % size(mesh, old) or extent % size(mesh, new)
-    return bool(old and new and uneven and island.even(extent, old, mesh) != island.even(extent, new, mesh))
+    return bool(
+        old and new and uneven and island.round_up(extent, old, mesh) != island.round_up(extent, new, mesh)
+    )
 
 
 def _with(cuts: Cuts, dim: int, axes: Axes) -> Cuts:
@@ -215,7 +217,7 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
             elif step.kind == "all-gather":
                 x = lax.all_gather(x, step.axis, axis=step.source, tiled=True, to="invarying")
                 if after[step.source] and not step.after[step.source]:  # whole: padded as it will be cut
-                    rows = island.even(extents[step.source], after[step.source], mesh)
+                    rows = island.round_up(extents[step.source], after[step.source], mesh)
                     x = _repadded(x, step.source, extents[step.source], rows)
             elif step.kind == "slice":
                 rows = x.shape[step.target] // size(mesh, step.axis)

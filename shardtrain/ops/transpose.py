@@ -9,9 +9,9 @@ from jaxtyping import Float
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
 from shardtrain.layout import Layout, chosen
+from shardtrain.ops.arguments import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 from shardtrain.ops.channels import ChannelMode
 from shardtrain.ops.conv import Config, check, convolve
-from shardtrain.ops.window import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 
 
 def conv_transpose(

@@ -10,11 +10,11 @@ from jax.extend.core import Var
 
 from shardtrain import hlo
 from shardtrain.errors import UserError
-from shardtrain.pipeline.run import message
-from shardtrain.pipeline.table import Table, build
+from shardtrain.pipeline.runtime.machine import message
+from shardtrain.pipeline.schedules.table import TickTable, build
 from shardtrain.plan.census import Collective, census
 from shardtrain.plan.trace import sent
-from shardtrain.train.pipelined import Pipelined
+from shardtrain.train.pipelined.step import Pipelined
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def sends(pipeline: Pipelined) -> tuple[int, int]:
     return int(travels.sum()) if table.hop == 1 else travels.size, travels.size
 
 
-def _table(pipeline: Pipelined) -> Table:
+def _table(pipeline: Pipelined) -> TickTable:
     return build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.layout import Axes, Layout
-from shardtrain.nn import flow, partition
+from shardtrain.nn import partition, transitions
 
 
 def compiled_step(
@@ -58,7 +58,7 @@ def compiled_step(
     def step(params: Any, rest: Any, x: Array) -> Any:
         def half_of_squares(params: Any) -> Array:
             merged: Any = nnx.merge(graph, params, rest, copy=True)
-            with flow.resharded(merged, default, x):
+            with transitions.resharded(merged, default, x):
                 return (merged(x) ** 2).sum() / 2
 
         return jax.tree.map(jnp.subtract, params, jax.grad(half_of_squares)(params))

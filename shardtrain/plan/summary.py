@@ -17,7 +17,7 @@ from rich.table import Table
 from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import size, text
-from shardtrain.nn import flow, partition
+from shardtrain.nn import partition, transitions
 from shardtrain.nn.base import layer_of, name
 from shardtrain.ops.reshard import SCOPE
 from shardtrain.plan.trace import Sent, sent
@@ -98,10 +98,10 @@ def lines(
         batch = _batch(inputs)
         for row in sent(_step(model, mesh, default, batch), mesh):
             moved[layer_of(row.scope, paths)].append(row)
-        calls = flow.trace(model, batch)
+        calls = transitions.trace(model, batch)
         shapes = {call.path: call.shape_out for call in calls if call.path}
         paths.sort(key=lambda path: next((i for i, c in enumerate(calls) if c.path == path), len(calls)))
-    lies = flow.layouts(model)
+    lies = transitions.layouts(model)
 
     def line(path: str, kind: str) -> Line:
         shape = shapes.get(path)
@@ -197,7 +197,7 @@ def _step(model: nnx.Module, mesh: Mesh, default: Layout, batch: jax.ShapeDtypeS
     def step(params: Any, rest: Any, x: Any) -> Any:
         def forward(params: Any) -> Any:
             merged: Any = nnx.merge(graph, params, rest, copy=True)
-            with flow.resharded(merged, default, x):
+            with transitions.resharded(merged, default, x):
                 return merged(x)
 
         y, pull = jax.vjp(forward, params)

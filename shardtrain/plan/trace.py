@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from shardtrain import compat
+from shardtrain import jaxprs
 from shardtrain.mesh import size
 from shardtrain.plan.census import ring
 
@@ -66,7 +66,7 @@ def _sent(jaxpr: Any, mesh: Mesh | AbstractMesh, scope: str, times: int) -> Iter
         if kind is not None:
             yield from _rows(kind, equation, mesh, here, times)
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in compat.inner_jaxprs(equation):
+        for inner in jaxprs.inner_jaxprs(equation):
             yield from _sent(inner, mesh, here, times * trips)
 
 

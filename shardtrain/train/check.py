@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from shardtrain import compat
+from shardtrain import jaxprs
 from shardtrain.errors import UserError
 from shardtrain.mesh import SPATIAL, size, text
 from shardtrain.nn.base import Partitioned, name
@@ -52,7 +52,7 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> N
         else:
             continue
         raise UserError(
-            f"the model has a {what} outside shardtrain's operators ({compat.where(equation)}), {reason}; "
+            f"the model has a {what} outside shardtrain's operators ({jaxprs.where(equation)}), {reason}; "
             f"use {instead}"
         )
 
@@ -63,7 +63,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
         if equation.primitive.name == "shard_map":
             continue
         yield equation
-        for inner in compat.inner_jaxprs(equation):
+        for inner in jaxprs.inner_jaxprs(equation):
             yield from _equations(inner)
 
 
@@ -159,4 +159,31 @@ def refuse_ragged(rows: int, norms: Sequence[str]) -> None:
         raise UserError(
             f"a batch of {rows} rows is smaller than the first, and {norms[0]!r} is a plain nnx.BatchNorm, "
             f"which would count the rows that fill it up; use shardtrain.nn.BatchNorm"
+        )
+
+
+def refuse_rowless(outputs: Sequence[Any], rows: int) -> None:
+    """Refuses to predict outputs, given as shapes, that do not have one row for each example.
+
+    Raises:
+        UserError: names the shape.
+    """
+    for y in outputs:
+        if y.shape[:1] != (rows,):
+            raise UserError(
+                f"predict: an output of shape {y.shape} for {rows} examples has no row for each of them; "
+                f"return such outputs in training mode only"
+            )
+
+
+def refuse_uncut(plan: Any, pipeline: Any) -> None:
+    """Refuses what a trainer with a plan for a pipeline cannot say before it has one.
+
+    Raises:
+        UserError: says how to get it.
+    """
+    if plan is not None and pipeline is None:
+        raise UserError(
+            "the pipeline is cut when the first training batch is seen; call fit first, or "
+            "compiled_step(trainer.place(...))"
         )

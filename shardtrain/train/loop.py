@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
-from shardtrain.train import place
-from shardtrain.train.checkpoint import Checkpoints
-from shardtrain.train.guard import Guard
-from shardtrain.train.metrics import Observer, Row
-from shardtrain.train.profile import peak_memory
+from shardtrain.guard.guard import Guard
+from shardtrain.guard.health import Row
+from shardtrain.guard.profile import peak_memory
+from shardtrain.train.batch import scalar
+from shardtrain.train.report import Observer
 
 if TYPE_CHECKING:
     from shardtrain.train.trainer import Trainer
@@ -149,6 +150,6 @@ def _roll_back(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None
     position = trainer.examples
     saved = trainer.restore(checkpoints, checkpoints.newest(own=True)[0])
     trainer.examples = position
-    number = place.scalar(np.int32(step), trainer.state.step.sharding)
+    number = scalar(np.int32(step), trainer.state.step.sharding)
     trainer.state = dataclasses.replace(trainer.state, step=number)
     guard.rolled_back(step, saved)

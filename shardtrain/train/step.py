@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,48 +16,16 @@ from jax.typing import DTypeLike
 from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh
 from shardtrain.mesh import size
-from shardtrain.nn.context import examples
-from shardtrain.nn.flow import resharded
+from shardtrain.nn.examples import examples
+from shardtrain.nn.transitions import resharded
+from shardtrain.nn.variables import Variables
 from shardtrain.ops.conv import CONTRACTION
-from shardtrain.ops.island import crop_to
-from shardtrain.pipeline.branches import refuse_divergent
+from shardtrain.pipeline.runtime.divergence import refuse_divergent
 from shardtrain.train import check
-from shardtrain.train.state import TrainState, Variables
+from shardtrain.train.batch import Batch
+from shardtrain.train.state import TrainState
 
 PerExample = Callable[[Any, Any], Array]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch on the mesh.
-
-    Attributes:
-        inputs: for the model; pixels are padded to whole blocks, see `extents`.
-        targets: for the loss.
-        real: False for rows that fill up a ragged batch; None where all rows are real.
-        extents: the true extents of the inputs' and targets' leaves after the batch, static.
-        limit: the mean loss above which the update is left out; None in a program that leaves out none.
-    """
-
-    inputs: Any
-    targets: Any
-    real: Any
-    extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
-    limit: Any = None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the global batch."""
-        return jax.tree.leaves(self.inputs)[0].shape[0]
-
-    def cropped(self) -> tuple[Any, Any]:
-        """Inputs and targets in their true extents. The crop moves nothing: XLA itself tiles so."""
-        leaves, tree = jax.tree.flatten((self.inputs, self.targets))
-        whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
-        return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
-
-
-jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real", "limit"], ["extents"])
 
 
 Remat = str | Callable[..., bool] | Collection[int] | None

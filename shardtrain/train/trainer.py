@@ -17,24 +17,34 @@ from jax.typing import DTypeLike
 from rich.table import Table
 
 from shardtrain import pipeline
+from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
+from shardtrain.guard.guard import Guard
+from shardtrain.guard.health import NONE, Row
 from shardtrain.layout import Axes, Layout, axes_of
-from shardtrain.mesh import make_mesh, size, text, without
+from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
-from shardtrain.train import check, loop, losses, place
-from shardtrain.train.checkpoint import Checkpoints
-from shardtrain.train.guard import Guard
-from shardtrain.train.health import NONE
-from shardtrain.train.metrics import Observer, Row, Terminal
-from shardtrain.train.microbatch import REPLICA
-from shardtrain.train.pipelined import AXIS, Pipelined
-from shardtrain.train.recut import refuse_uncut
-from shardtrain.train.staging import Plan
+from shardtrain.nn.variables import Variables
+from shardtrain.train import check, loop, losses
+from shardtrain.train.batch import (
+    Batch,
+    batch_shapes,
+    fetch,
+    global_batch_size,
+    indivisible,
+    local_rows,
+    place_batch,
+    rows_of,
+    with_limit,
+)
+from shardtrain.train.check import refuse_uncut
+from shardtrain.train.pipelined.plan import PipelinePlan
+from shardtrain.train.pipelined.step import Pipelined
+from shardtrain.train.report import Observer, Terminal
 from shardtrain.train.state import (
     TrainState,
-    Variables,
     by_field,
     bytes_on_a_device,
     initial_state,
@@ -43,7 +53,7 @@ from shardtrain.train.state import (
     opt_state_specs,
     shardings,
 )
-from shardtrain.train.step import Batch, PerExample, Program, Remat, compiled
+from shardtrain.train.step import PerExample, Program, Remat, compiled
 
 
 class Trainer:
@@ -110,7 +120,7 @@ class Trainer:
     ) -> None:
         check.refuse_arguments(remat, accumulate, clip_norm, dtype, statistics)
         self.mesh = make_mesh(data=-1) if mesh is None else mesh
-        within = without(without(self.mesh, AXIS), REPLICA)
+        within = without(without(self.mesh, PIPE), REPLICA)
         self.layout = partition.assign(model, within, Layout(parameters=parameters), layout or {})
         check.refuse_replicas_alone(self.mesh)
         # Each replica has examples of its own.
@@ -127,7 +137,7 @@ class Trainer:
         self._program = Program(
             variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred, skip_bad
         )
-        self._plan = Plan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
+        self._plan = PipelinePlan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
         self.pipeline: Pipelined | None = None
         check.refuse_model(model, accumulate, statistics)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
@@ -185,7 +195,7 @@ class Trainer:
 
     def rows(self, batch_size: int) -> range:
         """The rows of a global batch that this process must bring (all of them in a job of one process)."""
-        return place.local_rows(self.mesh, self._rows, batch_size)
+        return local_rows(self.mesh, self._rows, batch_size)
 
     def place(self, inputs: Any, targets: Any, limit: float = np.inf) -> Batch:
         """A host batch on the mesh; the first says how large others may be. For `limit` see `skip_bad`.
@@ -193,19 +203,19 @@ class Trainer:
         Raises:
             UserError: a first batch that does not divide by the mesh and `accumulate`.
         """
-        rows = place.rows_of(inputs)
+        rows = rows_of(inputs)
         if not rows:
             raise UserError("fit: a batch has no rows; leave empty batches out")
         if self._batch_size is None:
-            size = place.global_batch_size(rows, self.mesh, self._rows)
+            size = global_batch_size(rows, self.mesh, self._rows)
             mine = len(self.rows(size))
             if mine != rows or (size // self._shards()) % self.accumulate:
-                raise place.indivisible(rows, rows * size / mine, self.mesh, self._shards(), self.accumulate)
+                raise indivisible(rows, rows * size / mine, self.mesh, self._shards(), self.accumulate)
             self._batch_size = size
         batch = self._placed(inputs, targets, self._batch_size)
         if rows < len(self.rows(self._batch_size)):
             check.refuse_ragged(rows, self._plain_norms)
-        return place.limited(batch, limit, self.mesh) if self._program.skip_bad else batch
+        return with_limit(batch, limit, self.mesh) if self._program.skip_bad else batch
 
     def shapes_of(self, inputs: Any, targets: Any) -> Batch:
         """What a global batch is on the mesh, as shapes; `compiled_step` takes it in place of a batch.
@@ -216,17 +226,17 @@ class Trainer:
         Raises:
             UserError: a batch that does not divide by the mesh and `accumulate`.
         """
-        rows = place.rows_of(inputs)
+        rows = rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
-            raise place.indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
-        batch = place.shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
-        return place.limited(batch, None, self.mesh) if self._program.skip_bad else batch
+            raise indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
+        batch = batch_shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        return with_limit(batch, None, self.mesh) if self._program.skip_bad else batch
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
-        return place.place(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
+        return place_batch(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
 
     def compiled_step(self, batch: Batch) -> Any:
         """The compiled training step for batches as `place` or `shapes_of` gives; `census` reads it."""
@@ -315,7 +325,7 @@ class Trainer:
         totals: dict[str, Array] = {}
         size: int | None = None
         for inputs, targets in batches:
-            size = size or place.global_batch_size(place.rows_of(inputs), self.mesh, self._rows)
+            size = size or global_batch_size(rows_of(inputs), self.mesh, self._rows)
             _, sums = self._evaluated(self._placed(inputs, targets, size))
             totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
         values = {key: float(value) for key, value in jax.device_get(totals).items()}
@@ -333,10 +343,10 @@ class Trainer:
         Example:
             >>> trainer.predict(images).argmax(-1)
         """
-        rows = place.rows_of(inputs)
-        size = place.global_batch_size(rows, self.mesh, self._rows)
+        rows = rows_of(inputs)
+        size = global_batch_size(rows, self.mesh, self._rows)
         outputs, _ = self._evaluated(self._placed(inputs, None, size))
-        return place.fetch(outputs, rows, size, self.mesh, self._rows)
+        return fetch(outputs, rows, size, self.mesh, self._rows)
 
     def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Array]]:
         refuse_uncut(self._plan, self.pipeline)

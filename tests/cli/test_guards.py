@@ -8,7 +8,7 @@ import pytest
 
 from shardtrain import UserError
 from shardtrain.cli import guards
-from shardtrain.train.events import Events
+from shardtrain.guard.events import Events
 
 
 def flags(**given):

@@ -12,8 +12,8 @@ import pytest
 
 from shardtrain import UserError
 from shardtrain.cli.doctor import Doctor
-from shardtrain.launch import Cluster, card, doctor
-from shardtrain.launch.card import own_card
+from shardtrain.launch import Cluster, doctor
+from shardtrain.launch.identity import own_identity
 
 FAR = Cluster("Slurm", "n1:62000", 2, 1, hosts=2)
 
@@ -27,7 +27,7 @@ def install(monkeypatch, **versions):
     found = {"jax": "0.10.2", "jaxlib": "0.10.2"} | {k.replace("_", "-"): v for k, v in versions.items()}
     dist = namedtuple("Distribution", "metadata")
     every = [dist({"Name": name.replace("-", "_")}) for name in found]
-    monkeypatch.setattr(card.metadata, "distributions", lambda: every)
+    monkeypatch.setattr(identity.metadata, "distributions", lambda: every)
     for module in (card, doctor):
         monkeypatch.setattr(module, "installed", lambda names: {n: found[n] for n in names if n in found})
 
@@ -55,7 +55,7 @@ def test_a_plugin_beside_another_jaxlib(monkeypatch):
 
 def cards(*others):
     """Those of process 0 on host a and of others, with what differs in them."""
-    first = own_card() | {"host": "a", "skew": 0.0}
+    first = own_identity() | {"host": "a", "skew": 0.0}
     return [first] + [
         first | {"host": "b", "versions": first["versions"] | more.pop("versions", {})} | more
         for more in others
@@ -76,7 +76,7 @@ def test_versions_that_differ_between_hosts(package):
 
 def test_what_gpus_need_is_compared(monkeypatch):
     install(monkeypatch, nvidia_nccl_cu13="2.31.2", jax_cuda13_plugin="0.10.2", grain="0.2", numpy="2.1")
-    assert own_card()["versions"].items() >= {
+    assert own_identity()["versions"].items() >= {
         ("nvidia-nccl-cu13", "2.31.2"),
         ("jax-cuda13-plugin", "0.10.2"),
         ("grain", "0.2"),

@@ -16,11 +16,11 @@ import pytest
 from recipe_process import ROOT, environment
 
 from shardtrain import UserError
+from shardtrain.checkpoint.checkpoints import UNFINISHED
 from shardtrain.cli.start import check_out
+from shardtrain.guard.watch import BEGUN
 from shardtrain.launch.doctor import address, folder
 from shardtrain.launch.local import free_port
-from shardtrain.train.checkpoint import UNFINISHED
-from shardtrain.train.watch import BEGUN
 
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]

@@ -11,11 +11,11 @@ import pytest
 from shardtrain import UserError
 from shardtrain.errors import StartError
 from shardtrain.launch import Cluster, rendezvous
-from shardtrain.launch.card import own_card, refuse_unequal
+from shardtrain.launch.identity import own_identity, refuse_unequal
 from shardtrain.launch.local import free_port
 from shardtrain.launch.rendezvous import meet, refuse_elsewhere, split_address
 
-CARD = own_card()
+CARD = own_identity()
 
 
 def job(processes, port, **more):
@@ -248,7 +248,7 @@ def test_ipv6():
 
 
 def test_unequal_versions():
-    card = own_card()
+    card = own_identity()
     assert refuse_unequal([card, card]) == []
     other = card | {"versions": card["versions"] | {"jax": "0.1"}, "host": "b"}
     with pytest.raises(UserError, match=r"jax is 0.1 in process 1 \(b\) and .* in process 0"):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import Layout, Trainer, UserError, make_mesh, nn, ops
-from shardtrain.nn import flow, partition, rounds
+from shardtrain.nn import partition, rounds, transitions
 from shardtrain.plan import lines
 
 EXAMPLES = {"batch": ("data", "channel"), "channels": ()}
@@ -50,7 +50,7 @@ def pulled(model, x, cotangent, mesh=None):
     def run(params, x, cotangent):
         def forward(params, x):
             merged = nnx.merge(graph, params, rest, copy=True)
-            with flow.resharded(merged, default, x) as lies:
+            with transitions.resharded(merged, default, x) as lies:
                 assert mesh is None or lies == Layout()  # as the head lies
                 y = merged(x)
             return y, nnx.to_pure_dict(nnx.state(merged, nnx.RngCount))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import shardtrain as st
-from shardtrain import UserError, compat, ops
+from shardtrain import UserError, jaxprs, ops
 from shardtrain.kernels import conv as kernels
 
 CASES = {
@@ -30,7 +30,7 @@ def primitives(jaxpr):
     """Names of all primitives, those of inner jaxprs too, with the shapes of what they give."""
     found = Counter()
     for equation in jaxpr.eqns:
-        inner = list(compat.inner_jaxprs(equation))
+        inner = list(jaxprs.inner_jaxprs(equation))
         for part in inner:
             found += primitives(part)
         if not inner:

@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shardtrain import UserError
-from shardtrain.ops.window import Window, pads_of, tuple_of
+from shardtrain.ops.arguments import pads_of, tuple_of
+from shardtrain.ops.window import Window
 
 # Drawn as plain numbers: beartype, at work inside shardtrain, asks `random`, which strategies must not.
 WINDOWS = st.tuples(

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 import shardtrain as st
 from shardtrain.mesh import parse
 from shardtrain.pipeline import Schedule, lockstep, make
-from shardtrain.pipeline.run import Machine
-from shardtrain.pipeline.table import COLUMNS, Table, build
-from shardtrain.train.pipelined import Microbatch, Pipelined, _back, _rows
+from shardtrain.pipeline.runtime.machine import Machine
+from shardtrain.pipeline.schedules.table import COLUMNS, TickTable, build
+from shardtrain.train.pipelined.step import Microbatch, Pipelined, _back, _rows
 from shardtrain.train.state import TrainState
 
 from .models import MODELS, data
@@ -34,7 +34,7 @@ NOTHING = 1e-12
 """An array this much smaller than the largest is rounding of zeros, as a bias's gradient before a batch norm."""
 
 
-def merged(tables: Sequence[Table]) -> Table:
+def merged(tables: Sequence[TickTable]) -> TickTable:
     """A table whose branches, routes and slots are enough for all of `tables`."""
     routes: dict[int, set] = {}
     for table in tables:
@@ -53,7 +53,7 @@ def merged(tables: Sequence[Table]) -> Table:
     )
 
 
-def rows_in(table: Table, whole: Table, ticks: int) -> np.ndarray:
+def rows_in(table: TickTable, whole: TickTable, ticks: int) -> np.ndarray:
     """The rows of `table` as `whole` numbers things, filled up with idle ticks."""
     ranks = table.rows.shape[1]
     rows = np.zeros((ticks, ranks, len(COLUMNS) + len(whole.routes)), np.int32)
@@ -92,7 +92,9 @@ class Case:
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
         return cls(trainer, pipeline, batch, pipeline.packed(trainer.state))
 
-    def program(self, table: Table, change: Callable[[Machine], Machine] = lambda machine: machine) -> Any:
+    def program(
+        self, table: TickTable, change: Callable[[Machine], Machine] = lambda machine: machine
+    ) -> Any:
         """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.
 
         Args:

@@ -11,9 +11,9 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.pipeline import Schedule, lockstep
-from shardtrain.pipeline.hold import Held
-from shardtrain.pipeline.run import Machine
-from shardtrain.pipeline.table import Table, build
+from shardtrain.pipeline.runtime.machine import Machine
+from shardtrain.pipeline.runtime.resident import ResidentArrays
+from shardtrain.pipeline.schedules.table import TickTable, build
 
 from .models import wide
 from .parity import Case, largest_difference, merged, rows_in
@@ -52,7 +52,7 @@ class Runs:
     """
 
     case: Case
-    together: Table
+    together: TickTable
     ticks: int
     program: Any
     whole: Any
@@ -95,7 +95,7 @@ class Runs:
         )
 
 
-def _parts(held: Held | None, values: Any) -> Any:
+def _parts(held: ResidentArrays | None, values: Any) -> Any:
     """Packed arrays one by one, as every device has them; and the buffers, whose padding counts too."""
     if held is None:
         return values

@@ -13,7 +13,7 @@ from rich.console import Console
 import shardtrain as st
 from shardtrain import Layout, UserError, make_mesh, models, nn
 from shardtrain.layout import axes_of
-from shardtrain.nn import flow, partition
+from shardtrain.nn import partition, transitions
 from shardtrain.plan import census, summary
 from shardtrain.plan.summary import lines
 
@@ -106,7 +106,7 @@ def compiled_step(model, mesh, shape, table, parameters):
     def step(params, x, cotangent):
         def forward(params):
             merged = nnx.merge(graph, params, rest, copy=True)
-            with flow.resharded(merged, default, x):
+            with transitions.resharded(merged, default, x):
                 return merged(x)
 
         y, pull = jax.vjp(forward, params)

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from shardtrain import models, nn
+from shardtrain import data, models, nn
 from shardtrain.errors import UserError
 from shardtrain.mesh import make_mesh
 from shardtrain.ops import flatten
 from shardtrain.plan import census
-from shardtrain.train import Trainer, data, losses
+from shardtrain.train import Trainer, losses
 
 # nnx.BatchNorm keeps float32 statistics in a float64 model.
 pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")

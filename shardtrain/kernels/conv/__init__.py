@@ -1,17 +1,17 @@
 """Convolution on one device by several algorithms."""
 
 from shardtrain.kernels.conv.api import conv, implementation
-from shardtrain.kernels.conv.select import Row, listening, rows_of
+from shardtrain.kernels.conv.select import Estimate, listening, rows_of
 from shardtrain.kernels.conv.tables import load
-from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Passes, Task, refused
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, Passes, refused
 from shardtrain.kernels.tiles import transposed, window_sizes
 
 __all__ = [
     "ALGORITHMS",
     "PASSES",
+    "ConvTask",
+    "Estimate",
     "Passes",
-    "Row",
-    "Task",
     "conv",
     "implementation",
     "listening",

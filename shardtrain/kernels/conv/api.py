@@ -16,7 +16,7 @@ from shardtrain.kernels.conv.direct import direct
 from shardtrain.kernels.conv.fft import fft
 from shardtrain.kernels.conv.im2col import im2col
 from shardtrain.kernels.conv.select import heard, passes_of
-from shardtrain.kernels.conv.task import Passes, Problem, Task, refused
+from shardtrain.kernels.conv.task import ConvTask, Passes, Problem, refused
 from shardtrain.kernels.tiles import extended, transposed
 from shardtrain.kernels.winograd import picked, tile_outputs, winograd
 
@@ -73,17 +73,17 @@ def conv(
         preferred_element_type,
         implementation,
     )
-    task = Task(problem, x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], x.dtype.name)
+    task = ConvTask(problem, x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], x.dtype.name)
     if 0 in (*x.shape, *kernel.shape):
         algorithm = "direct"  # nothing to compute
     passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
     heard(task, passes)
     if set(passes) == {"direct"} or (algorithm != "auto" and not problem.dense):
         return _compute(problem, passes.forward, x, kernel)  # jax's own gradients, of both modes
-    return _differentiable(problem, passes, *compat.alike(x, kernel))
+    return _differentiable(problem, passes, *compat.match_varying(x, kernel))
 
 
-def implementation(task: Task) -> str:
+def implementation(task: ConvTask) -> str:
     """What Winograd's algorithm is written in where this is traced, chosen for the task or not."""
     p = task.problem
     if refused("winograd", p.window, p.strides):

@@ -10,7 +10,7 @@ from jax import lax
 
 from shardtrain import compat
 from shardtrain.kernels.conv import fft, im2col
-from shardtrain.kernels.conv.task import PASSES, Task
+from shardtrain.kernels.conv.task import PASSES, ConvTask
 from shardtrain.kernels.winograd import tile_outputs
 from shardtrain.kernels.winograd.cook_toom import Algorithm
 from shardtrain.kernels.winograd.xla import algorithms
@@ -37,7 +37,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ProgramCost:
     """A program of its own: it takes as long as its operations or its bytes, whichever is more."""
 
     operations: float
@@ -86,13 +86,13 @@ def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
     return dtype == "float32" and kind.startswith("NVIDIA") and not exact
 
 
-def tiles(task: Task) -> tuple[Algorithm, ...]:
+def tiles(task: ConvTask) -> tuple[Algorithm, ...]:
     """Winograd's F(m, r) in every dimension."""
     window = task.problem.window
     return algorithms(window, tile_outputs(window, task.dtype))
 
 
-def stages(task: Task, algorithm: str) -> list[Stage]:
+def stages(task: ConvTask, algorithm: str) -> list[ProgramCost]:
     """The programs that an algorithm runs, one after the other."""
     size = jnp.dtype(task.dtype).itemsize
     p = task.problem
@@ -101,18 +101,18 @@ def stages(task: Task, algorithm: str) -> list[Stage]:
     k = math.prod(p.window) * task.channels // p.groups * task.filters * size
     sums = 2.0 * multiplications(task, algorithm)
     if algorithm == "direct":
-        return [Stage(sums, x + k + y)]
+        return [ProgramCost(sums, x + k + y)]
     if algorithm == "im2col":
         rows = workspace(task, algorithm)
-        return [Stage(0.0, x + rows), Stage(sums, rows + k + y)]
+        return [ProgramCost(0.0, x + rows), ProgramCost(sums, rows + k + y)]
     v, u, m = _transformed(task, algorithm)
     transforms = _waves(task) if algorithm == "fft" else (0.0, 0.0, 0.0)  # Winograd's are few sums
     moved = x + v, k + u, m + y
-    given, filters, back = (Stage(o, b) for o, b in zip(transforms, moved, strict=True))
-    return [given, filters, Stage(sums, v + u + m), back]
+    given, filters, back = (ProgramCost(o, b) for o, b in zip(transforms, moved, strict=True))
+    return [given, filters, ProgramCost(sums, v + u + m), back]
 
 
-def _waves(task: Task) -> tuple[float, float, float]:
+def _waves(task: ConvTask) -> tuple[float, float, float]:
     """Operations of the Fourier transforms of inputs, filters and outputs."""
     sizes, count = _cut(task)
     spans = task.problem.spans
@@ -125,7 +125,7 @@ def _waves(task: Task) -> tuple[float, float, float]:
     )
 
 
-def _transformed(task: Task, algorithm: str) -> tuple[int, int, int]:
+def _transformed(task: ConvTask, algorithm: str) -> tuple[int, int, int]:
     """Bytes of transformed inputs, filters and outputs."""
     size = jnp.dtype(task.dtype).itemsize
     per_group = task.channels // task.problem.groups
@@ -141,7 +141,7 @@ def _transformed(task: Task, algorithm: str) -> tuple[int, int, int]:
     )
 
 
-def _points(task: Task) -> tuple[int, int]:
+def _points(task: ConvTask) -> tuple[int, int]:
     """Points of a tile of Winograd's, and tiles; the phases of a dilation are images of their own."""
     found = tiles(task)
     rows = [-(-n // d) for n, d in zip(task.outputs, task.problem.dilation, strict=True)]
@@ -149,13 +149,13 @@ def _points(task: Task) -> tuple[int, int]:
     return math.prod(f.tile for f in found), task.batch * count * math.prod(task.problem.dilation)
 
 
-def _spectrum(task: Task) -> tuple[int, int]:
+def _spectrum(task: ConvTask) -> tuple[int, int]:
     """Frequencies of a tile, and tiles."""
     sizes, count = _cut(task)
     return fft.frequencies(sizes), count
 
 
-def _cut(task: Task) -> tuple[tuple[int, ...], int]:
+def _cut(task: ConvTask) -> tuple[tuple[int, ...], int]:
     """Rows of a tile of Fourier's, and tiles."""
     spans, groups = task.problem.spans, task.problem.groups
     sizes = fft.tile_sizes(task.outputs, spans, task.batch, task.channels // groups, task.filters, groups)
@@ -163,7 +163,7 @@ def _cut(task: Task) -> tuple[tuple[int, ...], int]:
     return sizes, task.batch * math.prod(count)
 
 
-def multiplications(task: Task, algorithm: str) -> int:
+def multiplications(task: ConvTask, algorithm: str) -> int:
     """Products of numbers, those of the transforms left out."""
     pairs = task.channels // task.problem.groups * task.filters
     if algorithm == "fft":
@@ -173,7 +173,7 @@ def multiplications(task: Task, algorithm: str) -> int:
     return task.products
 
 
-def workspace(task: Task, algorithm: str) -> int:
+def workspace(task: ConvTask, algorithm: str) -> int:
     """Bytes beside input, filters and output."""
     if algorithm == "direct":
         return 0
@@ -184,13 +184,13 @@ def workspace(task: Task, algorithm: str) -> int:
     return sum(_transformed(task, algorithm))
 
 
-def seconds(task: Task, algorithm: str, rate: Rate, launch: float) -> float:
+def seconds(task: ConvTask, algorithm: str, rate: Rate, launch: float) -> float:
     """The time that the model predicts."""
     operations, bandwidth = rate
     return sum(launch + max(s.operations / operations, s.bytes / bandwidth) for s in stages(task, algorithm))
 
 
-def error(task: Task, algorithm: str, kind: str) -> float:
+def error(task: ConvTask, algorithm: str, kind: str) -> float:
     """Relative root mean square of the rounding errors, before the result is rounded to its own type.
 
     Fitted to the table that `tools/conv_errors.py` measures (256 channels): in float32 sums dominate,

@@ -175,7 +175,7 @@ def _products(
 def _spectrum(x: Array, sizes: Sequence[int], steps: Sequence[int]) -> tuple[Array, Array]:
     """Transform of the leading dimensions, reversed: `(points, *rest)`, real and imaginary part.
 
-    Row `i` stands at pixel `i * step`; there are zeros between, and behind the last one.
+    Estimate `i` stands at pixel `i * step`; there are zeros between, and behind the last one.
     """
     rank = len(sizes)
     rows, rest = x.shape[:rank], x.shape[rank:]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from shardtrain import compat
 from shardtrain.kernels.conv import costs, tables
-from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Passes, Task, refused
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, Passes, refused
 
 MARGIN = 1.04
 """How many times faster than direct convolution another algorithm must have been measured."""
@@ -27,7 +27,7 @@ LEAST_CHANNELS = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class Estimate:
     """One algorithm for one pass.
 
     Attributes:
@@ -53,23 +53,23 @@ class Row:
     margin: float = 1.0
 
 
-def passes_of(task: Task) -> Passes:
+def passes_of(task: ConvTask) -> Passes:
     """The algorithm of every pass on the device that is traced for."""
     if not jnp.issubdtype(task.dtype, jnp.floating):
         return Passes("direct", "direct", "direct")
     return _passes(task, compat.device_kind())
 
 
-def rows_of(task: Task, kind: str) -> dict[str, tuple[Row, ...]]:
+def rows_of(task: ConvTask, kind: str) -> dict[str, tuple[Estimate, ...]]:
     """Every algorithm for every pass."""
     return {name: _rows(task, name, kind, tables.of(kind)) for name in PASSES}
 
 
-def _passes(task: Task, kind: str) -> Passes:
+def _passes(task: ConvTask, kind: str) -> Passes:
     return Passes(*(chosen(rows) for rows in rows_of(task, kind).values()))
 
 
-def chosen(rows: tuple[Row, ...]) -> str:
+def chosen(rows: tuple[Estimate, ...]) -> str:
     """The fastest of the rows, direct convolution unless another one is clearly faster.
 
     Where times were measured those of the model have no say.
@@ -83,15 +83,15 @@ def chosen(rows: tuple[Row, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rows(task: Task, name: str, kind: str, table: tables.Table | None) -> tuple[Row, ...]:
+def _rows(task: ConvTask, name: str, kind: str, table: tables.TimingTable | None) -> tuple[Estimate, ...]:
     return tuple(_row(task, name, algorithm, kind, table) for algorithm in ALGORITHMS)
 
 
-def _row(task: Task, name: str, algorithm: str, kind: str, table: tables.Table | None) -> Row:
+def _row(task: ConvTask, name: str, algorithm: str, kind: str, table: tables.TimingTable | None) -> Estimate:
     """One algorithm for one pass; what does not compute it has neither time nor error."""
     reason = _impossible(task, name, algorithm)
     if reason is not None:
-        return Row(name, algorithm, None, "", 0, 0, 0.0, reason)
+        return Estimate(name, algorithm, None, "", 0, 0, 0.0, reason)
     run = task.dual if name == "input" and task.problem.dense else task
     measured = (table.seconds(task, name) if table else {}).get(algorithm)
     rates = _rates(task, kind, table)
@@ -105,17 +105,17 @@ def _row(task: Task, name: str, algorithm: str, kind: str, table: tables.Table |
     margin = 1.0
     if algorithm != "direct" and seconds:
         margin = MARGIN if source == "measured" or rates is None else rates.margins[name][algorithm]
-    return Row(name, algorithm, seconds, source if seconds else "", count, space, error, reason, margin)
+    return Estimate(name, algorithm, seconds, source if seconds else "", count, space, error, reason, margin)
 
 
-def _rates(task: Task, kind: str, table: tables.Table | None) -> costs.Rates | None:
+def _rates(task: ConvTask, kind: str, table: tables.TimingTable | None) -> costs.Rates | None:
     """Fitted to the table, which is of float32, or of a data sheet."""
     if table is not None and table.rates is not None:
         return table.rates if task.dtype == "float32" else None
     return costs.sheet_rates(kind, task.dtype, task.problem.precision)
 
 
-def _modelled(task: Task, name: str, algorithm: str, rates: costs.Rates | None) -> float | None:
+def _modelled(task: ConvTask, name: str, algorithm: str, rates: costs.Rates | None) -> float | None:
     """The model's time, None where it has none."""
     p = task.problem
     thin = p.groups > 1 and min(task.channels, task.filters) // p.groups < LEAST_CHANNELS
@@ -124,7 +124,7 @@ def _modelled(task: Task, name: str, algorithm: str, rates: costs.Rates | None) 
     return costs.seconds(task, algorithm, rates.by_pass[name][algorithm], rates.launch)
 
 
-def _impossible(task: Task, name: str, algorithm: str) -> str | None:
+def _impossible(task: ConvTask, name: str, algorithm: str) -> str | None:
     """Why an algorithm does not compute a pass."""
     p = task.problem
     if algorithm == "direct":
@@ -140,7 +140,9 @@ def _impossible(task: Task, name: str, algorithm: str) -> str | None:
     return None
 
 
-def _unwise(task: Task, algorithm: str, kind: str, space: int, error: float, limit: int | None) -> str | None:
+def _unwise(
+    task: ConvTask, algorithm: str, kind: str, space: int, error: float, limit: int | None
+) -> str | None:
     """Why `auto` does not take what an algorithm can compute."""
     if algorithm == "direct":
         return None
@@ -156,19 +158,19 @@ def _unwise(task: Task, algorithm: str, kind: str, space: int, error: float, lim
     return None
 
 
-_listening: ContextVar[list[tuple[Task, Passes]] | None] = ContextVar("_listening", default=None)
+_listening: ContextVar[list[tuple[ConvTask, Passes]] | None] = ContextVar("_listening", default=None)
 
 
-def heard(task: Task, passes: Passes) -> None:
+def heard(task: ConvTask, passes: Passes) -> None:
     """Tells `listening` what a convolution is computed by."""
     if (found := _listening.get()) is not None:
         found.append((task, passes))
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[list[tuple[Task, Passes]]]:
+def listening() -> Iterator[list[tuple[ConvTask, Passes]]]:
     """Collects what the convolutions that are traced inside are computed by."""
-    found: list[tuple[Task, Passes]] = []
+    found: list[tuple[ConvTask, Passes]] = []
     token = _listening.set(found)
     try:
         yield found

@@ -14,7 +14,7 @@ from typing import Any
 
 from shardtrain.errors import UserError
 from shardtrain.kernels.conv.costs import Rates
-from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, Task, parse
+from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, parse
 
 VERSION = 1
 
@@ -26,7 +26,7 @@ Seconds = Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class TimingTable:
     """What was measured on one kind of device.
 
     Attributes:
@@ -39,7 +39,7 @@ class Table:
     rates: Rates | None
     rows: Mapping[tuple[object, ...], Mapping[int, Seconds]]
 
-    def seconds(self, task: Task, name: str) -> Seconds:
+    def seconds(self, task: ConvTask, name: str) -> Seconds:
         """Times of a pass, of the nearest batch that was measured; nothing if none is near."""
         measured = self.rows.get((name, *task.key), {})
         near = min(measured, key=lambda batch: _ratio(batch, task.batch), default=0)
@@ -52,7 +52,7 @@ def _ratio(a: int, b: int) -> float:
     return max(a, b) / max(1, min(a, b))
 
 
-_loaded: dict[str, Table] = {}
+_loaded: dict[str, TimingTable] = {}
 
 
 def load(path: str | Path) -> None:
@@ -78,7 +78,7 @@ def load(path: str | Path) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def of(kind: str) -> Table | None:
+def of(kind: str) -> TimingTable | None:
     """The table of a kind of device: one that was loaded, one that comes with shardtrain, or None."""
     return _loaded.get(kind) or _shipped(kind)
 
@@ -89,12 +89,12 @@ def shipped_path(kind: str) -> Path:
     return Path(__file__).parent / "tables" / f"{name}.json"
 
 
-def _shipped(kind: str) -> Table | None:
+def _shipped(kind: str) -> TimingTable | None:
     path = shipped_path(kind)
     return read(path.read_text(), path.name) if path.is_file() else None
 
 
-def read(text: str, name: str) -> Table:
+def read(text: str, name: str) -> TimingTable:
     """A table from JSON.
 
     Raises:
@@ -107,13 +107,13 @@ def read(text: str, name: str) -> Table:
         rows: dict[tuple[object, ...], dict[int, Seconds]] = {}
         for row in found["rows"]:
             _add(rows, parse(row["layer"]), row["seconds"])
-        return Table(str(found["device_kind"]), _rates(found["rates"]), rows)
+        return TimingTable(str(found["device_kind"]), _rates(found["rates"]), rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         says = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{name} is no table of tools/tune_conv.py: {says}") from error
 
 
-def _add(rows: dict[tuple[object, ...], dict[int, Seconds]], task: Task, measured: Any) -> None:
+def _add(rows: dict[tuple[object, ...], dict[int, Seconds]], task: ConvTask, measured: Any) -> None:
     """One layer's times; that of its input's gradient is one of the dual convolution's too."""
     if unknown := set(measured) - set(PASSES):
         raise ValueError(f"{task} has a pass {min(unknown)!r}; there are {', '.join(PASSES)}")

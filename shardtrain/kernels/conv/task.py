@@ -65,7 +65,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Task:
+class ConvTask:
     """A `Problem` with its shapes.
 
     Attributes:
@@ -106,7 +106,7 @@ class Task:
         return self.outputs, self.channels, self.filters, *what, self.dtype
 
     @property
-    def dual(self) -> "Task":
+    def dual(self) -> "ConvTask":
         """The convolution that gives the input's gradient from the output's, for strides of 1."""
         return replace(
             self,
@@ -158,7 +158,7 @@ def refused(
     return None
 
 
-def parse(text: str) -> Task:
+def parse(text: str) -> ConvTask:
     """A convolution written as `batch x rows x columns x channels->filters,window=...`.
 
     One number stands for all dimensions. Beside `window` there may be `strides`, `dilation`, `input` (zeros
@@ -188,7 +188,7 @@ def parse(text: str) -> Task:
         wide, spans = window_sizes(extents, input_dilation), window_sizes(window, dilation)
         pads = _padding(given.get("padding", "same"), wide, spans, strides)
         problem = Problem(window, strides, dilation, input_dilation, pads, int(given.get("groups", "1")))
-        task = Task(
+        task = ConvTask(
             problem, batch, tuple(extents), channels, int(filters), str(given.get("dtype", "float32"))
         )
         sizes = (batch, *extents, channels, task.filters, *window, *strides, *task.outputs, problem.groups)

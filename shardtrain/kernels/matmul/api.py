@@ -22,7 +22,7 @@ TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @dataclass(frozen=True)
-class Static:
+class MatmulSettings:
     """What is static of a product; see `matmul`."""
 
     transpose_a: bool
@@ -70,11 +70,11 @@ def matmul(
     if precision not in PRECISIONS:
         raise UserError(f"matmul: precision={precision!r}; there are {', '.join(map(repr, PRECISIONS))}")
     batch = a.shape[:-2]
-    flat = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in compat.alike(a, b)]
+    flat = [x.reshape(math.prod(batch), *x.shape[-2:]) for x in compat.match_varying(a, b)]
     found = pick(implementation, a.dtype, precision, out_type)
     if 0 in (*a.shape, *b.shape):
         found = "xla"  # nothing to multiply
-    static = Static(transpose_a, precision, jnp.dtype(out_type or a.dtype), found)
+    static = MatmulSettings(transpose_a, precision, jnp.dtype(out_type or a.dtype), found)
     y = _differentiable(static, *flat)
     return y.reshape(*batch, *y.shape[-2:])
 
@@ -114,15 +114,15 @@ def refused(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(static: Static, a: Array, b: Array) -> Array:
+def _differentiable(static: MatmulSettings, a: Array, b: Array) -> Array:
     return _compute(static, a, b)
 
 
-def _forward(static: Static, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(static: MatmulSettings, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
     return _compute(static, a, b), (a, b)
 
 
-def _backward(static: Static, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _backward(static: MatmulSettings, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     a, b = saved
     dy = dy.astype(a.dtype)
     plain = replace(static, transpose_a=False, out_type=a.dtype)
@@ -133,7 +133,7 @@ def _backward(static: Static, saved: tuple[Array, Array], dy: Array) -> tuple[Ar
 _differentiable.defvjp(_forward, _backward)
 
 
-def _compute(static: Static, a: Array, b: Array) -> Array:
+def _compute(static: MatmulSettings, a: Array, b: Array) -> Array:
     if static.implementation == "xla":
         return _by_xla(static, a, b)
     run = jax.custom_batching.custom_vmap(functools.partial(_by_kernels, static))
@@ -147,7 +147,7 @@ def _compute(static: Static, a: Array, b: Array) -> Array:
     return run(a, b)
 
 
-def _by_kernels(static: Static, a: Array, b: Array) -> Array:
+def _by_kernels(static: MatmulSettings, a: Array, b: Array) -> Array:
     transpose_a, at = static.transpose_a, gpu.card()
     assert at is not None
     rows, columns = a.shape[2 if transpose_a else 1], b.shape[2]
@@ -187,7 +187,7 @@ def _by_kernels(static: Static, a: Array, b: Array) -> Array:
     return y[:, :rows, :columns]
 
 
-def _by_xla(static: Static, a: Array, b: Array) -> Array:
+def _by_xla(static: MatmulSettings, a: Array, b: Array) -> Array:
     levels = {"default": None, "tf32x3": lax.Precision.HIGH, "highest": lax.Precision.HIGHEST}
     numbers = (((1 if static.transpose_a else 2,), (1,)), ((0,), (0,)))
     accumulate = jnp.promote_types(a.dtype, jnp.float32)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain import compat
+from shardtrain.kernels import pallas
 
 STAGES = 3
 """Tiles in shared memory: one is multiplied, the others are on their way. So few that two programs fit on a
@@ -68,7 +69,7 @@ def matmul(
     batch, columns = b.shape[1], b.shape[2 if along else 3]
     bm, bn, bk = tile_sizes(rows, columns, a.dtype)
     narrow = 128 // jnp.dtype(out_type).itemsize
-    kernel = compat.mosaic_kernel(
+    kernel = pallas.mosaic_kernel(
         functools.partial(
             _program,
             tile=(bm, bn, bk),

@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain import compat
+from shardtrain.kernels import pallas
 
 WARPS, STAGES = 8, 3
 
@@ -50,7 +50,7 @@ def matmul(
         (None, depth, bm) if transpose_a else (None, bm, depth),
         (lambda p, i, j: (p, 0, i)) if transpose_a else (lambda p, i, j: (p, i, 0)),
     )
-    return compat.triton_kernel(
+    return pallas.triton_kernel(
         functools.partial(_program, bk=bk, transpose_a=transpose_a, precision=precision),
         name="matmul",
         out_shape=(batch, rows, columns),

@@ -16,7 +16,7 @@ from shardtrain.kernels import gpu
 from shardtrain.kernels.matmul import api as products
 from shardtrain.kernels.winograd import stages, xla
 from shardtrain.kernels.winograd.cook_toom import algorithm
-from shardtrain.kernels.winograd.stages import Static
+from shardtrain.kernels.winograd.stages import WinogradSettings
 
 
 def tile_outputs(window: Sequence[int], dtype: DTypeLike) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def winograd(
     line = x.ndim == 3
     if line:  # a line is an image of one row
         x, kernel = x[:, None], kernel[None]
-    operands = compat.alike(x, kernel, *([] if bias is None else [bias]))
+    operands = compat.match_varying(x, kernel, *([] if bias is None else [bias]))
     y = _by_kernels(static, *operands, *([None] if bias is None else []))
     return y[:, 0] if line else y
 
@@ -103,7 +103,7 @@ def picked(
     out_type: DTypeLike | None = None,
     implementation: str | None = None,
     fused: bool | None = None,
-) -> Static | None:
+) -> WinogradSettings | None:
     """What the kernels are told that compute this here, for shapes of input and filters; None for plain jax.
 
     Raises:
@@ -118,7 +118,7 @@ def picked(
         if reason is None:
             found = xla.algorithms(kernel[:-2], outputs)
             pair = (algorithm(1, 1), found[0]) if len(found) == 1 else (found[0], found[1])
-            static = Static(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
+            static = WinogradSettings(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
             image = (x[0], 1, *x[1:]) if len(found) == 1 else tuple(x)
             reason = stages.refused(static, image, kernel[-1], dtype)
             if reason is None:
@@ -151,19 +151,19 @@ def _level(precision: lax.PrecisionLike) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernels(static: Static, x: Array, kernel: Array, bias: Array | None) -> Array:
+def _by_kernels(static: WinogradSettings, x: Array, kernel: Array, bias: Array | None) -> Array:
     return stages.convolve(static, x, kernel, bias)
 
 
 def _forward(
-    static: Static, x: Array, kernel: Array, bias: Array | None
+    static: WinogradSettings, x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None, Array | None]]:
     y = _by_kernels(static, x, kernel, bias)  # which outer derivatives know
     return y, (x, kernel, bias, y if static.relu else None)
 
 
 def _backward(
-    static: Static, saved: tuple[Array, Array, Array | None, Array | None], dy: Array
+    static: WinogradSettings, saved: tuple[Array, Array, Array | None, Array | None], dy: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias, y = saved
     if y is not None:
@@ -177,12 +177,12 @@ _by_kernels.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pulled(static: Static, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+def _pulled(static: WinogradSettings, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
     dkernel = stages.filter_gradient(static, x, dy)
     return stages.input_gradient(static, kernel, dy).astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-def _no_second(static: Static, *_: Array) -> Any:
+def _no_second(static: WinogradSettings, *_: Array) -> Any:
     raise UserError(
         f"winograd: the gradients of implementation={static.implementation!r} cannot be differentiated "
         f"again; take implementation='xla'"

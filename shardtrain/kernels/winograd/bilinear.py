@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from shardtrain.kernels.winograd.cook_toom import Rows, matrix
+from shardtrain.kernels.winograd.cook_toom import Matrix, matrix
 
 
-def apply(rows: Rows, parts: Sequence[Any]) -> list[Any]:
+def apply(rows: Matrix, parts: Sequence[Any]) -> list[Any]:
     """Sums of `parts`, weighted by each of `rows`. Rows that differ in signs only, as those of points p and
     -p do, share the sums of their like and of their unlike halves.
 
@@ -33,13 +33,13 @@ def apply(rows: Rows, parts: Sequence[Any]) -> list[Any]:
     return [done[i] for i in range(len(rows))]
 
 
-def apply_2d(rows: tuple[Rows, Rows], tile: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def apply_2d(rows: tuple[Matrix, Matrix], tile: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """`rows[0] @ tile @ rows[1].T` of a tile given as rows of arrays."""
     columns = [apply(rows[0], [line[j] for line in tile]) for j in range(len(tile[0]))]
     return [apply(rows[1], [column[i] for column in columns]) for i in range(len(rows[0]))]
 
 
-def weights(rows: tuple[Rows, Rows]) -> np.ndarray:
+def weights(rows: tuple[Matrix, Matrix]) -> np.ndarray:
     """`(points, outputs)`: how much of every point of a tile `apply_2d` puts into every output."""
     both = np.einsum("si,tj->ijst", *map(matrix, rows))
     return both.reshape(-1, len(rows[0]) * len(rows[1])).astype(np.float32)

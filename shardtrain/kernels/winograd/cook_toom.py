@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-Rows = tuple[tuple[Fraction, ...], ...]
+Matrix = tuple[tuple[Fraction, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Algorithm:
     outputs: int
     taps: int
     points: tuple[Fraction, ...]
-    output: Rows
-    filter: Rows
-    input: Rows
+    output: Matrix
+    filter: Matrix
+    input: Matrix
 
     @property
     def tile(self) -> int:
@@ -48,7 +48,7 @@ class Algorithm:
         return float(np.sqrt((a**2 @ size).mean() / self.taps))
 
 
-def matrix(rows: Rows) -> np.ndarray:
+def matrix(rows: Matrix) -> np.ndarray:
     """The nearest float64 numbers."""
     return np.array([[float(value) for value in row] for row in rows])
 

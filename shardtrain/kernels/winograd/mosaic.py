@@ -16,9 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain import compat
+from shardtrain.kernels import pallas
 from shardtrain.kernels.matmul.mosaic import swizzled
 from shardtrain.kernels.winograd.bilinear import apply_2d, weights
-from shardtrain.kernels.winograd.cook_toom import Rows
+from shardtrain.kernels.winograd.cook_toom import Matrix
 
 LANES = 128
 """Channels of a vector: the threads of a warpgroup."""
@@ -43,7 +44,7 @@ def together(tile_in: Sequence[int], tile_out: Sequence[int], step: int, dtype: 
 def transform(
     x: Float[Array, "batch rows columns channels"],
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     steps: tuple[int, int],
     tiles: tuple[int, int],
     strips: int,
@@ -64,7 +65,7 @@ def transform(
     extents = len(rows[0][0]), len(rows[1][0])
     points = len(rows[0]) * len(rows[1])
     wide = (count - 1) * steps[1] + extents[1]
-    kernel = compat.mosaic_kernel(
+    kernel = pallas.mosaic_kernel(
         functools.partial(_transform, rows=rows, steps=steps, tiles=tiles, real=x.shape[0] * tiles[0]),
         name="winograd_transform",
         out_shape=(points, strips, tiles[1], x.shape[3]),
@@ -109,7 +110,7 @@ def untransform(
     m: Float[Array, "points strips tiles channels"],
     bias: Float[Array, " channels"] | None,
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     tiles: tuple[int, int],
     batch: int,
     count: int,
@@ -131,7 +132,7 @@ def untransform(
         interpreted: on the CPU, looking for races.
     """
     outputs = len(rows[0]), len(rows[1])
-    kernel = compat.mosaic_kernel(
+    kernel = pallas.mosaic_kernel(
         functools.partial(_untransform, rows=rows, tiles=tiles, relu=relu, biased=bias is not None),
         name="winograd_untransform",
         out_shape=(batch, tiles[0] * outputs[0], tiles[1] * outputs[1], m.shape[3]),
@@ -186,7 +187,7 @@ def multiply_and_untransform(
     v: Float[Array, "points rows depth"],
     u: Float[Array, "points depth columns"],
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     out_type: DTypeLike,
     interpreted: bool,
 ) -> Float[Array, "outputs rows columns"]:
@@ -205,7 +206,7 @@ def multiply_and_untransform(
     bm, bn = FUSED[outputs]
     bk = 128 // v.dtype.itemsize
     along = v.dtype == jnp.float32 and (compat.INTERPRETS_TRANSPOSED or not interpreted)
-    kernel = compat.mosaic_kernel(
+    kernel = pallas.mosaic_kernel(
         functools.partial(_multiply_and_untransform, bk=bk, transpose_u=along, cast=not interpreted),
         name="winograd_fused",
         out_shape=(outputs, v.shape[1], u.shape[2]),

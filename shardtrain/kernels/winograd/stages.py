@@ -28,7 +28,7 @@ LARGEST_TILE = 8
 
 
 @dataclass(frozen=True)
-class Static:
+class WinogradSettings:
     """What is static of a convolution by kernels.
 
     Attributes:
@@ -82,7 +82,7 @@ class Plan:
         return self.strips * self.tiles[1] * self.side
 
 
-def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> Plan:
+def plan(static: WinogradSettings, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> Plan:
     """Sizes for an input of `(batch, rows, columns, channels)` and `columns` filters."""
     batch, *spatial, channels = shape
     depth = whole(channels, 128 // jnp.dtype(dtype).itemsize)  # that of the product's tiles
@@ -114,7 +114,7 @@ def plan(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike)
     )
 
 
-def _folded(static: Static) -> Callable[..., Array]:
+def _folded(static: WinogradSettings) -> Callable[..., Array]:
     """`_convolve` that under `vmap` of the input alone takes one larger batch where it can, and otherwise one
     example after the other: kernels have no dimension to spare."""
     folded = jax.custom_batching.custom_vmap(functools.partial(_convolve, static))
@@ -135,7 +135,7 @@ def _in_turn(run: Callable[..., Array], size: int, mapped: Any, *operands: Array
 
 
 def convolve(
-    static: Static,
+    static: WinogradSettings,
     x: Float[Array, "batch rows columns channels_in"],
     kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
     bias: Float[Array, " channels_out"] | None,
@@ -145,7 +145,7 @@ def convolve(
 
 
 def _convolve(
-    static: Static,
+    static: WinogradSettings,
     x: Float[Array, "batch rows columns channels_in"],
     kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
     bias: Float[Array, " channels_out"] | None,
@@ -177,7 +177,7 @@ def _convolve(
 
 
 def filter_gradient(
-    static: Static,
+    static: WinogradSettings,
     x: Float[Array, "batch rows columns channels_in"],
     dy: Float[Array, "batch rows_out columns_out channels_out"],
 ) -> Float[Array, "taps_down taps_across channels_in channels_out"]:
@@ -195,7 +195,7 @@ def filter_gradient(
     return run(x, dy)
 
 
-def _filter_gradient(static: Static, x: Array, dy: Array) -> Array:
+def _filter_gradient(static: WinogradSettings, x: Array, dy: Array) -> Array:
     p = plan(static, x.shape, dy.shape[-1], x.dtype)
     v = _tiles(static, x, p)
     back = tuple(tuple(zip(*f.output, strict=True)) for f in static.found)
@@ -228,7 +228,7 @@ def _filter_gradient(static: Static, x: Array, dy: Array) -> Array:
 
 
 def input_gradient(
-    static: Static,
+    static: WinogradSettings,
     kernel: Float[Array, "taps_down taps_across channels_in channels_out"],
     dy: Float[Array, "batch rows_out columns_out channels_out"],
 ) -> Float[Array, "batch rows columns channels_in"]:
@@ -238,7 +238,7 @@ def input_gradient(
     return convolve(replace(static, relu=False, out_type=dy.dtype), dy, transposed(kernel, 1), None)
 
 
-def bytes_moved(static: Static, p: Plan, dtype: DTypeLike, *, fused: bool) -> int:
+def bytes_moved(static: WinogradSettings, p: Plan, dtype: DTypeLike, *, fused: bool) -> int:
     """Bytes to and from memory of the product and the output transform, for choosing between the two ways.
 
     Operands are counted as often as a column or a row of tiles of the product reads them.
@@ -255,7 +255,7 @@ def bytes_moved(static: Static, p: Plan, dtype: DTypeLike, *, fused: bool) -> in
     return operands + 2 * points * p.rows * p.columns * 4 + result
 
 
-def refused(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> str | None:
+def refused(static: WinogradSettings, shape: tuple[int, ...], columns: int, dtype: DTypeLike) -> str | None:
     """Why kernels do not compute this, for an input of `shape` and `columns` filters; None if they do."""
     name = f"implementation={static.implementation!r}"
     tile = [f.tile for f in static.found]
@@ -274,7 +274,7 @@ def refused(static: Static, shape: tuple[int, ...], columns: int, dtype: DTypeLi
     return None
 
 
-def _fusible(static: Static, dtype: DTypeLike) -> str | None:
+def _fusible(static: WinogradSettings, dtype: DTypeLike) -> str | None:
     """Why the product and the output transform are not one kernel; None if they can be."""
     name, tile = f"implementation={static.implementation!r}", [f.tile for f in static.found]
     if math.prod(f.outputs for f in static.found) not in static.room.FUSED:
@@ -286,7 +286,7 @@ def _fusible(static: Static, dtype: DTypeLike) -> str | None:
     return None
 
 
-def _fused(static: Static, p: Plan, dtype: DTypeLike) -> bool:
+def _fused(static: WinogradSettings, p: Plan, dtype: DTypeLike) -> bool:
     if static.fused is not None:
         return static.fused
     return _fusible(static, dtype) is None and bytes_moved(static, p, dtype, fused=True) < bytes_moved(
@@ -294,13 +294,13 @@ def _fused(static: Static, p: Plan, dtype: DTypeLike) -> bool:
     )
 
 
-def _filters(static: Static, kernel: Array, p: Plan) -> Array:
+def _filters(static: WinogradSettings, kernel: Array, p: Plan) -> Array:
     u = xla.transform_filters(kernel, static.found)
     u = u.reshape(-1, *u.shape[2:])
     return filled(u, (u.shape[0], p.depth, p.columns))
 
 
-def _tiles(static: Static, x: Array, p: Plan) -> Array:
+def _tiles(static: WinogradSettings, x: Array, p: Plan) -> Array:
     """Transformed tiles of the input, `(points, rows of the products, depth)`."""
     down, across = static.found
     rows = p.tiles[0] * down.outputs + down.taps - 1, p.tiles[1] * across.outputs + across.taps - 1
@@ -334,7 +334,7 @@ def _apart(y: Array, side: int) -> Array:
     return y.reshape(-1, *y.shape[2:])
 
 
-def _from_points(static: Static, y: Array, p: Plan) -> Array:
+def _from_points(static: WinogradSettings, y: Array, p: Plan) -> Array:
     """`(outputs, rows, columns)` of the fused product as images side by side."""
     m, n = (f.outputs for f in static.found)
     real = p.batch // p.side * p.tiles[0]
@@ -344,7 +344,9 @@ def _from_points(static: Static, y: Array, p: Plan) -> Array:
     return y.reshape(p.batch, p.tiles[0] * m, p.tiles[1] * n, p.columns)
 
 
-def _finished(static: Static, y: Array, batch: int, bias: Array | None, columns: int, p: Plan) -> Array:
+def _finished(
+    static: WinogradSettings, y: Array, batch: int, bias: Array | None, columns: int, p: Plan
+) -> Array:
     """Cropped, with bias and rectifier, which XLA puts into the copy that reorders the fused product."""
     y = _cropped(y, batch, p.extents, columns)
     if bias is not None:
@@ -356,7 +358,7 @@ def _cropped(y: Array, batch: int, extents: tuple[int, int], columns: int) -> Ar
     return y[:batch, : extents[0], : extents[1], :columns]
 
 
-def _rows(static: Static, which: str) -> tuple[Any, Any]:
+def _rows(static: WinogradSettings, which: str) -> tuple[Any, Any]:
     return getattr(static.found[0], which), getattr(static.found[1], which)
 
 

@@ -10,9 +10,9 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain import compat
+from shardtrain.kernels import pallas
 from shardtrain.kernels.winograd.bilinear import apply_2d, weights
-from shardtrain.kernels.winograd.cook_toom import Rows
+from shardtrain.kernels.winograd.cook_toom import Matrix
 
 LANES = 32
 """Channels of a program of the transforms."""
@@ -30,7 +30,7 @@ def together(tile_in: Sequence[int], tile_out: Sequence[int], step: int, dtype: 
 def transform(
     x: Float[Array, "batch rows columns channels"],
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     steps: tuple[int, int],
     tiles: tuple[int, int],
     strips: int,
@@ -39,7 +39,7 @@ def transform(
 ) -> Float[Array, "points strips tiles channels"]:
     """As in `shardtrain.kernels.winograd.mosaic`."""
     points = len(rows[0]) * len(rows[1])
-    return compat.triton_kernel(
+    return pallas.triton_kernel(
         functools.partial(
             _transform,
             rows=rows,
@@ -83,7 +83,7 @@ def untransform(
     m: Float[Array, "points strips tiles channels"],
     bias: Float[Array, " channels"] | None,
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     tiles: tuple[int, int],
     batch: int,
     count: int,
@@ -93,7 +93,7 @@ def untransform(
 ) -> Float[Array, "batch rows columns channels"]:
     """As in `shardtrain.kernels.winograd.mosaic`."""
     extents = tiles[0] * len(rows[0]), tiles[1] * len(rows[1])
-    y = compat.triton_kernel(
+    y = pallas.triton_kernel(
         functools.partial(
             _untransform, rows=rows, tiles=tiles, count=count, relu=relu, biased=bias is not None
         ),
@@ -132,14 +132,14 @@ def multiply_and_untransform(
     v: Float[Array, "points rows depth"],
     u: Float[Array, "points depth columns"],
     *,
-    rows: tuple[Rows, Rows],
+    rows: tuple[Matrix, Matrix],
     out_type: DTypeLike,
     interpreted: bool,
 ) -> Float[Array, "outputs rows columns"]:
     """As in `shardtrain.kernels.winograd.mosaic`."""
     outputs = len(rows[0]) * len(rows[1])
     bm, bn = FUSED[outputs]
-    return compat.triton_kernel(
+    return pallas.triton_kernel(
         functools.partial(
             _multiply_and_untransform, bm=bm, bn=bn, bk=128 // v.dtype.itemsize, points=v.shape[0]
         ),

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.kernels.tiles import extended, joined
-from shardtrain.kernels.winograd.cook_toom import Algorithm, Rows, algorithm
+from shardtrain.kernels.winograd.cook_toom import Algorithm, Matrix, algorithm
 
 AT_ONCE = 96
 """Channels that are summed in one go in float32. XLA's CPU products add one after the other, and of 256 at
@@ -118,12 +118,12 @@ def transform_input(
     return wide.astype(x.dtype)
 
 
-def apply(rows: Rows, x: Array, axis: int) -> Array:
+def apply(rows: Matrix, x: Array, axis: int) -> Array:
     """A matrix of fractions times dimension `axis`."""
     return _combine(rows, [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])], axis)
 
 
-def _combine(rows: Rows, parts: Sequence[Array], axis: int) -> Array:
+def _combine(rows: Matrix, parts: Sequence[Array], axis: int) -> Array:
     """Sums of `parts`, weighted by each of `rows`, along a new dimension. Weights of 0 and 1 cost nothing."""
     sums = []
     for row in rows:

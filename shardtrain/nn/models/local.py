@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.nn.contract import Linear, LocallyConnected
+from shardtrain.nn.conv import LocallyConnected
+from shardtrain.nn.linear import Linear
 from shardtrain.nn.pool import Flatten
 
 

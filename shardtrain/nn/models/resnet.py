@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.nn.contract import Conv, Linear
+from shardtrain.nn.conv import Conv
+from shardtrain.nn.linear import Linear
 from shardtrain.nn.norm import BatchNorm, GroupNorm
 from shardtrain.nn.pool import GlobalAvgPool, MaxPool
 

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.nn.contract import Conv, ConvTranspose
+from shardtrain.nn.conv import Conv, ConvTranspose
 from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm
 from shardtrain.nn.pool import Concat, Crop, MaxPool
-from shardtrain.ops.window import listed
+from shardtrain.ops.arguments import listed
 
 _NORMS: dict[str, Callable[..., nnx.Module]] = {
     "batch": BatchNorm,

@@ -1,0 +1,45 @@
+"""What the processes of a job tell each other outside of the training step."""
+
+import itertools
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from shardtrain import compat
+from shardtrain.guard.peers import Peers
+
+LIMIT = 900.0
+"""Seconds that processes wait for each other outside of steps."""
+
+_meetings = itertools.count()
+
+
+def everyone(text: str) -> list[str]:
+    """The texts of all processes, in their order.
+
+    Example:
+        >>> everyone("ready")
+        ['ready']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(mine))))
+    widest = 1 << max(6, int(sizes.max() - 1).bit_length())  # few sizes: each is a program to compile
+    texts = np.asarray(multihost_utils.process_allgather(np.pad(mine, (0, widest - len(mine)))))
+    return [row[:size].tobytes().decode() for row, size in zip(texts, sizes, strict=True)]
+
+
+def meet(where: str, limit: float = LIMIT) -> None:
+    """Waits until all processes are here.
+
+    Raises:
+        MissingError: some did not come within `limit` seconds; names them.
+
+    Example:
+        >>> meet("the folder is open")
+    """
+    if jax.process_count() > 1:
+        client, rank, count = compat.coordination_client(), jax.process_index(), jax.process_count()
+        Peers(client, rank, count, f"shardtrain/meeting/{next(_meetings)}").meet(where, "", limit)

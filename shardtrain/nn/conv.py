@@ -1,0 +1,255 @@
+"""Convolutional and locally connected layers of Flax NNX, partitioned."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from shardtrain import ops
+from shardtrain.errors import UserError
+from shardtrain.kernels.conv import refused
+from shardtrain.layout import AnyMesh, spatial_names
+from shardtrain.nn.base import placed
+from shardtrain.nn.contract import Contraction, lecun_normal
+from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
+from shardtrain.ops.local import local_windows
+from shardtrain.ops.transpose import transposed_pads
+
+
+class _Convolution(Contraction):
+    """What convolution and its transpose have in common."""
+
+    kernel_size: tuple[int, ...]
+    mask: Array | None
+    bias: nnx.Param[Array] | None
+    dtype: DTypeLike | None
+    promote_dtype: Callable[..., Any]
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.kernel_size))
+
+    def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
+        """Input with one batch dimension, kernel and bias, and the batch dimensions that there were."""
+        leading = inputs.shape[: inputs.ndim - len(self.kernel_size) - 1]
+        x = inputs if len(leading) == 1 else inputs.reshape(-1, *inputs.shape[len(leading) :])
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        return *self.promote_dtype((x, kernel, bias), dtype=self.dtype), leading
+
+
+class Conv(_Convolution, nnx.Conv):
+    """`nnx.Conv`, cut on batch, space and channels, by one of several algorithms; see `shardtrain.ops.conv`.
+
+    Raises:
+        UserError: at construction, for strides, dilations or padding that make no convolution, and for a
+            `conv_general_dilated` of one's own; for an algorithm that does not compute it.
+
+    Example:
+        >>> conv = Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
+        >>> conv(jnp.ones((2, 8, 8, 3))).shape
+        (2, 8, 8, 16)
+    """
+
+    def __init__(
+        self, *args: Any, algorithm: str = "auto", implementation: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
+        rank = len(self.kernel_size)
+        for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
+            tuple_of(getattr(self, name), rank, name)
+        self.algorithm, self.implementation = algorithm, implementation
+        strides = tuple_of(self.strides, rank, "strides")
+        if reason := refused(algorithm, self.kernel_size, strides, implementation):
+            raise UserError(f"nn.Conv: {reason}")
+        _check_padding("nn.Conv", self.padding, rank)
+        if self.conv_general_dilated is not lax.conv_general_dilated:
+            raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
+
+    def pixels(self) -> tuple[int, int]:
+        strides = tuple_of(self.strides, len(self.kernel_size), "strides")
+        return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Convolves `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+        x, kernel, bias, leading = self.operands(inputs)
+        y = ops.conv(
+            x,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            groups=self.feature_group_count,
+            algorithm=self.algorithm,
+            implementation=self.implementation,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y.reshape(*leading, *y.shape[1:])
+
+
+class ConvTranspose(_Convolution, nnx.ConvTranspose):
+    """`nnx.ConvTranspose`, cut on batch, space and channels; see `shardtrain.ops.conv_transpose`.
+
+    `ops.torch_padding` gives the `padding` for PyTorch's arguments.
+
+    Raises:
+        UserError: at construction, for strides, dilation or padding that make no convolution.
+
+    Example:
+        >>> up = ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
+        >>> up(jnp.ones((2, 7, 8, 8))).shape
+        (2, 14, 16, 4)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
+        rank = len(self.kernel_size)
+        strides = tuple_of(self.strides, rank, "strides")
+        tuple_of(self.kernel_dilation, rank, "kernel_dilation")
+        transposed_pads(self.padding, self.kernel_size, strides)
+
+    def pixels(self) -> tuple[int, int]:
+        return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        kept = super().kept(mesh)
+        if self.transpose_kernel:  # kept as (*window, outputs, inputs)
+            *window, outputs, inputs = self.kernel.shape
+            cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
+            turned = self.layout.parameter((*window, inputs, outputs), cut, mesh)
+            kept["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
+        return kept
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+        x, kernel, bias, leading = self.operands(inputs)
+        y = ops.conv_transpose(
+            x,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            transpose_kernel=self.transpose_kernel,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y.reshape(*leading, *y.shape[1:])
+
+
+class LocallyConnected(Contraction, nnx.Module):
+    """A convolution with filters of its own at every pixel; see `shardtrain.ops.local`.
+
+    The arguments and parameters of `flax.linen.ConvLocal`, and `image`: the filters are as many as output
+    pixels, so these must be known. Filters and biases are cut as the pixels are: they are kept, updated
+    and used where their pixel is. Unlike Linen's, the default initial values have the variance of a
+    convolution's, whatever the number of pixels.
+
+    Args:
+        in_features, out_features: channels.
+        image: extents of the input, which say how many dimensions there are: one number for one.
+        kernel_size: of the window.
+        strides, padding, kernel_dilation: as in `nnx.Conv`.
+        use_bias: one bias for every output value.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        precision: of the products.
+        kernel_init, bias_init: initial values.
+        rngs: for them.
+
+    Raises:
+        UserError: at construction, for a window that does not fit the image, or inputs of another size.
+
+    Example:
+        >>> layer = LocallyConnected(1, 16, (8, 8), (3, 3), rngs=nnx.Rngs(0))
+        >>> layer.kernel.shape, layer(jnp.ones((2, 8, 8, 1))).shape
+        ((8, 8, 9, 16), (2, 8, 8, 16))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        image: int | Sequence[int],
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] | None = 1,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.image = listed(image, "image")
+        rank = self.pixel_dims = len(self.image)
+        self.kernel_size = tuple_of(kernel_size, rank, "kernel_size")
+        self.strides = tuple_of(strides, rank, "strides")
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        self.kernel_dilation = tuple_of(kernel_dilation, rank, "kernel_dilation")
+        windows = local_windows(self.image, self.kernel_size, self.strides, padding, self.kernel_dilation)
+        self.image_out = tuple(w.extent_out for w in windows)
+        if in_features < 1 or out_features < 1:
+            raise UserError(f"nn.LocallyConnected: {in_features} -> {out_features} channels; give 1 or more")
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.dtype, self.precision = dtype, precision
+        kernel_init = kernel_init or nnx.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", batch_axis=tuple(range(rank))
+        )
+        shape = (*self.image_out, in_features * math.prod(self.kernel_size), out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        biases = (*self.image_out, out_features)
+        self.bias = nnx.Param(bias_init(rngs.params(), biases, param_dtype)) if use_bias else None
+
+    def pixels(self) -> tuple[int, int]:
+        return math.prod(s for s, k in zip(self.strides, self.kernel_size, strict=True) if k > 1), 1
+
+    def spatial(self) -> tuple[str, ...] | None:
+        return spatial_names(len(self.image))
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `(batch, *image, channels)`."""
+        if inputs.ndim != len(self.image) + 2 or inputs.shape[1:] != (*self.image, self.in_features):
+            raise UserError(
+                f"nn.LocallyConnected was made for inputs (batch, "
+                f"{', '.join(map(str, (*self.image, self.in_features)))}), not {inputs.shape}"
+            )
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        return ops.local(
+            x,
+            kernel,
+            bias,
+            window=self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+        )
+
+
+def _check_padding(what: str, padding: Padding, rank: int) -> None:
+    """Refuses at construction the names of paddings that the call would."""
+    names = ("SAME", "VALID", *MODES, *(("CAUSAL",) if rank == 1 else ()))
+    if isinstance(padding, str) and padding.upper() not in names:
+        raise UserError(f"{what}: padding={padding!r}; use {', '.join(map(repr, names))} or numbers")

@@ -1,0 +1,66 @@
+"""Linear maps and embedding tables of Flax NNX, partitioned."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from shardtrain import ops
+from shardtrain.errors import UserError
+from shardtrain.layout import AnyMesh
+from shardtrain.nn.base import Partitioned, placed
+from shardtrain.nn.contract import Contraction
+
+
+class Linear(Contraction, nnx.Linear):
+    """`nnx.Linear`, its kernel cut by columns or by rows; see `shardtrain.ops.linear`.
+
+    Example:
+        >>> Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        (8, 10)
+    """
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Maps the last dimension of `(batch, *spatial, channels)`, or of one vector."""
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        y = ops.linear(
+            x[None] if x.ndim == 1 else x,
+            kernel,
+            bias,
+            layout=self.layout,
+            channel_mode=self.channel_mode(),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y[0] if x.ndim == 1 else y
+
+
+class Embed(Partitioned, nnx.Embed):
+    """`nnx.Embed`, its table cut by rows over the channel axis; see `shardtrain.ops.embed`.
+
+    Example:
+        >>> Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 16)
+    """
+
+    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+        return {"embedding": self.layout.parameter((self.num_embeddings, self.features), 0, mesh)}
+
+    def channels(self) -> tuple[int, ...]:
+        return (self.num_embeddings,)
+
+    @placed
+    def __call__(self, inputs: Array) -> Array:
+        """Looks up `(batch, *spatial)` integers."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
+        (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        return ops.embed(inputs, table, layout=self.layout)
+
+    @placed
+    def attend(self, query: Array) -> Array:
+        """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
+        query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")

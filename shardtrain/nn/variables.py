@@ -1,0 +1,109 @@
+"""A model's variables as flat dictionaries of named arrays, and back into the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout
+from shardtrain.nn import partition
+from shardtrain.nn.base import name
+
+
+class Variables:
+    """A model's variables as flat dictionaries by name, and back into the model.
+
+    Args:
+        model: the model; its values are read once.
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        self.layers = tuple(partition.leaves(model))
+        model.train()
+        self.train_graph, self._params, self._state = _split(model)
+        model.eval()
+        self.eval_graph, _, _ = _split(model)
+        model.train()
+
+    def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters and other variables by name, arrays or shapes; random keys as their raw words."""
+        return flatten(self._params), flatten(self._state)
+
+    def model(
+        self, params: Mapping[str, Array], model_state: Mapping[str, Array], *, train: bool
+    ) -> nnx.Module:
+        """The model with these values; usable inside `jit`."""
+        graph = self.train_graph if train else self.eval_graph
+        return nnx.merge(graph, fill(self._params, params), fill(self._state, model_state))
+
+    @staticmethod
+    def state_of(model: nnx.Module) -> dict[str, Array]:
+        """The model's variables that are no parameters, after a call may have changed them.
+
+        Raises:
+            UserError: the call has sown new ones.
+        """
+        state = _split(model)[2]
+        if sown := [name(path) for path, v in nnx.to_flat_state(state) if isinstance(v, nnx.Intermediate)]:
+            raise UserError(
+                f"the model sows {sown[0]!r}, which a training step has no place for; leave out nnx.sow, and "
+                f"look at intermediates by nnx.capture on trainer.model"
+            )
+        return flatten(state)
+
+    def is_random(self) -> dict[str, bool]:
+        """Which of the other variables are random streams."""
+        return {name(p): isinstance(v, nnx.RngState) for p, v in nnx.to_flat_state(self._state)}
+
+    def specs(self, model: nnx.Module, mesh: Mesh, layout: Layout) -> tuple[dict[str, P], dict[str, P]]:
+        """How parameters and other variables lie on the mesh."""
+        by_path = partition.parameter_spec(model, mesh, layout)
+        params, state = (
+            {name(path): by_path[path] for path, _ in nnx.to_flat_state(tree)}
+            for tree in (self._params, self._state)
+        )
+        return params, state
+
+
+def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """The model's graph, its parameters, and its other variables."""
+    return nnx.split(model, nnx.Param, ...)  # type: ignore[return-value]
+
+
+def flatten(state: nnx.State) -> dict[str, Any]:
+    """Values by name, random keys as their raw words."""
+    values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {key: _words(v) if _is_key(v) else v for key, v in values.items()}
+
+
+def fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
+    """The state with the values that `flatten` gives."""
+
+    def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        old, new = variable.get_value(), values[name(path)]
+        return variable.replace(
+            jax.random.wrap_key_data(new, impl=_implementation(old)) if _is_key(old) else new
+        )
+
+    return nnx.from_flat_state([(path, filled(path, v)) for path, v in nnx.to_flat_state(template)])
+
+
+def _is_key(value: Any) -> bool:
+    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _words(key: Any) -> Any:
+    """A random key's raw words, or their shape."""
+    words = jax.random.key_data
+    return jax.eval_shape(words, key) if isinstance(key, jax.ShapeDtypeStruct) else words(key)
+
+
+def _implementation(key: Any) -> Any:
+    found: list[Any] = []
+    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), key)  # a shape has one, too
+    return found[0]

@@ -1,0 +1,1 @@
+"""A program on global arrays as one device's program on its blocks."""

@@ -1,0 +1,1 @@
+"""What executes: the programs of stages, run tick by tick as a schedule says."""

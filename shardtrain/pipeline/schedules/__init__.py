@@ -1,0 +1,1 @@
+"""Schedules as data: tables of actions, made, checked, simulated and drawn. Numbers only: no jax."""

@@ -1,0 +1,235 @@
+"""A batch on the mesh, made of host arrays: each process brings the rows that its devices hold."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardtrain.errors import UserError
+from shardtrain.layout import Layout, spatial_names, spec
+from shardtrain.mesh import size, text
+from shardtrain.ops.island import crop_to, round_up
+
+Cuts = Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the mesh.
+
+    Attributes:
+        inputs: for the model; pixels are padded to whole blocks, see `extents`.
+        targets: for the loss.
+        real: False for rows that fill up a ragged batch; None where all rows are real.
+        extents: the true extents of the inputs' and targets' leaves after the batch, static.
+        limit: the mean loss above which the update is left out; None in a program that leaves out none.
+    """
+
+    inputs: Any
+    targets: Any
+    real: Any
+    extents: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
+    limit: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return jax.tree.leaves(self.inputs)[0].shape[0]
+
+    def cropped(self) -> tuple[Any, Any]:
+        """Inputs and targets in their true extents. The crop moves nothing: XLA itself tiles so."""
+        leaves, tree = jax.tree.flatten((self.inputs, self.targets))
+        whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
+        return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
+
+
+jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real", "limit"], ["extents"])
+
+
+def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
+    """The rows of a global batch that this process's devices hold, and so must load.
+
+    Raises:
+        UserError: a batch that does not divide by the axes that cut it, or rows that are not contiguous.
+    """
+    cut = layout.cut("batch", mesh)
+    shards = size(mesh, cut)
+    if batch_size % shards:
+        near = sorted({max(1, batch_size // shards) * shards, (batch_size // shards + 1) * shards})
+        raise UserError(
+            f"a batch of {batch_size} does not divide by {'*'.join(cut)}={shards}; "
+            f"use {' or '.join(map(str, near))}"
+        )
+    sharding = NamedSharding(mesh, spec([cut]))
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    held = {index[0].indices(batch_size)[:2] for index in indices if index is not None}
+    start, stop = min(a for a, _ in held), max(b for _, b in held)
+    if sum(b - a for a, b in held) != stop - start:
+        raise UserError(
+            "this process's devices hold rows of the batch that are not contiguous; let the axes that cut "
+            "the batch lie across the processes, as make_mesh does"
+        )
+    return range(start, stop)
+
+
+def place_batch(
+    inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, *, batch_only: bool
+) -> Batch:
+    """A host batch as global arrays: rows filled up to `batch_size`, pixels to whole blocks.
+
+    Args:
+        inputs: arrays `(rows, *spatial, channels)`, this process's rows; others are cut on the batch alone.
+        targets: arrays `(rows, ...)`, or None. One value for every pixel of the (only) input, as for
+            segmentation, is cut as the pixels are.
+        batch_size: of the global batch.
+        mesh, layout: where to.
+        batch_only: cut no pixels, for models that have no layers which could take them.
+
+    Raises:
+        UserError: arrays that disagree on the rows, or more rows than fit.
+    """
+    share = local_rows(mesh, layout, batch_size)
+    leaves = [np.asarray(x) for x in jax.tree.leaves((inputs, targets))]
+    counts = {x.shape[0] if x.ndim else -1 for x in leaves}
+    if len(counts) != 1 or -1 in counts:
+        raise UserError(f"a batch's arrays disagree on its rows: shapes {[x.shape for x in leaves]}")
+    rows = counts.pop()
+    if rows > len(share):
+        raise UserError(
+            f"a batch of {rows} rows came after batches of {len(share)}; keep the first batch the largest"
+        )
+
+    def put(x: Any, cut: Cuts) -> jax.Array:
+        x = np.asarray(x)
+        sharding, extents = _lies(x.shape, cut, mesh)
+        widths = [
+            (0, len(share) - x.shape[0]),
+            *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
+        ]
+        x = np.pad(x, widths) if any(high for _, high in widths) else x
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # jax's type allows it, its callers do not
+            first, last, _ = index[0].indices(batch_size)
+            return x[(slice(first - share.start, last - share.start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *extents), sharding, block)
+
+    # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
+    full = rows == len(share) and jax.process_count() == 1
+    real = None if full else put(np.arange(len(share)) < rows, [layout.cut("batch", mesh)])
+    return _batch(inputs, targets, real, mesh, layout, batch_only, put)
+
+
+def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, *, batch_only: bool) -> Batch:
+    """What `place` returns for a batch as large as these, as shapes that say where arrays would lie.
+
+    Args:
+        inputs, targets: as for `place`, of the global batch; only their shapes and dtypes are read.
+        mesh, layout, batch_only: as for `place`. On a mesh of several processes' devices there is a mask.
+    """
+
+    def put(x: Any, cut: Cuts) -> jax.ShapeDtypeStruct:
+        sharding, extents = _lies(x.shape, cut, mesh)
+        return jax.ShapeDtypeStruct((x.shape[0], *extents), x.dtype, sharding=sharding)
+
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    several = len({device.process_index for device in mesh.devices.flat}) > 1
+    mask = put(jax.ShapeDtypeStruct((rows,), bool), [layout.cut("batch", mesh)]) if several else None
+    return _batch(inputs, targets, mask, mesh, layout, batch_only, put)
+
+
+def with_limit(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
+    """The batch with the loss above which its update is left out, or with the shape of that."""
+    where = NamedSharding(mesh, P())
+    if limit is None:
+        return dataclasses.replace(batch, limit=jax.ShapeDtypeStruct((), np.float32, sharding=where))
+    return dataclasses.replace(batch, limit=scalar(np.float32(limit), where))
+
+
+def scalar(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
+    """A number on every device of a mesh, which all processes know."""
+    return jax.make_array_from_callback((), where, lambda _: np.asarray(value))
+
+
+def _lies(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
+    """Where an array lies that is cut so, and its extents after the batch, filled up to whole blocks."""
+    return NamedSharding(mesh, spec(cut)), [
+        round_up(n, c, mesh) for n, c in zip(shape[1:], cut[1:], strict=True)
+    ]
+
+
+def _batch(
+    inputs: Any, targets: Any, real: Any, mesh: Mesh, layout: Layout, batch_only: bool, put: Callable
+) -> Batch:
+    """A batch whose arrays `put(array, cut)` places."""
+    batch = layout.cut("batch", mesh)
+
+    def put_input(x: Any) -> Any:
+        shape = np.shape(x)
+        if batch_only or not 3 <= len(shape) <= 5:
+            return put(x, [batch] + [()] * (len(shape) - 1))
+        names = spatial_names(len(shape) - 2)
+        return put(x, [batch, *(layout.cut(n, mesh) for n in names), layout.channel_cut(shape[-1], mesh)])
+
+    images = [np.shape(x) for x in jax.tree.leaves(inputs)]
+    dense = images[0][1:-1] if len(images) == 1 and not batch_only and 3 <= len(images[0]) <= 5 else ()
+
+    def put_target(x: Any) -> Any:
+        shape = np.shape(x)
+        if dense and shape[1 : len(dense) + 1] == dense:
+            space = [layout.cut(name, mesh) for name in spatial_names(len(dense))]
+            return put(x, [batch, *space, *[()] * (len(shape) - len(dense) - 1)])
+        return put(x, [batch] + [()] * (len(shape) - 1))
+
+    return Batch(
+        jax.tree.map(put_input, inputs),
+        jax.tree.map(put_target, targets),
+        real,
+        tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves((inputs, targets))),
+    )
+
+
+def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) -> Any:
+    """This process's first `rows` rows of global outputs, as numpy arrays."""
+    start = local_rows(mesh, layout, batch_size).start
+    whole = NamedSharding(mesh, P())
+
+    def on_host(y: jax.Array) -> np.ndarray:
+        # A process that sees all shards puts them together on the host: no device need hold them all.
+        return np.asarray(y if y.is_fully_addressable else jax.device_put(y, whole))[start : start + rows]
+
+    return jax.tree.map(on_host, outputs)
+
+
+def rows_of(inputs: Any) -> int:
+    """Rows of a host batch."""
+    leaves = jax.tree.leaves(inputs)
+    if not leaves or not np.ndim(leaves[0]):
+        raise UserError("a batch has no rows; give arrays whose leading dimension is the batch")
+    return np.shape(leaves[0])[0]
+
+
+def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
+    """Size of the global batch of which this process brings `rows`, rounded up to what the mesh divides."""
+    shards = size(mesh, layout.cut("batch", mesh))
+    mine = len(local_rows(mesh, layout, shards))
+    return max(1, math.ceil(rows / mine)) * shards
+
+
+def indivisible(rows: int, size: int | float, mesh: Mesh, shards: int, parts: int) -> UserError:
+    """What to say of a batch of `rows`, `size` over all processes, that `shards * parts` does not divide."""
+    near = max(1, round(size / (shards * parts))) * shards * parts
+    times = f" times {parts} microbatches" if parts > 1 else ""
+    return UserError(
+        f"a batch of {rows} does not divide by the {shards} shards of the batch on mesh {text(mesh)}{times}; "
+        f"use {near}"
+    )

@@ -1,0 +1,1 @@
+"""Training on a mesh with `pipe`: the step of a model that is cut into stages, and its packed state."""
