@@ -1,8 +1,8 @@
 """What the documentation tells a reader to type is there: commands, their flags, files and names in the code."""
 
 import dataclasses
+import importlib.util
 import re
-import runpy
 import shlex
 import sys
 import typing
@@ -27,7 +27,8 @@ FOREIGN = {"--mem", "--kill-on-bad-exit"}
 def commands(text):
     """The words of every command of a page's shell blocks."""
     lines = [line for _, body in blocks(text, "sh") for line in re.sub(r"\\\n\s*", " ", body).splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    each = [part for line in lines for part in line.split("&&")]
+    return [words for part in each if (words := shlex.split(part, comments=True))]
 
 
 PAGES_WITH_COMMANDS = [path for path in PAGES if commands(path.read_text())]
@@ -38,11 +39,11 @@ def flags_of():
     """The class of flags of every recipe, by the recipe's file name."""
     found = {}
     for path in RECIPES:
-        sys.path.insert(0, str(path.parent))
-        try:
-            found[path.name] = runpy.run_path(str(path), run_name="recipe")["Flags"]
-        finally:
-            sys.path.remove(str(path.parent))
+        spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+        # tyro reads the flags' docstrings from their module's file.
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found[path.name] = module.Flags
     return found
 
 
@@ -112,9 +113,8 @@ def test_commands_are_there(path, flags_of):
 def fields(kind):
     """The names of all flags of a dataclass, or of subcommands that are dataclasses."""
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
         names = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)}
-        return names.union(*(fields(hints[field.name]) for field in dataclasses.fields(kind)))
+        return names.union(*(fields(field.type) for field in dataclasses.fields(kind)))
     return set().union(*map(fields, typing.get_args(kind)))
 
 
