@@ -124,7 +124,7 @@ def memory(flags: Flags, task: cli.Task, shape: Sequence[int]) -> list[dict[str,
         if devices > jax.device_count():
             break
         trainer = cli.make_trainer(flags, task, st.make_mesh(name, devices=jax.devices()[:devices]))
-        found = trainer.compiled_step(trainer.place(*batch)).memory_analysis()
+        found = trainer.prepare(*batch).memory_analysis()
         parts = {
             "arguments": found.argument_size_in_bytes,
             "temporaries": found.temp_size_in_bytes,

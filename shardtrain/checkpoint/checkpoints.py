@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -74,6 +74,16 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._saved: int | None = None
         self._whole: dict[int, dict[str, Any]] = {}  # manifests of those that were read through
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric by which the best checkpoint is kept, too."""
+        return self._best
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which of that metric is better."""
+        return "max" if self._kept.sign > 0 else "min"
 
     def __enter__(self) -> "Checkpoints":
         return self

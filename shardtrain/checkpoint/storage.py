@@ -105,6 +105,25 @@ class Kept(PreservationPolicy):
         return [info.step in kept for info in checkpoints]
 
 
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Stands in a state to be read for copies of an array, of which there may be another number on disk.
+
+    The array is read as numpy, with its copies in the first dimension.
+
+    Attributes:
+        shape, dtype: of one copy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def on_disk(self, found: Any) -> np.ndarray:
+        """Zeros of the shape that is there, or with one copy where that is none of copies."""
+        fits = found is not None and found.shape[1:] == self.shape and len(found.shape) > len(self.shape)
+        return np.zeros(found.shape if fits else (1, *self.shape), self.dtype)
+
+
 def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str, Any]) -> Any:
     """The state in a checkpoint; it is compared with `like` first, for Orbax would cut and fill up arrays."""
 
@@ -112,9 +131,12 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
         placed = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if placed else np.asarray(x)
 
-    target = jax.tree.map(wanted, like)
     handler = Handler()
     there = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
+    like = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.on_disk(there.get(_keys(path))) if isinstance(x, Copies) else x, like
+    )
+    target = jax.tree.map(wanted, like)
     here = ocp.tree.to_flat_dict(target)
     trouble = [f"{_name(key)} is not in it" for key in here.keys() - there.keys()]
     trouble += [f"{_name(key)} is only in it" for key in there.keys() - here.keys()]
@@ -141,6 +163,13 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
             f"the checkpoint {folder} is whole but cannot be read ({first_line(error)}); it "
             f"was written by orbax-checkpoint {made}, this is {versions()['orbax-checkpoint']}"
         ) from error
+
+
+def _keys(path: Sequence[Any]) -> tuple[str, ...]:
+    """The path of a leaf as Orbax writes it."""
+    return tuple(
+        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path
+    )
 
 
 def _name(key: Sequence[Any]) -> str:

@@ -155,7 +155,7 @@ def with_limit(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
     return dataclasses.replace(batch, limit=scalar(np.float32(limit), where))
 
 
-def scalar(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
+def scalar(value: np.generic | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     """A number on every device of a mesh, which all processes know."""
     return jax.make_array_from_callback((), where, lambda _: np.asarray(value))
 

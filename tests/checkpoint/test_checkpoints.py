@@ -94,14 +94,14 @@ def other():
 def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved, other, monkeypatch):
     """Every part of the tree matters: a restore that leaves one at its start gives another run."""
     fresh = make("data=2")
-    start = {"examples": np.int64(0)} | {
-        key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")
-    }
+    start = {key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")}
+    start["examples"] = fresh.state.extra
     right = Checkpoints.restore
 
     def wrong(self, *args):
         step, tree = right(self, *args)
-        return step, tree | ({} if forgotten == "nothing" else {forgotten: start[forgotten]})
+        field = {"examples": "extra"}.get(forgotten, forgotten)
+        return step, tree | ({} if forgotten == "nothing" else {field: start[forgotten]})
 
     monkeypatch.setattr(Checkpoints, "restore", wrong)
     assert other.restore(saved) == 6

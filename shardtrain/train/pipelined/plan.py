@@ -14,6 +14,14 @@ from shardtrain.train.step import Remat
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    schedule: str | Path | Schedule | None = None
+    stages: str | None = None
+    in_flight: int | None = None
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
 class PipelinePlan:
     """How a mesh's pipeline is to run; see `Trainer` for the meaning of the fields."""
 
@@ -29,11 +37,8 @@ class PipelinePlan:
         cls,
         mesh: Mesh,
         microbatches: int,
-        schedule: str | Path | Schedule | None,
-        stages: str | None,
-        in_flight: int | None,
+        pipeline: Pipeline,
         remat: Remat,
-        overlap: bool,
     ) -> "PipelinePlan | None":
         """The plan that a user asked for; None on a mesh without stages.
 
@@ -41,6 +46,12 @@ class PipelinePlan:
             UserError: a schedule that there is not, or of other sizes; a `remat` that stages cannot do;
                 anything of stages where there are none.
         """
+        schedule, stages, in_flight, overlap = (
+            pipeline.schedule,
+            pipeline.stages,
+            pipeline.in_flight,
+            pipeline.overlap,
+        )
         ranks = size(mesh, PIPE)
         if ranks == 1:
             asked = {
