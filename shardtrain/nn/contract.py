@@ -60,8 +60,8 @@ class Contraction(Partitioned):
 
     def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
         shape = self.kernel.shape
-        cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
-        kept = {"kernel": self.layout.parameter(shape, cut, mesh, self.pixel_dims)}
+        kernel_dim = self.channel_plan(mesh).kernel_dim
+        kept = {"kernel": self.layout.parameter(shape, kernel_dim, mesh, self.pixel_dims)}
         if self.use_bias:
             shape = (*shape[: self.pixel_dims], self.out_features)
             kept["bias"] = self.layout.parameter(shape, -1, mesh, self.pixel_dims)

@@ -126,8 +126,8 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         kept = super().kept(mesh)
         if self.transpose_kernel:  # kept as (*window, outputs, inputs)
             *window, outputs, inputs = self.kernel.shape
-            cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
-            turned = self.layout.parameter((*window, inputs, outputs), cut, mesh)
+            kernel_dim = self.channel_plan(mesh).kernel_dim
+            turned = self.layout.parameter((*window, inputs, outputs), kernel_dim, mesh)
             kept["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
         return kept
 

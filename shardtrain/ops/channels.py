@@ -41,6 +41,11 @@ class ChannelPlan:
             return None
         return "all-gather" if self.mode == "gather" else "reduce-scatter" if self.cut_out else "all-reduce"
 
+    @property
+    def kernel_dim(self) -> int:
+        """Dimension of the kernel that is cut by the channel axes: its outputs (-1) or its inputs (-2)."""
+        return -1 if self.mode == "gather" else -2
+
     def gathered(self, x: Array, groups: Sequence[Sequence[int]] | None = None) -> Array:
         """The input that a device's kernel takes; `groups` of devices share channels, all by default."""
         if self.collective != "all-gather":
