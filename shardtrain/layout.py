@@ -140,6 +140,129 @@ class Layout:
         return spec(cuts)
 
 
+SYNONYMS = {"features": "channels"}
+"""Other words for the dimensions that a layout can cut."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The names of an input's dimensions, in order: they say which of them a layout may cut.
+
+    `batch`, `depth`, `height`, `width` and `channels` (or `features`) are cut as the layout says. Any other
+    name, such as `time`, is a dimension that is never cut; `_` is one without a name, of which there may be
+    several.
+
+    Attributes:
+        names: one for every dimension, the first of them `batch`.
+
+    Raises:
+        UserError: words that are no names, another first dimension than the batch, or a name given twice.
+
+    Example:
+        >>> from shardtrain.layout import Dimensions
+        >>> mesh = st.make_mesh("data=2,width=4")
+        >>> Dimensions.parse("batch time features").cut((8, 20, 3), st.Layout(), mesh, pixels=True)
+        (('data',), (), ())
+        >>> Dimensions.parse("batch width channels").cut((8, 20, 3), st.Layout(), mesh, pixels=True)
+        (('data',), ('width',), ())
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = tuple(SYNONYMS.get(name, name) for name in self.names)
+        object.__setattr__(self, "names", known)
+        possible = (
+            f"write for example 'batch time features' or 'batch height width channels'; "
+            f"{', '.join(DIMENSIONS)} are cut by the mesh, dimensions of other names are not"
+        )
+        if odd := [name for name in known if not name.isidentifier()]:
+            raise UserError(f"dimensions {str(self)!r}: {odd[0]!r} is no name; {possible}")
+        if known[:1] != ("batch",):
+            raise UserError(f"dimensions {str(self)!r}: the first must be 'batch'; {possible}")
+        if twice := [name for i, name in enumerate(known) if name != "_" and name in known[:i]]:
+            raise UserError(f"dimensions {str(self)!r}: {twice[0]!r} is there twice; {possible}")
+
+    @classmethod
+    def parse(cls, text: Any) -> "Dimensions":
+        """The dimensions named in a string, separated by spaces: `"batch depth height width channels"`.
+
+        Raises:
+            UserError: as the class.
+
+        Example:
+            >>> from shardtrain.layout import Dimensions
+            >>> Dimensions.parse("batch time features").names
+            ('batch', 'time', 'channels')
+        """
+        if not isinstance(text, str):
+            raise UserError(f"dimensions {text!r}; give names in a string, such as 'batch time features'")
+        return cls(tuple(text.split()))
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return " ".join(self.names)
+
+    def cut(
+        self, shape: Sequence[int], layout: Layout, mesh: AnyMesh | None, *, pixels: bool
+    ) -> tuple[Axes, ...]:
+        """The mesh axes that cut each dimension of an input.
+
+        Args:
+            shape: of the input.
+            layout: which mesh axes cut what.
+            mesh: the mesh; None cuts nothing.
+            pixels: whether pixels and channels are cut too, or the batch alone.
+
+        Returns:
+            For every dimension the axes that cut it: none for channels that do not divide by their axes, and
+            none for dimensions that a layout does not name. Batch and pixels are cut whether they divide or
+            not.
+
+        Raises:
+            UserError: an input with another number of dimensions.
+        """
+        if len(shape) != len(self.names):
+            raise UserError(
+                f"an input of shape {tuple(shape)} has {len(shape)} dimensions, and {str(self)!r} names "
+                f"{len(self.names)}; name every dimension, or reshape the input"
+            )
+        return tuple(
+            self._axes(name, extent, layout, mesh, pixels)
+            for name, extent in zip(self.names, shape, strict=True)
+        )
+
+    @staticmethod
+    def _axes(name: str, extent: int, layout: Layout, mesh: AnyMesh | None, pixels: bool) -> Axes:
+        if name == "batch":
+            return layout.cut("batch", mesh)
+        if not pixels or name not in DIMENSIONS:
+            return ()
+        return layout.channel_cut(extent, mesh) if name == "channels" else layout.cut(name, mesh)
+
+
+def default_dimensions(rank: int) -> Dimensions:
+    """The names of an input of `rank` dimensions that declares none.
+
+    Returns:
+        An image's names, `(batch, *spatial, channels)`, for 3 to 5 dimensions; otherwise the batch and
+        dimensions without names, which are never cut.
+
+    Raises:
+        UserError: `rank` below 1, an input without a batch.
+
+    Example:
+        >>> from shardtrain.layout import default_dimensions
+        >>> str(default_dimensions(4)), str(default_dimensions(2))
+        ('batch height width channels', 'batch _')
+    """
+    if rank < 1:
+        raise UserError(f"an input of {rank} dimensions has no batch; give arrays (batch, ...)")
+    if 3 <= rank <= 5:
+        return Dimensions(("batch", *spatial_names(rank - 2), "channels"))
+    return Dimensions(("batch", *["_"] * (rank - 1)))
+
+
 def chosen(layout: Any) -> Layout:
     """The layout that an operator was given, the default one without.
 

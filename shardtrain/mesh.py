@@ -8,7 +8,7 @@ A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, becau
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,48 +87,70 @@ def make_mesh(spec: str = "", /, *, devices: Sequence[Any] | None = None, **axes
         >>> dict(mesh.shape)
         {'data': 2, 'height': 2, 'channel': 2}
     """
+    sizes = _asked(spec, axes)
+    text = _written(sizes)
+    pool = sorted(devices if devices is not None else jax.devices(), key=lambda d: (d.process_index, d.id))
+    sizes = _with_the_rest(text, sizes, len(pool))
+    used = pool[: math.prod(sizes.values())]
+    if len(used) < len(pool):
+        _check_idle(text, sizes, used, pool)
+    names = [name for name in AXES if name in sizes] or ["data"]
+    shape = [sizes.get(name, 1) for name in names]
+    _warn_across_hosts(names, shape, used)
+    return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
+
+
+def _asked(spec: str, axes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by axis of the text and the keywords together, -1 for the axis that takes the rest.
+
+    Raises:
+        UserError: unknown axes, an axis given twice, sizes that are not positive.
+    """
     sizes = parse(spec)
-    for name, size in axes.items():
-        if name in sizes:
-            raise UserError(f"the axis {name!r} is given both in {spec!r} and as a keyword; give it once")
-        sizes[name] = size
-    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    if twice := [name for name in axes if name in sizes]:
+        raise UserError(f"the axis {twice[0]!r} is given both in {spec!r} and as a keyword; give it once")
+    sizes |= axes
+    text = _written(sizes)
     for name, size in sizes.items():
         if name not in AXES:
             raise UserError(f"mesh {text!r}: there is no axis {name!r}; the axes are {', '.join(AXES)}")
         if size < 1 and size != -1:
             raise UserError(f"mesh {text!r}: {name}={size} is no size; use 1 or more, or -1 for the rest")
-    pool = sorted(devices if devices is not None else jax.devices(), key=lambda d: (d.process_index, d.id))
+    return sizes
+
+
+def _with_the_rest(text: str, sizes: dict[str, int], available: int) -> dict[str, int]:
+    """The sizes, with the number of devices that are left in place of -1.
+
+    Raises:
+        UserError: several sizes of -1, one that does not come out even, or too few devices.
+    """
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
         raise UserError(f"mesh {text!r} has {len(free)} sizes of -1; only one axis can take the rest")
-    if free:
-        if fixed > len(pool) or len(pool) % fixed:
-            raise UserError(
-                f"mesh {text!r}: {len(pool)} devices do not divide by {fixed}, so {free[0]}=-1 has no size; "
-                f"{_fit(sizes, len(pool))} would fit"
-            )
-        sizes[free[0]] = len(pool) // fixed
-        fixed = len(pool)
-    if fixed > len(pool):
+    if free and (fixed > available or available % fixed):
         raise UserError(
-            f"mesh {text!r} needs {fixed} devices, there are {len(pool)}; {_fit(sizes, len(pool))} would fit"
+            f"mesh {text!r}: {available} devices do not divide by {fixed}, so {free[0]}=-1 has no size; "
+            f"{_fit(sizes, available)} would fit"
         )
-    used = pool[:fixed]
-    if fixed < len(pool):
-        idle = {d.process_index for d in pool} - {d.process_index for d in used}
-        if idle:
-            raise UserError(
-                f"mesh {text!r} uses {fixed} of {len(pool)} devices and leaves the processes "
-                f"{sorted(idle)} without any; {_fit(sizes | {'data': -1}, len(pool))} would fit, "
-                f"or start fewer processes"
-            )
-        log.warning("mesh %s uses %d of %d devices", text or "data=1", fixed, len(pool))
-    names = [name for name in AXES if name in sizes] or ["data"]
-    shape = [sizes.get(name, 1) for name in names]
-    _warn_across_hosts(names, shape, used)
-    return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
+    if fixed > available:
+        raise UserError(
+            f"mesh {text!r} needs {fixed} devices, there are {available}; {_fit(sizes, available)} would fit"
+        )
+    return sizes | dict.fromkeys(free, available // fixed)
+
+
+def _check_idle(text: str, sizes: dict[str, int], used: Sequence[Any], pool: Sequence[Any]) -> None:
+    """Warns of devices that the mesh leaves out, and refuses to leave out all devices of a process."""
+    idle = {d.process_index for d in pool} - {d.process_index for d in used}
+    if idle:
+        raise UserError(
+            f"mesh {text!r} uses {len(used)} of {len(pool)} devices and leaves the processes "
+            f"{sorted(idle)} without any; {_fit(sizes | {'data': -1}, len(pool))} would fit, "
+            f"or start fewer processes"
+        )
+    log.warning("mesh %s uses %d of %d devices", text or "data=1", len(used), len(pool))
 
 
 def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequence[Any]) -> None:
@@ -159,7 +181,11 @@ def without(mesh: Mesh, axis: str) -> Mesh:
 
 def text(mesh: Mesh) -> str:
     """The mesh as a user writes it: `"data=2,height=2"`."""
-    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return _written(mesh.shape)
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def describe(mesh: Mesh) -> Table:

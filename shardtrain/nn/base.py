@@ -29,9 +29,17 @@ class Partitioned:
     layout: Layout = Layout()
     path: str = ""
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
-        """How each parameter lies on `mesh` at rest, by attribute name."""
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
+        """How each parameter is stored on `mesh` between steps, by attribute name."""
         return {}
+
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        """Sentences about dimensions that `layout` asks to cut and that stay whole on every device of `mesh`.
+
+        A dimension stays whole where it does not divide by its axes. `{layers}` in a sentence stands for the
+        paths of all layers with the same sentence.
+        """
+        yield from ()
 
     def channels(self) -> tuple[int, ...]:
         """Numbers of channels that the channel axis cuts in this layer, where they divide."""

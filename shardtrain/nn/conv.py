@@ -1,7 +1,7 @@
 """Convolutional and locally connected layers of Flax NNX, partitioned."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.kernels.conv import refused
 from shardtrain.layout import AnyMesh, spatial_names
+from shardtrain.mesh import size
 from shardtrain.nn.base import placed
-from shardtrain.nn.contract import Contraction, lecun_normal
+from shardtrain.nn.contraction import Contraction, lecun_normal
 from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
 from shardtrain.ops.local import local_windows
 from shardtrain.ops.transpose import transposed_pads
@@ -122,14 +123,14 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
     def pixels(self) -> tuple[int, int]:
         return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
-        kept = super().kept(mesh)
-        if self.transpose_kernel:  # kept as (*window, outputs, inputs)
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
+        specs = super().parameter_specs(mesh)
+        if self.transpose_kernel:  # stored as (*window, outputs, inputs)
             *window, outputs, inputs = self.kernel.shape
-            cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
-            turned = self.layout.parameter((*window, inputs, outputs), cut, mesh)
-            kept["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
-        return kept
+            kernel_dim = self.channel_plan(mesh).kernel_dim
+            turned = self.layout.parameter((*window, inputs, outputs), kernel_dim, mesh)
+            specs["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
+        return specs
 
     @placed
     def __call__(self, inputs: Array) -> Array:
@@ -223,6 +224,16 @@ class LocallyConnected(Contraction, nnx.Module):
 
     def spatial(self) -> tuple[str, ...] | None:
         return spatial_names(len(self.image))
+
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        yield from super().undivided(mesh)
+        for rows, dimension in zip(self.image_out, spatial_names(len(self.image)), strict=True):
+            axes = self.layout.cut(dimension, mesh)
+            if axes and rows % size(mesh, axes):
+                yield (
+                    f"the filters of '{{layers}}' are those of {rows} rows of {dimension}, which do not "
+                    f"divide by {'*'.join(axes)}={size(mesh, axes)}: each device keeps all of these rows"
+                )
 
     @placed
     def __call__(self, inputs: Array) -> Array:

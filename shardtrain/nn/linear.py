@@ -1,5 +1,7 @@
 """Linear maps and embedding tables of Flax NNX, partitioned."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -8,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh
+from shardtrain.mesh import size
 from shardtrain.nn.base import Partitioned, placed
-from shardtrain.nn.contract import Contraction
+from shardtrain.nn.contraction import Contraction
 
 
 class Linear(Contraction, nnx.Linear):
@@ -45,8 +48,16 @@ class Embed(Partitioned, nnx.Embed):
         (1, 3, 16)
     """
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         return {"embedding": self.layout.parameter((self.num_embeddings, self.features), 0, mesh)}
+
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        axes, rows = self.layout.cut("channels", mesh), self.num_embeddings
+        if axes and rows % size(mesh, axes):
+            yield (
+                f"the {rows} rows of '{{layers}}' do not divide by {'*'.join(axes)}={size(mesh, axes)}: each "
+                f"device keeps all of them"
+            )
 
     def channels(self) -> tuple[int, ...]:
         return (self.num_embeddings,)

@@ -21,7 +21,7 @@ class _Affine(Partitioned):
     scale: nnx.Param[Array] | None
     bias: nnx.Param[Array] | None
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         names = [name for name in ("scale", "bias") if getattr(self, name) is not None]
         return {name: self.layout.parameter((self.num_features,), 0, mesh) for name in names}
 
@@ -51,9 +51,9 @@ class BatchNorm(_Affine, nnx.BatchNorm):
         if self.axis_name is not None:
             raise UserError("nn.BatchNorm: leave axis_name out; statistics are over the whole batch already")
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         running = spec([self.layout.channel_cut(self.num_features, mesh)])  # state, so never spread
-        return super().kept(mesh) | {"mean": running, "var": running}
+        return super().parameter_specs(mesh) | {"mean": running, "var": running}
 
     @placed
     def __call__(

@@ -15,7 +15,7 @@ from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
 from shardtrain.nn import conv, linear, norm, pool
 from shardtrain.nn.base import Partitioned, name
-from shardtrain.nn.contract import Contraction
+from shardtrain.nn.contraction import Contraction
 
 log = logging.getLogger(__name__)
 
@@ -75,64 +75,38 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
         else:
             _check_plain(path, module, mesh)
     _check_axes_used(found, layouts, mesh)
-    _say_what_stays_whole(model, found, default, mesh)
+    _log_undivided(found, mesh)
+    _check_parameters_spread(model, default, mesh)
     return dataclasses.replace(layouts[""], parameters=default.parameters)
 
 
-def _say_what_stays_whole(
-    model: nnx.Module, found: Mapping[str, nnx.Module], default: Layout, mesh: AnyMesh
-) -> None:
-    """Logs the layers that a cut leaves on every device, and refuses a spread that spreads nothing."""
-    whole = [
-        path
-        for path, module in found.items()
-        if isinstance(module, Contraction) and (cut := module.layout.cut("channels", mesh))
-        if not any(set(cut) & set(axes_of(entry)) for entry in module.kept(mesh)["kernel"])
-    ]
-    if whole:
-        log.warning(
-            "channels do not divide by channel=%d in %s: there every device computes all of them",
-            size(mesh, default.cut("channels", mesh)),
-            ", ".join(whole),
-        )
+def _log_undivided(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
+    """Logs what layouts ask to cut and layers keep whole on every device, once for all layers alike."""
+    layers: dict[str, list[str]] = {}
     for path, module in found.items():
-        if isinstance(module, linear.Embed):
-            cut, rows = module.layout.cut("channels", mesh), module.num_embeddings
-            if cut and rows % size(mesh, cut):
-                log.warning(
-                    "the %d rows of %r do not divide by %s=%d: each device keeps all of them",
-                    rows,
-                    path,
-                    "*".join(cut),
-                    size(mesh, cut),
-                )
-        if isinstance(module, Contraction) and module.pixel_dims:
-            for rows, dimension in zip(module.kernel.shape, module.spatial() or (), strict=False):
-                axes = module.layout.cut(dimension, mesh)
-                if axes and rows % size(mesh, axes):
-                    log.warning(
-                        "the filters of %r are those of %d rows of %s, which do not divide by %s=%d: each "
-                        "device keeps all of these rows",
-                        path,
-                        rows,
-                        dimension,
-                        "*".join(axes),
-                        size(mesh, axes),
-                    )
+        if isinstance(module, Partitioned):
+            for sentence in module.undivided(mesh):
+                layers.setdefault(sentence, []).append(path)
+    for sentence, paths in layers.items():
+        log.warning("%s", sentence.format(layers=", ".join(paths)))
+
+
+def _check_parameters_spread(model: nnx.Module, default: Layout, mesh: AnyMesh) -> None:
+    """Logs the parameters that `parameters` axes do not divide, and refuses a spread of nothing at all."""
     spread = set(default.cut("parameters", mesh))
     if not spread:
         return
     specs = parameter_spec(model, mesh, default)
     params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    kept = [name(p) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
-    if len(kept) == len(params):
+    whole = [name(p) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
+    if len(whole) == len(params):
         raise UserError(
             f"parameters={'*'.join(sorted(spread))}: no parameter has a dimension that divides by "
             f"{size(mesh, tuple(spread))}, so nothing would be spread; leave it out or use another size"
         )
-    if kept:
+    if whole:
         log.warning(
-            "not spread, since no dimension divides by %d: %s", size(mesh, tuple(spread)), ", ".join(kept)
+            "not spread, since no dimension divides by %d: %s", size(mesh, tuple(spread)), ", ".join(whole)
         )
 
 
@@ -202,7 +176,7 @@ def parameter_spec(model: nnx.Module, mesh: AnyMesh, default: Layout) -> dict[tu
     specs: dict[tuple, P] = {}
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Partitioned):
-            specs |= {(*path, name): kept for name, kept in module.kept(mesh).items()}
+            specs |= {(*path, name): spec for name, spec in module.parameter_specs(mesh).items()}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path not in specs:
             shape = jax.numpy.shape(variable.get_value())

@@ -1,6 +1,7 @@
-"""Partitioned operators: the numbers of one device on every mesh, every byte written out.
+"""Partitioned operators: they give the same numbers on every mesh, with their communication written out.
 
-Each takes global arrays, channels last, and works eagerly, under `jit`, and inside `jax.set_mesh(mesh)`.
+Each operator takes global arrays, channels last, and works eagerly and under `jit`: on one device without a
+mesh, and partitioned inside `with jax.set_mesh(mesh):`.
 """
 
 from shardtrain.ops.channels import ChannelPlan, channel_plan

@@ -9,28 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
-from shardtrain.ops.channels import ChannelMode, ChannelPlan, channel_plan, straddle
+from shardtrain.ops.channels import ChannelMode, ChannelPlan, Straddle, channel_plan, straddle
+from shardtrain.ops.contraction import ContractionPlan
 from shardtrain.ops.halo import block, exchange
 from shardtrain.ops.window import Window, check_fits
 
-CONTRACTION = "contraction"
-"""Name of convolution and linear outputs, for remat policies that keep them and recompute the rest."""
-
 
 @dataclass(frozen=True)
-class Config:
-    """What of a convolution is static: its windows, before they are cut."""
+class ConvSettings:
+    """The static arguments of a convolution, checked, with one entry for every spatial dimension."""
 
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -120,7 +117,7 @@ def conv(
         Dryden et al., Improving Strong-Scaling of CNN Training by Exploiting Finer-Grained Parallelism,
         IPDPS 2019; Channel and Filter Parallelism for Large-Scale CNN Training, SC 2019.
     """
-    config = configured(
+    settings = conv_settings(
         x,
         kernel,
         bias,
@@ -136,10 +133,10 @@ def conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return convolve(x, kernel, bias, config=config)
+    return convolve(x, kernel, bias, settings=settings)
 
 
-def configured(
+def conv_settings(
     x: Any,
     kernel: Any,
     bias: Any = None,
@@ -153,7 +150,7 @@ def configured(
     implementation: str | None = None,
     layout: Layout | None = None,
     **others: Any,
-) -> Config:
+) -> ConvSettings:
     """The arguments of `conv`, checked; of `x`, `kernel` and `bias` only shapes and types are looked at."""
     check("conv", x, kernel, bias, groups)
     rank = kernel.ndim - 2
@@ -167,7 +164,7 @@ def configured(
     if mode != "constant" and max(input_dilation, default=1) > 1:
         raise UserError(f"conv: padding={padding!r} with input_dilation; use conv_transpose for a ring")
     extents = kernels.window_sizes(x.shape[1:-1], input_dilation)
-    return Config(
+    return ConvSettings(
         strides,
         dilation,
         input_dilation,
@@ -211,114 +208,149 @@ def check(what: str, x: Any, kernel: Any, bias: Any, groups: int) -> None:
         raise UserError(f"{what}: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
-    """Any convolution as one island."""
-    layout, mesh = config.layout, active_mesh()
-    batch = layout.cut("batch", mesh)
-    windows = _windows(x, kernel, config, mesh)
-    pixels = (
-        math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
-        math.prod(w.block_out for w in windows),
-    )
-    channels = x.shape[-1], kernel.shape[-1]
-    plan = channel_plan(layout, mesh, channels, pixels, config.groups, config.channel_mode)
-    shards = size(mesh, plan.cut_out) if mesh is not None and config.groups > 1 else 1
-    local_groups = max(1, config.groups // shards)
-    spread = straddle(config.groups, shards, *channels) if plan.straddle else None
-    per_group = channels[1] // config.groups
-    sharing = None
-    if config.groups > 1 and plan.sharing > 1 and spread is None:
-        sharing = [list(range(i, i + plan.sharing)) for i in range(0, shards, plan.sharing)]
-    kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh)
-    kept_bias = island.at_rest(layout, kernel.shape[-1:], 0, mesh)
-    vary = (*batch, *(a for w in windows for a in w.axes))
+@functools.partial(jax.jit, static_argnames="settings")
+def convolve(x: Array, kernel: Array, bias: Array | None, settings: ConvSettings) -> Array:
+    """Any convolution, transposed ones included, as one island; `settings` have been checked."""
+    return _plan(x, kernel, settings)(x, kernel, bias)
 
-    space = [w.axes for w in windows]
-    cuts_in, cuts_out = [batch, *space, plan.cut_in], [batch, *space, plan.cut_out]
-    extents_out = (x.shape[0], *(w.extent_out for w in windows), kernel.shape[-1])
-    extents_in = x.shape
 
-    def reach(x: Array, windows: Sequence[Window]) -> Array:
-        """The rows that a device's outputs are computed from."""
+@dataclass(frozen=True)
+class ConvolutionPlan(ContractionPlan):
+    """One convolution on one mesh.
+
+    Attributes:
+        settings: of the convolution.
+        shards: devices among which the groups are divided, 1 without groups.
+        straddle: what devices compute where groups and shards of the channels do not line up, else None.
+        duals: windows of the convolution that gives the input's gradient, none where `jax.vjp` of the
+            forward pass is better; see `_duals`.
+    """
+
+    settings: ConvSettings
+    shards: int
+    straddle: Straddle | None
+    duals: tuple[Window, ...]
+
+    @property
+    def local_groups(self) -> int:
+        """Groups that one device computes: its share of them, or the one that it shares."""
+        return max(1, self.settings.groups // self.shards)
+
+    @property
+    def teams(self) -> list[list[int]] | None:
+        """The devices that share a group and gather its channels; None for all devices of the axes."""
+        n = self.channels.sharing
+        if self.settings.groups == 1 or n == 1 or self.straddle is not None:
+            return None
+        return [list(range(first, first + n)) for first in range(0, self.shards, n)]
+
+    def contract(self, x: Array, kernel: Array) -> Array:
+        if self.duals:
+            return contract_dually(self, *compat.match_varying(x, kernel))
+        x = self.gather_inputs(x)
+        y = self.product(x, kernel) if self.straddle is None else self._straddling(self.straddle, x, kernel)
+        return self.channels.summed(y)
+
+    def gather_inputs(self, x: Array) -> Array:
+        """The pixels and channels that this device's outputs are computed from."""
+        return self.channels.gathered(self.with_halos(x, self.windows), self.teams)
+
+    def with_halos(self, x: Array, windows: Sequence[Window]) -> Array:
+        """This device's block with the rows that its outputs need of other devices' blocks."""
         for dim, window in enumerate(windows, start=1):
             if _pads(window):
                 continue
-            x = exchange(x, dim, window, grouped=island.grouped(mesh))
+            x = exchange(x, dim, window, grouped=island.grouped(self.mesh))
             if window.dilation > 1 and len(set(window.phases)) > 1:
                 x = _dilated(x, dim, window)
             elif window.size == 1 and window.stride > 1:  # move only the rows that are used
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim)
         return x
 
-    product = functools.partial(
-        kernels.conv,
-        algorithm=config.algorithm,
-        implementation=config.implementation,
-        dilation=config.dilation,
-        groups=local_groups if spread is None else spread.groups,
-        precision=config.precision,
-        preferred_element_type=config.preferred_element_type,
+    def product(
+        self, x: Array, kernel: Array, windows: Sequence[Window] | None = None, groups: int | None = None
+    ) -> Array:
+        """What a device computes of its gathered inputs, with its own windows and groups by default."""
+        return kernels.conv(
+            x,
+            kernel,
+            **_steps(self.windows if windows is None else windows),
+            algorithm=self.settings.algorithm,
+            implementation=self.settings.implementation,
+            dilation=self.settings.dilation,
+            groups=self.local_groups if groups is None else groups,
+            precision=self.settings.precision,
+            preferred_element_type=self.settings.preferred_element_type,
+        )
+
+    def _straddling(self, straddle: Straddle, x: Array, kernel: Array) -> Array:
+        """Whole groups from gathered inputs, of which this device keeps its own output channels."""
+        axes, outputs = self.channels.cut_out, self.kernel_shape[-1]
+        x = block(x, x.ndim - 1, straddle.inputs, straddle.groups * kernel.shape[-2], axes)
+        room = straddle.groups * (outputs // self.settings.groups)
+        kernel = _among(kernel, straddle.outputs, room, axes)
+        y = self.product(x, kernel, groups=straddle.groups)
+        return block(y, y.ndim - 1, straddle.outputs, outputs // self.shards, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract_dually(plan: ConvolutionPlan, x: Array, kernel: Array) -> Array:
+    """`ConvolutionPlan.contract` whose input gradient is a convolution with the plan's `duals`."""
+    return _forward(plan, x, kernel)[0]
+
+
+def _forward(plan: ConvolutionPlan, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = plan.gather_inputs(x)
+    return plan.product(x, kernel), (x, kernel)
+
+
+def _backward(plan: ConvolutionPlan, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    (dkernel,) = jax.vjp(functools.partial(plan.product, x), kernel)[1](dy)
+    mirrored = kernels.transposed(kernel, plan.local_groups)
+    dx = plan.product(plan.with_halos(dy, plan.duals), mirrored, plan.duals)
+    return plan.channels.scattered(dx), dkernel
+
+
+contract_dually.defvjp(_forward, _backward)
+
+
+def _plan(x: Array, kernel: Array, settings: ConvSettings) -> ConvolutionPlan:
+    """Decides what every device does, from shapes, settings and the active mesh alone."""
+    layout, mesh, groups = settings.layout, active_mesh(), settings.groups
+    windows = _windows(x, kernel, settings, mesh)
+    pixels = (
+        math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
+        math.prod(w.block_out for w in windows),
     )
-    duals = _duals(windows, config, plan, channels)
-
-    def contract(x: Array, kernel: Array) -> Array:
-        x = plan.gathered(reach(x, windows), sharing)
-        if spread is not None:
-            x = block(x, x.ndim - 1, spread.inputs, spread.groups * kernel.shape[-2], plan.cut_out)
-            kernel = _among(kernel, spread.outputs, spread.groups * per_group, plan.cut_out)
-        y = product(x, kernel, **_steps(windows))
-        if spread is not None:
-            y = block(y, y.ndim - 1, spread.outputs, channels[1] // shards, plan.cut_out)
-        return plan.summed(y)
-
-    @jax.custom_vjp
-    def contract_dually(x: Array, kernel: Array) -> Array:
-        return forward(x, kernel)[0]
-
-    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-        x = plan.gathered(reach(x, windows), sharing)
-        return product(x, kernel, **_steps(windows)), (x, kernel)
-
-    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        x, kernel = saved
-        (dkernel,) = jax.vjp(lambda kernel: product(x, kernel, **_steps(windows)), kernel)[1](dy)
-        back = kernels.transposed(kernel, local_groups)
-        return plan.scattered(product(reach(dy, duals), back, **_steps(duals))), dkernel
-
-    contract_dually.defvjp(forward, backward)
-
-    def local(x: Array, kernel: Array, bias: Array | None) -> Array:
-        x = island.mask_padding(x, extents_in, cuts_in, mesh)
-        kernel = island.gather(kernel, kept, layout, vary)
-        y = contract_dually(*compat.match_varying(x, kernel)) if duals else contract(x, kernel)
-        y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
-        return island.mask_padding(y, extents_out, cuts_out, mesh)
-
-    if mesh is None:
-        return checkpoint_name(local(x, kernel, bias), CONTRACTION)
-    y = island.run(
-        local,
+    channels = x.shape[-1], kernel.shape[-1]
+    moves = channel_plan(layout, mesh, channels, pixels, groups, settings.channel_mode)
+    shards = size(mesh, moves.cut_out) if mesh is not None and groups > 1 else 1
+    return ConvolutionPlan(
+        layout,
         mesh,
-        (spec(cuts_in), kept, None if bias is None else kept_bias),
-        spec(cuts_out),
-        island.fill_up(x, cuts_in, mesh),
-        kernel,
-        bias,
+        windows,
+        moves,
+        shape=x.shape,
+        kernel_shape=kernel.shape,
+        pixel_dims=0,
+        settings=settings,
+        shards=shards,
+        straddle=straddle(groups, shards, *channels) if moves.straddle else None,
+        duals=tuple(_duals(windows, settings, moves, channels)),
     )
-    return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
 
 
 def _duals(
-    windows: Sequence[Window], config: Config, plan: ChannelPlan, channels: tuple[int, int]
+    windows: Sequence[Window], settings: ConvSettings, plan: ChannelPlan, channels: tuple[int, int]
 ) -> list[Window]:
     """The windows with which the input's gradient is a convolution of the output's, none where that is worse.
 
     Halos of the output's gradient then travel, and every device computes its own rows. Otherwise it computes
     those of its neighbours' too that its halos held, and sends them back.
     """
-    simple = config.padding_mode == "constant" and config.preferred_element_type is None
-    if not simple or plan.straddle or plan.mode == "scatter" or (config.groups > 1 and plan.sharing > 1):
+    simple = settings.padding_mode == "constant" and settings.preferred_element_type is None
+    if not simple or plan.straddle or plan.mode == "scatter" or (settings.groups > 1 and plan.sharing > 1):
         return []
     duals = []
     for w in windows:
@@ -347,25 +379,25 @@ def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) ->
     return lax.dynamic_update_slice_in_dim(room, kernel, start, kernel.ndim - 1)
 
 
-def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> list[Window]:
+def _windows(x: Array, kernel: Array, settings: ConvSettings, mesh: AnyMesh | None) -> tuple[Window, ...]:
     """The window of every spatial dimension, cut as the layout says."""
     found = []
     for dim, name in enumerate(spatial_names(x.ndim - 2)):
-        span = kernels.window_sizes(kernel.shape[:-2], config.dilation)[dim]
-        axes = config.layout.cut(name, mesh)
+        span = kernels.window_sizes(kernel.shape[:-2], settings.dilation)[dim]
+        axes = settings.layout.cut(name, mesh)
         window = Window(
             x.shape[dim + 1],
             span,
-            config.strides[dim],
-            config.pads[dim],
+            settings.strides[dim],
+            settings.pads[dim],
             size(mesh, axes) if mesh is not None else 1,
             axes,
-            config.input_dilation[dim],
-            config.padding_mode,
+            settings.input_dilation[dim],
+            settings.padding_mode,
         )
         check_fits(window, name)
         found.append(window)
-    return found
+    return tuple(found)
 
 
 def _pads(window: Window) -> bool:

@@ -16,7 +16,7 @@ from rich.table import Table
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.ops.conv import configured, convolve
+from shardtrain.ops.conv import conv_settings, convolve
 
 load_conv_table = kernels.load
 
@@ -133,8 +133,8 @@ def explain_conv(
 
     if not jnp.issubdtype(given[0].dtype, jnp.floating):
         raise UserError(f"explain_conv: {given[0].dtype} is always computed by 'direct'; there is no choice")
-    config = configured(*given, **arguments)
-    traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, config=config)
+    settings = conv_settings(*given, **arguments)
+    traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, settings=settings)
 
     def both(x: Array, kernel: Array) -> Any:
         y, pull = jax.vjp(traced_anew, x, kernel)

@@ -2,16 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 
@@ -256,50 +256,116 @@ def _by_example(
     epsilon: float,
     layout: Layout,
 ) -> Array:
-    """Statistics of each example over groups of channels, and over all pixels if `pixels`."""
-    mesh, extents = active_mesh(), x.shape
-    space = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
-    channels = layout.channel_cut(extents[-1], mesh)
-    cut = [layout.cut("batch", mesh), *space, channels]
-    across = tuple(a for axes in space for a in axes)
-    vary = (*cut[0], *across)
-    kept = island.at_rest(layout, extents[-1:], 0, mesh)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    mesh = active_mesh()
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-    count = extents[-1] // groups * (math.prod(extents[1:-1]) if pixels else 1)
+    plan = _ExampleNorm(layout, mesh, x.shape, groups, pixels, epsilon, out_dtype)
+    if mesh is None:
+        return plan.on_device(x, scale, bias)
+    cut, stored = spec(plan.cuts), plan.affine_spec
+    specs = (cut, None if scale is None else stored, None if bias is None else stored)
+    y = island.run(plan.on_device, mesh, specs, cut, island.fill_up(x, plan.cuts, mesh), scale, bias)
+    return island.crop_to(y, x.shape)
 
-    mine = extents[-1] // (size(mesh, channels) if mesh is not None else 1)
-    per_group = extents[-1] // groups
-    whole = mine % per_group == 0  # a group's channels are all on one device
-    over = (*(across if pixels else ()), *(() if whole else channels))
 
-    def to_groups(sums: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """Sums of this device's channels as those of its groups, and the way back."""
-        if whole:
-            grouped = sums.reshape(*sums.shape[:-1], mine // per_group, per_group).sum(-1)
-            return grouped, lambda s: jnp.repeat(s, per_group, axis=-1)
-        first = lax.axis_index(channels) * mine
-        member = (first + jnp.arange(mine))[:, None] // per_group == jnp.arange(groups)
-        member = member.astype(sums.dtype)
-        return sums @ member, lambda s: s @ member.T
+@dataclass(frozen=True)
+class _ExampleNorm:
+    """Normalization of each example over groups of channels, on one mesh.
 
-    def local(x: Array, scale: Array | None, bias: Array | None) -> Array:
-        wide = island.mask_padding(x, extents, cut, mesh).astype(dtype)
-        sums = jnp.stack([wide, wide**2])
-        if pixels and x.ndim > 2:
-            sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
-        sums, to_channels = to_groups(sums)
-        if over:  # varying again at once, so that the gradient is summed by groups, not by channels
-            sums = lax.pcast(lax.psum(sums, over), over, to="varying")
-        mean, square = to_channels(sums) / count
-        inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + epsilon)
-        scale, bias = (None if p is None else island.gather(p, kept, layout, vary) for p in (scale, bias))
+    Attributes:
+        layout, mesh: what cuts the input.
+        shape: of the global input.
+        groups: of channels.
+        pixels: whether the statistics are over all pixels, or of each pixel.
+        epsilon: added to the variance.
+        out_dtype: of the output; statistics are in at least float32.
+    """
+
+    layout: Layout
+    mesh: AnyMesh | None
+    shape: tuple[int, ...]
+    groups: int
+    pixels: bool
+    epsilon: float
+    out_dtype: jnp.dtype
+
+    @property
+    def space(self) -> list[Axes]:
+        """Axes that cut every spatial dimension."""
+        return [self.layout.cut(name, self.mesh) for name in spatial_names(len(self.shape) - 2)]
+
+    @property
+    def channels(self) -> Axes:
+        """Axes that cut the channels."""
+        return self.layout.channel_cut(self.shape[-1], self.mesh)
+
+    @property
+    def cuts(self) -> list[Axes]:
+        """Axes that cut every dimension of input and output."""
+        return [self.layout.cut("batch", self.mesh), *self.space, self.channels]
+
+    @property
+    def affine_spec(self) -> P:
+        """How scale and bias are stored."""
+        return island.at_rest(self.layout, self.shape[-1:], 0, self.mesh)
+
+    @property
+    def local_channels(self) -> int:
+        """Channels of one device."""
+        return self.shape[-1] // (size(self.mesh, self.channels) if self.mesh is not None else 1)
+
+    @property
+    def per_group(self) -> int:
+        """Channels of one group."""
+        return self.shape[-1] // self.groups
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether all channels of a group are on one device."""
+        return self.local_channels % self.per_group == 0
+
+    def on_device(self, x: Array, scale: Array | None, bias: Array | None) -> Array:
+        """One device's block of the output."""
+        wide = island.mask_padding(x, self.shape, self.cuts, self.mesh)
+        wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, square = self._moments(wide)
+        inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + self.epsilon)
+        scale, bias = (None if p is None else self._gather(p) for p in (scale, bias))
         y = (wide - mean) * (inverse if scale is None else inverse * scale)
         y = y if bias is None else y + bias
-        return island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
+        return island.mask_padding(y, self.shape, self.cuts, self.mesh).astype(self.out_dtype)
 
-    if mesh is None:
-        return local(x, scale, bias)
-    where = (spec(cut), None if scale is None else kept, None if bias is None else kept)
-    y = island.run(local, mesh, where, spec(cut), island.fill_up(x, cut, mesh), scale, bias)
-    return island.crop_to(y, extents)
+    def _gather(self, parameter: Array) -> Array:
+        varying = tuple(axis for axes in self.cuts[:-1] for axis in axes)
+        return island.gather(parameter, self.affine_spec, self.layout, varying)
+
+    def _moments(self, x: Array) -> tuple[Array, Array]:
+        """Mean and mean square of the group of every channel of this device."""
+        sums = jnp.stack([x, x**2])
+        if self.pixels and x.ndim > 2:
+            sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
+        count = self.per_group * (math.prod(self.shape[1:-1]) if self.pixels else 1)
+        if self.whole_groups:
+            mine = self.local_channels // self.per_group
+            sums = self._over_devices(sums.reshape(*sums.shape[:-1], mine, self.per_group).sum(-1))
+            sums = jnp.repeat(sums, self.per_group, axis=-1)
+        else:
+            member = self._membership(sums.dtype)
+            sums = self._over_devices(sums @ member) @ member.T
+        mean, square = sums / count
+        return mean, square
+
+    def _membership(self, dtype: jnp.dtype) -> Array:
+        """`(channels, groups)`: 1 where this device's channel belongs to the group."""
+        first = lax.axis_index(self.channels) * self.local_channels
+        channels = (first + jnp.arange(self.local_channels))[:, None]
+        return (channels // self.per_group == jnp.arange(self.groups)).astype(dtype)
+
+    def _over_devices(self, sums: Array) -> Array:
+        """Sums over all devices that share a group and, if the statistics are over pixels, an example.
+
+        The result counts as varying over those axes at once, so that the gradient is summed for each group
+        and not for each channel.
+        """
+        across = tuple(axis for axes in self.space for axis in axes) if self.pixels else ()
+        axes = (*across, *(() if self.whole_groups else self.channels))
+        return lax.pcast(lax.psum(sums, axes), axes, to="varying") if axes else sums

@@ -11,7 +11,7 @@ from shardtrain.kernels import conv as kernels
 from shardtrain.layout import Layout, chosen
 from shardtrain.ops.arguments import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 from shardtrain.ops.channels import ChannelMode
-from shardtrain.ops.conv import Config, check, convolve
+from shardtrain.ops.conv import ConvSettings, check, convolve
 
 
 def conv_transpose(
@@ -78,7 +78,7 @@ def conv_transpose(
     pads = transposed_pads(padding, sizes, strides, transpose_kernel)
     mode = mode_of(padding)
     check_repeats(mode, [n * s for n, s in zip(x.shape[1:-1], strides, strict=True)], pads)
-    config = Config(
+    settings = ConvSettings(
         (1,) * rank,
         dilation,
         strides,
@@ -90,7 +90,7 @@ def conv_transpose(
         precision,
         preferred_element_type,
     )
-    return convolve(x, kernel, bias, config=config)
+    return convolve(x, kernel, bias, settings=settings)
 
 
 def torch_padding(

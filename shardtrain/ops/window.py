@@ -8,7 +8,7 @@ owns `[i*block_in, (i+1)*block_in)`; the rest are halos, from as many neighbours
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -36,58 +36,74 @@ class Round(NamedTuple):
     senders: tuple[int, ...]  # for every receiver; itself, where nothing comes
 
 
+class Stretch(NamedTuple):
+    """Neighbouring rows that one shard takes from another one's block, or from its own."""
+
+    owner: int
+    receiver: int
+    first: int  # row of the owner's block
+
+
 def reroute(wanted: Sequence[Sequence[tuple[int, int]]], block: int) -> tuple[tuple[Round, ...], np.ndarray]:
-    """How every shard gets the rows that it wants, whoever has them.
+    """The permutes by which every shard gets the rows that it wants, whichever shards own them.
 
     Args:
         wanted: for every shard, the owner and the place in the owner's block of each row.
         block: rows of a block.
 
     Returns:
-        Rounds of permutes, as few as rows in one stretch allow; and for every shard its rows as places in
-        its own block and, behind it, what came in each round.
+        Rounds of permutes, as few as one stretch for each sender and receiver in a round allows; and for
+        every shard its rows as places in its own block followed by what it received in each round.
     """
-    n = len(wanted)
-    stretches: dict[tuple[int, int, int], int] = {}  # owner, receiver, first row: rows
-    homes: list[list[tuple[int, int, int]]] = [[] for _ in wanted]
-    for i, rows in enumerate(wanted):
-        for place, (owner, row) in enumerate(rows):
-            key = (owner, i, row)
-            if place and homes[i]:
-                last = homes[i][-1]
-                if last[0] == owner and last[2] + stretches.get(last, 0) == row:
-                    key = last
-            if owner != i:
-                stretches[key] = max(stretches.get(key, 0), row - key[2] + 1)
-            homes[i].append(key)
-    rounds: list[dict[int, tuple[int, int, int]]] = []  # of each: stretches by receiver
-    # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
-    order = sorted(stretches, key=lambda key: (-stretches[key], (key[1] - key[0]) % n, key))
-    for key in order:
-        free = (r for r in rounds if key[1] not in r and all(other[0] != key[0] for other in r.values()))
-        found = next(free, None)
-        if found is None:
-            rounds.append(found := {})
-        found[key[1]] = key
-    done, places, base = [], dict[tuple[int, int, int], int](), block
-    for taken in rounds:
-        count = max(stretches[key] for key in taken.values())
-        starts, senders = [0] * n, list(range(n))
-        for receiver, key in taken.items():
-            starts[key[0]], senders[receiver] = min(key[2], block - count), key[0]
-            places[key] = base + key[2] - starts[key[0]]
-        done.append(Round(count, tuple(starts), tuple(senders)))
-        base += count
-    table = np.array(
+    found = [_stretches(receiver, rows) for receiver, rows in enumerate(wanted)]
+    lengths = {s: n for _, rows_of in found for s, n in rows_of.items() if s.owner != s.receiver}
+    rounds, places, base = [], dict[Stretch, int](), block
+    for sent in _in_rounds(lengths, len(wanted)):
+        rows = max(lengths[stretch] for stretch in sent.values())
+        starts, senders = [0] * len(wanted), list(range(len(wanted)))
+        for receiver, stretch in sent.items():
+            # Everyone sends as many rows as the longest stretch has, which must lie inside the block.
+            starts[stretch.owner] = min(stretch.first, block - rows)
+            senders[receiver] = stretch.owner
+            places[stretch] = base + stretch.first - starts[stretch.owner]
+        rounds.append(Round(rows, tuple(starts), tuple(senders)))
+        base += rows
+    table = [
         [
-            [
-                row if owner == i else places[key] + row - key[2]
-                for (owner, row), key in zip(wanted[i], homes[i], strict=True)
-            ]
-            for i in range(n)
+            row if owner == receiver else places[stretch] + row - stretch.first
+            for (owner, row), stretch in zip(rows_of, found[receiver][0], strict=True)
         ]
-    )
-    return tuple(done), table
+        for receiver, rows_of in enumerate(wanted)
+    ]
+    return tuple(rounds), np.array(table)
+
+
+def _stretches(receiver: int, wanted: Sequence[tuple[int, int]]) -> tuple[list[Stretch], dict[Stretch, int]]:
+    """The stretch of every row that a shard wants, each as long as rows follow one another; their rows."""
+    found: list[Stretch] = []
+    rows: dict[Stretch, int] = {}
+    for owner, row in wanted:
+        stretch = Stretch(owner, receiver, row)
+        if found and found[-1].owner == owner and found[-1].first + rows[found[-1]] == row:
+            stretch = found[-1]
+        rows[stretch] = max(rows.get(stretch, 0), row - stretch.first + 1)
+        found.append(stretch)
+    return found, rows
+
+
+def _in_rounds(lengths: Mapping[Stretch, int], shards: int) -> list[dict[int, Stretch]]:
+    """Stretches dealt out to rounds, by receiver: in a round each shard sends one and receives one."""
+    rounds: list[dict[int, Stretch]] = []
+    # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
+    order = sorted(lengths, key=lambda s: (-lengths[s], (s.receiver - s.owner) % shards, s))
+    for stretch in order:
+        for sent in rounds:
+            if stretch.receiver not in sent and all(s.owner != stretch.owner for s in sent.values()):
+                sent[stretch.receiver] = stretch
+                break
+        else:
+            rounds.append({stretch.receiver: stretch})
+    return rounds
 
 
 class Reach(ABC):

@@ -20,7 +20,7 @@ from shardtrain.metrics import Metric, per_example
 from shardtrain.nn.examples import examples
 from shardtrain.nn.transitions import resharded
 from shardtrain.nn.variables import Variables
-from shardtrain.ops.conv import CONTRACTION
+from shardtrain.ops.contraction import CONTRACTION
 from shardtrain.pipeline.runtime.divergence import refuse_divergent
 from shardtrain.train import check
 from shardtrain.train.batch import Batch

@@ -221,7 +221,10 @@ def test_filters_that_cannot_be_cut_are_said(caplog):
     mesh = make_mesh("height=2,width=4")
     layer = nn.LocallyConnected(1, 4, (7, 8), 3, rngs=nnx.Rngs(0))
     nn.assign(layer, mesh, Layout(), {})
-    assert layer.kept(mesh) == {"kernel": P(None, "width", None, None), "bias": P(None, "width", None)}
+    assert layer.parameter_specs(mesh) == {
+        "kernel": P(None, "width", None, None),
+        "bias": P(None, "width", None),
+    }
     (said,) = (r.getMessage() for r in caplog.records if "filters" in r.getMessage())
     assert "7 rows of height, which do not divide by height=2: each device keeps all" in said
 

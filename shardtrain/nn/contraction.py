@@ -5,7 +5,7 @@ the call goes through `shardtrain.ops`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from shardtrain import ops
-from shardtrain.layout import AnyMesh, active_mesh
+from shardtrain.layout import AnyMesh, active_mesh, axes_of
+from shardtrain.mesh import size
 from shardtrain.nn.base import Partitioned
 from shardtrain.ops.channels import ChannelMode
 
@@ -58,14 +59,24 @@ class Contraction(Partitioned):
     def channel_mode(self) -> ChannelMode:
         return self.channel_plan(active_mesh()).mode
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         shape = self.kernel.shape
-        cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
-        kept = {"kernel": self.layout.parameter(shape, cut, mesh, self.pixel_dims)}
+        kernel_dim = self.channel_plan(mesh).kernel_dim
+        specs = {"kernel": self.layout.parameter(shape, kernel_dim, mesh, self.pixel_dims)}
         if self.use_bias:
             shape = (*shape[: self.pixel_dims], self.out_features)
-            kept["bias"] = self.layout.parameter(shape, -1, mesh, self.pixel_dims)
-        return kept
+            specs["bias"] = self.layout.parameter(shape, -1, mesh, self.pixel_dims)
+        return specs
+
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        axes = self.layout.cut("channels", mesh)
+        if axes and not any(
+            set(axes) & set(axes_of(entry)) for entry in self.parameter_specs(mesh)["kernel"]
+        ):
+            yield (
+                f"channels do not divide by {'*'.join(axes)}={size(mesh, axes)} in {{layers}}: there every "
+                f"device computes all of them"
+            )
 
     def channels(self) -> tuple[int, ...]:
         return (self.in_features, self.out_features)
