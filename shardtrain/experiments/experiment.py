@@ -77,6 +77,7 @@ class Experiment:
             loss=task.loss,
             objective=task.objective,
             metrics=task.metrics,
+            dimensions=task.dimensions,
             unit=task.unit,
             layout=task.layout,
             parameters=config.parameters if config.parameters in self.mesh.shape else (),

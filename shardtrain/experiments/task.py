@@ -49,7 +49,7 @@ class Task:
         train: the training batches.
         test: the test batches, those rows of each that this process evaluates.
         validation: as `test`, batches to evaluate on during training; None where the task has none.
-        loss, objective, metrics, unit: as `Trainer` takes them.
+        loss, objective, metrics, dimensions, unit: as `Trainer` takes them.
         score: the metric that the run is judged by.
         layout: layouts that differ from the default, as `Trainer` takes them.
         trainer: more arguments of `Trainer`.
@@ -65,6 +65,7 @@ class Task:
     loss: PerExample | None = None
     objective: Objective | None = None
     metrics: Mapping[str, Metric | PerExample] | None = None
+    dimensions: Any = None
     unit: str = "images"
     score: str = "accuracy"
     layout: LayoutTable | None = None

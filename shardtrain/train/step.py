@@ -173,7 +173,7 @@ class Program:
     def row(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """Means and finished metrics from the sums that `train_step` and `eval_step` return, on the host."""
         examples = max(float(sums["examples"]), 1)
-        row = {"loss": float(sums["loss"]) / examples}
+        row: dict[str, Any] = {"loss": float(sums["loss"]) / examples}
         for name, total in sums["metrics"].items():
             value = self.metrics.get(name, MEAN).finish(total)
             row[name] = float(value) if np.ndim(value) == 0 else value

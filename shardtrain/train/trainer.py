@@ -30,6 +30,7 @@ from shardtrain.nn.variables import Variables
 from shardtrain.train import check, losses
 from shardtrain.train.batch import (
     Batch,
+    InputDimensions,
     batch_shapes,
     fetch,
     global_batch_size,
@@ -42,7 +43,7 @@ from shardtrain.train.batch import (
 )
 from shardtrain.train.callbacks.base import Callback
 from shardtrain.train.callbacks.terminal import Terminal
-from shardtrain.train.extra import POSITION, copies, on_devices, with_copies
+from shardtrain.train.extra import POSITION, Extra, copies, on_devices, refuse_extra, with_copies
 from shardtrain.train.initial import initial_state, state_specs
 from shardtrain.train.loop import Loop
 from shardtrain.train.objective import Measured, Objective, refuse_names
@@ -72,6 +73,9 @@ class Trainer:
             evaluation (`context.train`), see `shardtrain.train.objective.Context`.
         metrics: by name, metrics from `shardtrain.metrics` or functions as `loss` is one; the accuracy by
             default where the loss is `cross_entropy`.
+        dimensions: what the dimensions of the inputs are, such as `"batch time features"`, or a tree of such
+            strings for several inputs; see `shardtrain.layout.Dimensions`. By default inputs of 3 to 5
+            dimensions are images, `(batch, *spatial, channels)`, and of others only the batch is cut.
         unit: what an example is called in the rows, as in `images_per_second`.
         layout: patterns on layer paths to layouts that differ from the default, see `Layout`; `""` is the
             model's input.
@@ -117,6 +121,7 @@ class Trainer:
         loss: PerExample | None = None,
         objective: Objective | None = None,
         metrics: Mapping[str, Metric | PerExample] | None = None,
+        dimensions: Any = None,
         unit: str = "images",
         layout: partition.LayoutTable | None = None,
         parameters: str | Axes = (),
@@ -162,7 +167,8 @@ class Trainer:
         self.pipeline: Pipelined | None = None
         check.refuse_model(model, accumulate, statistics)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
-        self._batch_only = not any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
+        partitioned = any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
+        self._dimensions = InputDimensions.parse(dimensions, pixels=partitioned)
         self._batch_size: int | None = None
         self._steps: dict[Any, Any] = {}
         self._specs = state_specs(model, self._variables, optimizer, self._extra, self.mesh, self.layout)
@@ -300,14 +306,14 @@ class Trainer:
         rows = rows_of(inputs)
         if rows % (self._shards() * self.accumulate):
             raise indivisible(rows, rows, self.mesh, self._shards(), self.accumulate)
-        batch = batch_shapes(inputs, targets, self.mesh, self._rows, batch_only=self._batch_only)
+        batch = batch_shapes(inputs, targets, self.mesh, self._rows, self._dimensions)
         return with_limit(batch, None, self.mesh) if self.skips_bad else batch
 
     def _shards(self) -> int:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
-        return place_batch(inputs, targets, batch_size, self.mesh, self._rows, batch_only=self._batch_only)
+        return place_batch(inputs, targets, batch_size, self.mesh, self._rows, self._dimensions)
 
     def prepare(self, inputs: Any, targets: Any) -> Any:
         """Compiles the training step for batches of this size, before any step is made.
