@@ -110,7 +110,7 @@ class Checkpoints:
         """Begins to save a state: when this returns, its arrays may be changed, and files are being written.
 
         It waits for the save before, if that is still going on. Checkpoints that are newer than the one the
-        run was taken up from (damaged, or of another way to go on) are moved into `at_low_priority/`.
+        run was taken up from (damaged, or of another way to go on) are moved into `aside/`.
 
         Args:
             step: that it is of. What was saved already is not saved again.
@@ -288,7 +288,7 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for other in (s for s in self._here() if s >= since):
                     self._set_aside(other)
-            meet("checkpoints are set at_low_priority")
+            meet("checkpoints are set aside")
             self._read_scores()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
@@ -301,7 +301,7 @@ class Checkpoints:
         return self._manager
 
     def _set_aside(self, step: int) -> None:
-        place = self.folder / "at_low_priority"
+        place = self.folder / "aside"
         place.mkdir(exist_ok=True)
         taken = {f.name for f in place.iterdir()}
         name = next(n for k in range(len(taken) + 1) if (n := f"{step}-{k}" if k else str(step)) not in taken)
