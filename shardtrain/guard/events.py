@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain import compat
+from shardtrain.guard import protocol
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Events:
             level: of `logging`.
             facts: more entries of the line in the file.
         """
-        log.log(level, "step %d: %s: %s", step, event, message)
+        log.log(level, "%s", protocol.line(step, event, message))
         if self.folder is None:
             return
         row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "rank": compat.process_rank()}

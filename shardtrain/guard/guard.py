@@ -9,6 +9,7 @@ from typing import Any
 
 from shardtrain import compat
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
 from shardtrain.guard.health import Health, OnNan, Row
 from shardtrain.guard.peers import MissingError, Peers
@@ -148,7 +149,7 @@ class Guard:
         self.events.folder = self.folder
         self._stop.start(done)
         facts = {"steps": steps, "mesh": dict(mesh)}
-        self.say("resume" if done else "start", done, f"{done} of {steps} steps are done", **facts)
+        self.say("resume" if done else "start", done, protocol.steps_done(done, steps), **facts)
 
     def stops_before(self, step: int) -> bool:
         """Whether the run was told to stop before this step."""

@@ -5,7 +5,6 @@ import faulthandler
 import json
 import logging
 import os
-import re
 import select
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from shardtrain import compat, errors
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
 from shardtrain.guard.peers import Beats, MissingError, Peers, named
 from shardtrain.guard.profile import Clock, Progress
@@ -45,12 +45,6 @@ LINGER = 10.0
 
 LAST_WORD = 2.0
 """Seconds that others take to say that they go: the coordinator may be what does not answer."""
-
-FOLLOWS = re.compile(r": exit: rank (\d+) (?:failed|gave up|saw no progress)")
-"""In the last line of a process that leaves because another one said that it does: which one that is."""
-
-BEGUN = re.compile(r"rank \d+ step \d+: (?:start|resume): \d+ of \d+ steps are done")
-"""What process 0 says when training begins: whatever flags can get wrong was refused before."""
 
 
 class Watch:
@@ -179,14 +173,14 @@ class Watch:
         self.events("preempted", self.progress.step, f"{self.why}; stopping after step {last}")
 
     def _hang(self, what: str, age: float) -> None:
-        message = f"no progress for {age:.0f} s in {what!r}"
+        message = protocol.no_progress(age, what)
         self.events("watchdog", self.progress.step, f"{message}; stacks follow", level=logging.ERROR)
         self._dump()
         found: list[str] = []
 
         def look(beats: Beats) -> None:
             found.append(str(beats.survey(self.progress.step, what, 2.5 * PERIOD)))
-            self._notice("hung", f"rank {compat.process_rank()} saw {message}; {found[0]}")
+            self._notice("hung", protocol.saw_no_progress(compat.process_rank(), f"{message}; {found[0]}"))
 
         if self.beats is not None:  # in a thread of its own: the coordinator may be what hangs
             _thread(look, self.beats).join(timeout=5 * PERIOD)
@@ -225,8 +219,8 @@ class Watch:
             return
         if kind == "hung":
             self._dump()
-        verb = {"failed": f"rank {rank} failed: ", "lost": f"rank {rank} gave up: "}.get(kind, "")
-        self.leave(notice["code"], verb + text)
+        sentence = {"failed": protocol.failed, "lost": protocol.gave_up}.get(kind)
+        self.leave(notice["code"], sentence(rank, text) if sentence else text)
 
     def _lose(self, ranks: list[int]) -> None:
         if not ranks:
