@@ -28,7 +28,7 @@ from shardtrain.mesh import parse, size
 MODELS = ("resnet8", "resnet18", "resnet34", "lenet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, in which stages, and where to write it."""
 

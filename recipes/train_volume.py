@@ -40,7 +40,7 @@ MEMORY_MESHES = ("data=1", "depth=2", "depth=2,height=2", "depth=4,height=2")
 COLORS = ("black", "tab:orange", "white")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, on what boxes, and where to write it."""
 

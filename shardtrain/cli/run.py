@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
+from shardtrain import data
 from shardtrain.checkpoint import Checkpoints
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
@@ -38,10 +39,20 @@ from shardtrain.train.callbacks import BestCheckpoint, JsonLines, TensorBoard
 from shardtrain.train.callbacks.files import read_rows, write_whole, writing
 from shardtrain.versions import revision
 
+Validation = Callable[[range], Iterable[tuple[Any, Any]]] | None
+
 
 def kinds(flags: RunFlags) -> dict[str, Any]:
     """The arguments that every model takes: `param_dtype` and `rngs`."""
     return {"param_dtype": jnp.float64 if flags.x64 else jnp.float32, "rngs": nnx.Rngs(flags.seed)}
+
+
+def with_validation(flags: RunFlags, arrays: data.Arrays) -> tuple[data.Arrays, Validation]:
+    """The images to train on, and the batches to validate with where --validate-every asks for them."""
+    if flags.validate_every is None:
+        return arrays, None
+    train, held_out = data.hold_out(arrays, seed=flags.seed)
+    return train, lambda rows: data.eval_batches(held_out, flags.batch_size, rows=rows)
 
 
 def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
@@ -71,6 +82,8 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     own = own_checkpoints(flags, out)
     source = resume_from(flags, own)
     task = make_task(flags)
+    if flags.validate_every is not None and task.validation is None:
+        raise UserError("--validate-every: this recipe has no validation examples; leave it out")
     if flags.best:
         one_of("best", flags.best, ["loss", *task.measured(), *validated(flags, task)], "no such metric")
     experiment = Experiment(task, flags, mesh)

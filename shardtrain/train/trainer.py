@@ -43,7 +43,7 @@ from shardtrain.train.batch import (
 )
 from shardtrain.train.callbacks.base import Callback
 from shardtrain.train.callbacks.terminal import Terminal
-from shardtrain.train.extra import POSITION, Extra, copies, on_devices, refuse_extra, with_copies
+from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, with_copies
 from shardtrain.train.initial import initial_state, state_specs
 from shardtrain.train.loop import Loop
 from shardtrain.train.objective import Measured, Objective, refuse_names
