@@ -20,6 +20,7 @@ FLOORS = [
     "kernels",
     "launch",
     "ops",
+    "metrics",
     "nn",
     "pipeline",
     "checkpoint",
