@@ -145,7 +145,7 @@ def accumulate(total: PyTree | None, sums: PyTree) -> PyTree[Shaped[np.ndarray, 
         2147483648
     """
     wide = jax.tree.map(_widened, sums)
-    return wide if total is None else jax.tree.map(np.add, total, wide)
+    return wide if total is None else jax.tree.map(lambda a, b: np.asarray(a + b), total, wide)
 
 
 def _widened(leaf: Any) -> np.ndarray:

@@ -232,7 +232,7 @@ def _confusion_sums(
     refuse_overflow(labels.size)
     true = one_hot(labels, classes) & examples(weights, labels.shape)[..., None]
     found = one_hot(outputs.argmax(-1), classes)
-    # Bytes, because matrix units multiply them, and add them up in int32, on every recent accelerator.
+    # Bytes take the least memory, and tensor cores add their products up in int32.
     matrix = jnp.einsum(
         "...t,...p->tp", true.astype(jnp.int8), found.astype(jnp.int8), preferred_element_type=jnp.int32
     )
