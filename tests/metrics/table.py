@@ -36,6 +36,7 @@ def scores(*space):
         outputs[..., [ABSENT, NEVER_PREDICTED]] -= 40
         labels = rng.integers(0, CLASSES, (rows, *space))
         labels[labels == ABSENT] = 0
+        labels.flat[0] = NEVER_PREDICTED
         sure = rng.random(labels.shape) < 0.4
         right = sure & (labels != NEVER_PREDICTED)
         outputs += 9 * right[..., None] * (labels[..., None] == np.arange(CLASSES))
@@ -53,16 +54,18 @@ def with_ignored(*space, label=IGNORED):
 
 
 def confident(rng, rows):
-    """Probabilities of two classes that lie on the edges of bins, 1/2, 3/4 and 1, and between them."""
-    high = rng.choice([0.5, 0.625, 0.75, 0.9, 1 - 1e-9], rows)
-    outputs = np.log(np.stack([high, 1 - high], -1))
+    """Scores of two classes whose probabilities lie on the edges of bins, 1/2 and 1, and between them."""
+    outputs = np.zeros((rows, 2))
+    outputs[:, 1] = rng.choice([0, 0.3, 1.2, 2, 1000], rows)
     return outputs, rng.integers(0, 2, rows)
 
 
 def binary(rng, rows):
-    """Scores of which those in one bin belong to one class, and so have an exact area."""
+    """Scores in the middle of 12 of 1024 bins, which have negative and positive examples by turns: the area from
+    histograms is exact, and is not that of positive examples one bin further."""
     labels = np.arange(rows) % 2
-    return rng.integers(-4, 5, rows) + np.where(labels, 0.25, 0.0), labels
+    middle = (2 * rng.integers(253, 259, rows) + labels + 0.5) / 512 - 1
+    return middle / (1 - abs(middle)), labels
 
 
 def binary_logits(rng, rows):
