@@ -20,6 +20,7 @@ FLOORS = [
     "kernels",
     "launch",
     "ops",
+    "metrics",
     "nn",
     "metrics",
     "pipeline",

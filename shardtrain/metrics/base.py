@@ -8,7 +8,7 @@ split over.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from shardtrain.errors import UserError
 
 PerExample = Callable[[Any, Any], Array]
 """A function of `(outputs, targets)` that returns one value per example."""
+
+Totals = Mapping[str, np.ndarray | Array]
+"""Sums by name: the tree that the shipped metrics return and finish."""
 
 LARGEST = 2**31 - 1
 """The largest count that an int32 holds."""

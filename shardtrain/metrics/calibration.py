@@ -1,7 +1,6 @@
 """Metrics of probabilities: whether a model is as often right as it says."""
 
 import functools
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Integer, Shaped
 
 from shardtrain.metrics.arguments import refuse_below
-from shardtrain.metrics.base import Metric, add_up, count, examples, ratio
+from shardtrain.metrics.base import Metric, Totals, add_up, count, examples, ratio
 from shardtrain.metrics.labels import refuse_labels
 
 
@@ -66,6 +65,6 @@ def _calibration_sums(
     }
 
 
-def _calibration_error(total: Mapping[str, np.ndarray]) -> float:
+def _calibration_error(total: Totals) -> float:
     # n_b |hits/n_b - confidence/n_b| is |hits - confidence|, and an empty bin adds nothing.
-    return ratio(np.abs(total["hits"] - total["confidence"]).sum(), np.sum(total["count"]))
+    return ratio(np.abs(np.subtract(total["hits"], total["confidence"])).sum(), np.sum(total["count"]))

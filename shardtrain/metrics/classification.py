@@ -2,12 +2,13 @@
 
 Scores have the classes last, labels the same shape without them: one label per example, or one for every
 token or pixel. The predicted class is the one of the largest score. Classes are counted by comparing labels
-with all class numbers, never by a scatter, for which XLA would gather operands that are sharded over pixels.
+with all class numbers and adding up over the dimensions as they are, which needs no communication but the sum.
+For the histogram of flattened labels that is more usual, XLA gathers pixels sharded over several axes.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +17,8 @@ from jaxtyping import Float, Int32, Integer, Shaped
 
 from shardtrain.errors import UserError
 from shardtrain.metrics.arguments import refuse_average, refuse_below
-from shardtrain.metrics.base import Metric, count, examples, ratio, refuse_overflow
+from shardtrain.metrics.base import Metric, Totals, count, examples, ratio, refuse_overflow
 from shardtrain.metrics.labels import one_hot, refuse_labels, widened
-
-Totals = Mapping[str, np.ndarray]
-"""A total on the host: sums by name, in int64 and float64."""
 
 
 def accuracy() -> Metric:
@@ -232,7 +230,7 @@ def _confusion_sums(
     refuse_overflow(labels.size)
     true = one_hot(labels, classes) & examples(weights, labels.shape)[..., None]
     found = one_hot(outputs.argmax(-1), classes)
-    # Bytes, because matrix units multiply them, and add them up in int32, on every recent accelerator.
+    # Bytes take the least memory, and tensor cores add their products up in int32.
     matrix = jnp.einsum(
         "...t,...p->tp", true.astype(jnp.int8), found.astype(jnp.int8), preferred_element_type=jnp.int32
     )

@@ -2,15 +2,13 @@
 
 import functools
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Integer, Shaped
 
-from shardtrain.metrics.base import Metric, add_up, count, examples, ratio
+from shardtrain.metrics.base import Metric, Totals, add_up, count, examples, ratio
 from shardtrain.metrics.labels import one_hot, refuse_labels, widened
 
 
@@ -55,7 +53,7 @@ def _perplexity_sums(
     return {"negative_log_likelihood": add_up(surprise, real), "tokens": count(real)}
 
 
-def _perplexity(total: Mapping[str, np.ndarray]) -> float:
+def _perplexity(total: Totals) -> float:
     try:
         return math.exp(ratio(total["negative_log_likelihood"], total["tokens"]))
     except OverflowError:

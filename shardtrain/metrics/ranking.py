@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +11,8 @@ from jaxtyping import Float, Int32, Integer, Shaped
 
 from shardtrain.errors import UserError
 from shardtrain.metrics.arguments import refuse_below
-from shardtrain.metrics.base import Metric, count
+from shardtrain.metrics.base import Metric, Totals, count
 from shardtrain.metrics.labels import widened
-
-Totals = Mapping[str, np.ndarray]
 
 
 def auc(bins: int = 1024) -> Metric:
