@@ -19,7 +19,7 @@ from shardtrain.mesh import size
 from shardtrain.nn.base import in_layout
 from shardtrain.nn.contraction import Contraction, lecun_normal
 from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
-from shardtrain.ops.local import local_windows
+from shardtrain.ops.locally_connected import local_windows
 from shardtrain.ops.transpose import transposed_pads
 
 

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.kernels import local as kernels
 from shardtrain.kernels.conv import window_sizes
+from shardtrain.kernels.locally_connected import locally_connected
 from shardtrain.layout import Layout, active_mesh, chosen, spatial_names
 from shardtrain.mesh import size
 from shardtrain.ops import island
@@ -172,7 +172,7 @@ class LocalPlan(ContractionPlan):
         for dim, window in enumerate(self.windows, start=1):
             if window.shards == 1:  # nothing but padding, which is not sent
                 x = exchange(x, dim, window)
-        y = kernels.local(
+        y = locally_connected(
             x,
             kernel,
             window=self.settings.window,
