@@ -50,7 +50,7 @@ class Layout:
         UserError: an unknown axis, one that cuts no array, or one axis for two dimensions.
 
     Example:
-        >>> Layout(batch=("data", "height"), height=()).batch
+        >>> st.Layout(batch=("data", "height"), height=()).batch
         ('data', 'height')
     """
 

@@ -83,7 +83,7 @@ def make_mesh(spec: str = "", /, *, devices: Sequence[Any] | None = None, **axes
             does not come out even; the message names the numbers and a mesh that would fit.
 
     Example:
-        >>> mesh = make_mesh("data=2,height=2,channel=2")
+        >>> mesh = st.make_mesh("data=2,height=2,channel=2")
         >>> dict(mesh.shape)
         {'data': 2, 'height': 2, 'channel': 2}
     """

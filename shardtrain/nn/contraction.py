@@ -1,7 +1,7 @@
-"""Contractions in Flax NNX: the arguments, parameter names and initial values of their `nnx` namesakes.
+"""The base class of layers that contract channels with a kernel, and their initial values.
 
-Each subclasses its namesake where there is one, so weights, checkpoints and code move over unchanged; only
-the call goes through `shardtrain.ops`.
+Convolutions and linear maps subclass their `nnx` namesakes, so arguments, parameter names, initial values and
+checkpoints are those of `nnx`; only the call goes through `shardtrain.ops`.
 """
 
 import math
@@ -26,14 +26,23 @@ def lecun_normal(
 ) -> Array:
     """`nnx`'s default initial values of kernels, bit for bit, in a tenth of the time to compile.
 
-    Drawn with one dimension for all inputs of a window: XLA takes seconds over a draw in 4 or 5 dimensions.
+    All dimensions but the last are drawn as one: XLA takes seconds to compile a draw of 4 or 5 dimensions.
     """
     flat = math.prod(shape[:-1]), shape[-1]
     return nnx.initializers.lecun_normal()(key, flat, dtype, out_sharding).reshape(shape)
 
 
 class Contraction(Partitioned):
-    """A kernel from channels to channels: convolutions, linear maps, locally connected layers."""
+    """Base class of layers with a kernel from channels to channels and an optional bias.
+
+    Attributes:
+        in_features: channels of the input.
+        out_features: channels of the output.
+        feature_group_count: groups of channels that do not see each other.
+        use_bias: whether there is a bias.
+        kernel: the last two dimensions are input and output channels, unless a subclass says otherwise.
+        pixel_dims: how many leading dimensions of kernel and bias are pixels of the output.
+    """
 
     in_features: int
     out_features: int
@@ -41,22 +50,22 @@ class Contraction(Partitioned):
     use_bias: bool
     kernel: nnx.Param[Array]
     pixel_dims = 0
-    """Leading dimensions of kernel and bias that are pixels."""
 
     def pixels(self) -> tuple[int, int]:
-        """Input pixels for every output pixel, as the choice of what to move counts them."""
+        """The ratio of input pixels to output pixels, by which `channel_plan` counts bytes."""
         return 1, 1
 
     def channel_plan(self, mesh: AnyMesh | None) -> ops.ChannelPlan:
-        """What moves on the channel axis in this layer.
+        """How this layer communicates over the axes that cut its channels.
 
-        Decided from the layer alone, padding aside, so that the kernel can be placed before a batch is
-        seen.
+        It depends on the layer alone and leaves padding out of account, so that the kernel can be placed on
+        devices before there is a batch.
         """
         channels = self.in_features, self.out_features
         return ops.channel_plan(self.layout, mesh, channels, self.pixels(), self.feature_group_count)
 
     def channel_mode(self) -> ChannelMode:
+        """The mode of the plan on the active mesh."""
         return self.channel_plan(active_mesh()).mode
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:

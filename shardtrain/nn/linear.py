@@ -1,4 +1,4 @@
-"""Linear maps and embedding tables of Flax NNX, partitioned."""
+"""Partitioned linear maps and embedding tables for Flax NNX."""
 
 from collections.abc import Iterator
 
@@ -11,21 +11,25 @@ from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh
 from shardtrain.mesh import size
-from shardtrain.nn.base import Partitioned, placed
+from shardtrain.nn.base import Partitioned, in_layout
 from shardtrain.nn.contraction import Contraction
 
 
 class Linear(Contraction, nnx.Linear):
-    """`nnx.Linear`, its kernel cut by columns or by rows; see `shardtrain.ops.linear`.
+    """`nnx.Linear` with a kernel that may be cut by columns or by rows; see `shardtrain.ops.linear`.
+
+    Args:
+        args: positional arguments of `nnx.Linear`.
+        kwargs: keyword arguments of `nnx.Linear`.
 
     Example:
-        >>> Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        >>> st.nn.Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
         (8, 10)
     """
 
-    @placed
+    @in_layout
     def __call__(self, inputs: Array) -> Array:
-        """Maps the last dimension of `(batch, *spatial, channels)`, or of one vector."""
+        """Maps the last dimension of inputs `(batch, *spatial, channels)`, or of one vector."""
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         y = ops.linear(
@@ -41,10 +45,17 @@ class Linear(Contraction, nnx.Linear):
 
 
 class Embed(Partitioned, nnx.Embed):
-    """`nnx.Embed`, its table cut by rows over the channel axis; see `shardtrain.ops.embed`.
+    """`nnx.Embed` with a table whose rows may be cut over the channel axis; see `shardtrain.ops.embed`.
+
+    Args:
+        args: positional arguments of `nnx.Embed`.
+        kwargs: keyword arguments of `nnx.Embed`.
+
+    Raises:
+        UserError: when called, for inputs that are not integers.
 
     Example:
-        >>> Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+        >>> st.nn.Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
         (1, 3, 16)
     """
 
@@ -62,16 +73,16 @@ class Embed(Partitioned, nnx.Embed):
     def channels(self) -> tuple[int, ...]:
         return (self.num_embeddings,)
 
-    @placed
+    @in_layout
     def __call__(self, inputs: Array) -> Array:
-        """Looks up `(batch, *spatial)` integers."""
+        """Looks up integers `(batch, *spatial)`."""
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         return ops.embed(inputs, table, layout=self.layout)
 
-    @placed
+    @in_layout
     def attend(self, query: Array) -> Array:
-        """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
+        """Products of queries `(batch, *spatial, features)` with all rows: logits, cut as the rows are."""
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")

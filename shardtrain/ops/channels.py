@@ -47,7 +47,7 @@ class ChannelPlan:
         return -1 if self.mode == "gather" else -2
 
     def gathered(self, x: Array, groups: Sequence[Sequence[int]] | None = None) -> Array:
-        """The input with the channels that this device's filters need, gathered within `groups` of devices."""
+        """The input with the channels that this device's filters need, gathered from `groups` of devices."""
         if self.collective != "all-gather":
             return x
         to = "varying" if self.cut_out else "invarying"

@@ -82,7 +82,7 @@ class ContractionPlan(ABC):
             self.mesh,
             (spec(self.cuts_in), self._kernel_spec, None if bias is None else self._bias_spec),
             spec(self.cuts_out),
-            island.fill_up(x, self.cuts_in, self.mesh),
+            island.pad_to_blocks(x, self.cuts_in, self.mesh),
             self._fill_pixels(kernel),
             None if bias is None else self._fill_pixels(bias),
         )
@@ -105,19 +105,19 @@ class ContractionPlan(ABC):
 
     def _spec(self, shape: tuple[int, ...], channel_dim: int) -> P:
         """How a parameter enters the island: as it is stored, but with its pixels cut as the output's are."""
-        stored = island.at_rest(self.layout, shape, channel_dim, self.mesh, self.pixel_dims)
+        stored = island.stored_spec(self.layout, shape, channel_dim, self.mesh, self.pixel_dims)
         return P(*spec(self.space[: self.pixel_dims]), *stored[self.pixel_dims :])
 
     def _place(self, parameter: Array, channel_dim: int) -> Array:
         """The parameter as `_spec` cuts it; pixels that do not divide by their axes are stored whole."""
-        stored = island.at_rest(self.layout, parameter.shape, channel_dim, self.mesh, self.pixel_dims)
+        stored = island.stored_spec(self.layout, parameter.shape, channel_dim, self.mesh, self.pixel_dims)
         wanted = self._spec(parameter.shape, channel_dim)
         return move(parameter, tuple(map(axes_of, stored)), tuple(map(axes_of, wanted)))
 
     def _fill_pixels(self, parameter: Array) -> Array:
         """The parameter with its pixels padded to whole blocks; its channels divide where they are cut."""
         others: Cuts = ((),) * (parameter.ndim - self.pixel_dims)
-        return island.fill_up(parameter, (*self.space[: self.pixel_dims], *others), self.mesh)
+        return island.pad_to_blocks(parameter, (*self.space[: self.pixel_dims], *others), self.mesh)
 
     def _gather(self, parameter: Array, stored: P) -> Array:
         return island.gather(parameter, stored, self.layout, self.varying, self.pixel_dims)

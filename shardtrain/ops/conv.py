@@ -1,4 +1,4 @@
-"""Convolution, cut on batch, space and channels together."""
+"""Convolution on arrays that are cut on batch, space and channels together."""
 
 import functools
 import math
@@ -62,55 +62,60 @@ def conv(
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution in 1, 2 or 3 dimensions, channels last, with the same numbers on every mesh.
 
-    Without a mesh this is `lax.conv_general_dilated`. Inside `with jax.set_mesh(mesh)` it is one island:
-    halo rows travel between spatial neighbours, corners included; on the channel axis either the input's
-    channels are gathered or partial sums are reduce-scattered; the kernel's gradient is summed once over
-    all axes that cut the data. Extents need not divide by the axes. On a mesh gradients are reverse mode only
-    (`jax.grad`, of any order), as those of the normalizations and of `reshard` are.
+    Without a mesh this is `lax.conv_general_dilated`. Inside `with jax.set_mesh(mesh):` it runs as one
+    `shard_map` with explicit communication: spatial neighbours exchange halo rows, corners included; on the
+    channel axis either the input's channels are gathered or partial sums are reduce-scattered; the kernel's
+    gradient is summed once over all axes that cut the batch or the pixels. Extents need not divide by the
+    axes. On a mesh only reverse-mode gradients (`jax.grad`, of any order) are available, as for the
+    normalizations and `reshard`.
 
     Args:
         x: input; the leading dimension is the batch.
-        kernel: filters, Flax's layout.
+        kernel: filters in Flax's layout.
         bias: added to every output pixel.
         strides: of the window, one number or one per spatial dimension.
-        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), `"CIRCULAR"` (a ring of devices), `"REFLECT"`, a
-            number, or `(before, after)` per dimension; all as in Flax.
+        padding: as in Flax: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), `"CIRCULAR"`, `"REFLECT"`, a number, or
+            `(before, after)` per dimension.
         dilation: of the kernel.
         input_dilation: of the input, see `conv_transpose`.
-        groups: feature groups. With channels cut, they stay on their devices where they divide by the
-            channel axis; where the axis divides by them, the devices that share a group gather its channels;
-            otherwise all channels are gathered.
-        algorithm: what each device computes its part by: `"direct"` (`lax.conv_general_dilated`), `"im2col"`
-            (one matrix product, with `prod(window)` times the input laid out), `"fft"` (tiles, for large
-            windows, stride 1) or `"winograd"` (windows up to 7, stride 1); both gradients by the same. The
-            same numbers up to rounding: Winograd's errors in float32 are those of the others for windows of
-            3, four times those for 5; in bfloat16 0.4 % for windows of 3, which are F(2, 3), and 4 % for 5;
-            on GPUs those of TF32, see `precision`. `"auto"` takes for the output
-            and for each gradient the one that was measured to be the fastest, or is by a model of the
-            device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
-            gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
-            up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
+        groups: feature groups. Where channels are cut and the groups divide by the channel axis, every
+            device has whole groups and gathers nothing; where the axis divides by the groups, the devices
+            that share a group gather its channels; otherwise every device gathers all channels.
+        algorithm: how each device computes its part of the output and of both gradients, see below.
         implementation: of Winograd's algorithm: `"mosaic"` (Mosaic GPU: Hopper, Blackwell), `"triton"`
-            (NVIDIA from Ampere on), `"xla"` (plain jax, everywhere), or None for the first of them that does
-            it on the device that the program is for. The kernels take float32, bfloat16
-            and float16 in 1 and 2 dimensions without groups; float32 as TF32, or with `precision="high"` as
-            three products of TF32. They have gradients, but not of second order.
+            (NVIDIA from Ampere on), `"xla"` (plain JAX, everywhere), or None for the first that supports the
+            device and the arguments. The two GPU kernels take float32, bfloat16 and float16 in 1 and 2
+            dimensions without groups; they compute float32 as TF32 or, with `precision="high"`, as three
+            products of TF32. Their gradients cannot be differentiated again.
         layout: which mesh axes cut what; by name by default.
-        channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
-            `shardtrain.ops.channel_plan`.
-        precision, preferred_element_type: as in `lax.conv_general_dilated`.
+        channel_mode: `"gather"` or `"scatter"`, see `channel_plan`; by default whichever sends fewer bytes.
+        precision: of the products, as in `lax.conv_general_dilated`.
+        preferred_element_type: of the sums and the output, as in `lax.conv_general_dilated`.
+
+    The algorithms are `"direct"` (`lax.conv_general_dilated`), `"im2col"` (one matrix product on a copy of
+    the input of `prod(window)` times its size), `"fft"` (Fourier transforms of tiles, for large windows and
+    stride 1) and `"winograd"` (windows up to 7, stride 1). `"auto"` chooses for the output and for each
+    gradient the one that was measured to be the fastest on this kind of device, or that a cost model
+    predicts to be; `"direct"` where neither is available. `explain_conv` shows the choice and the reasons.
+
+    All algorithms give the same numbers up to rounding. Winograd's errors in float32 are those of the others
+    for windows of 3 and four times those for windows of 5; in bfloat16 they are 0.4 % for windows of 3, for
+    which F(2, 3) is used, and 4 % for windows of 5; on GPUs its products are TF32, see `precision`. Where
+    `"direct"` gives NaN or infinity so do all others: `"im2col"` in the same outputs, `"winograd"` and
+    `"fft"` in up to all outputs of the tiles that contain the pixel. Only `"direct"` has forward-mode
+    gradients.
 
     Returns:
         The output, cut as the input is.
 
     Raises:
-        UserError: shapes that do not agree, a window larger than the padded input, an algorithm that does not
-            compute this.
+        UserError: shapes that do not agree, a window larger than the padded input, or an algorithm that does
+            not support the arguments.
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((3, 3, 4, 6))
-        >>> with jax.set_mesh(make_mesh("height=2,channel=2")):
-        ...     conv(x, kernel, strides=2).shape
+        >>> with jax.set_mesh(st.make_mesh("data=2,height=2,channel=2")):
+        ...     st.ops.conv(x, kernel, strides=2).shape
         (2, 4, 4, 6)
 
     References:
@@ -151,7 +156,7 @@ def conv_settings(
     layout: Layout | None = None,
     **others: Any,
 ) -> ConvSettings:
-    """The arguments of `conv`, checked; of `x`, `kernel` and `bias` only shapes and types are looked at."""
+    """Checks the arguments of `conv`; of `x`, `kernel` and `bias` only shapes and types are read."""
     check("conv", x, kernel, bias, groups)
     rank = kernel.ndim - 2
     strides = tuple_of(strides, rank, "strides")
@@ -179,7 +184,7 @@ def conv_settings(
 
 
 def check(what: str, x: Any, kernel: Any, bias: Any, groups: int) -> None:
-    """Refuses shapes that do not agree."""
+    """Refuses shapes, types and groups that do not agree; `what` is the operator's name."""
     rank = kernel.ndim - 2
     if rank < 0:
         raise UserError(f"{what}: a kernel of shape {kernel.shape}; it must be (*window, channels, channels)")
@@ -344,10 +349,11 @@ def _plan(x: Array, kernel: Array, settings: ConvSettings) -> ConvolutionPlan:
 def _duals(
     windows: Sequence[Window], settings: ConvSettings, plan: ChannelPlan, channels: tuple[int, int]
 ) -> list[Window]:
-    """The windows with which the input's gradient is a convolution of the output's, none where that is worse.
+    """Windows of the convolution that gives the input's gradient; none where `jax.vjp` is better.
 
-    Halos of the output's gradient then travel, and every device computes its own rows. Otherwise it computes
-    those of its neighbours' too that its halos held, and sends them back.
+    With them, devices exchange halos of the output's gradient, and each computes the input gradient of its
+    own rows. `jax.vjp` of the forward pass instead computes the gradient of halo rows too, on every device
+    that received them, and sends it back to their owner.
     """
     simple = settings.padding_mode == "constant" and settings.preferred_element_type is None
     if not simple or plan.straddle or plan.mode == "scatter" or (settings.groups > 1 and plan.sharing > 1):
@@ -371,7 +377,7 @@ def _duals(
 
 
 def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) -> Array:
-    """This device's filters at their place among `channels` output channels, the others zero."""
+    """This device's filters at their index among `channels` output channels, zeros elsewhere."""
     if len(starts) == 1:
         return kernel
     room = lax.pcast(jnp.zeros((*kernel.shape[:-1], channels), kernel.dtype), axes, to="varying")
@@ -380,7 +386,7 @@ def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) ->
 
 
 def _windows(x: Array, kernel: Array, settings: ConvSettings, mesh: AnyMesh | None) -> tuple[Window, ...]:
-    """The window of every spatial dimension, cut as the layout says."""
+    """The window of every spatial dimension with the mesh axes that cut it."""
     found = []
     for dim, name in enumerate(spatial_names(x.ndim - 2)):
         span = kernels.window_sizes(kernel.shape[:-2], settings.dilation)[dim]
@@ -401,13 +407,13 @@ def _windows(x: Array, kernel: Array, settings: ConvSettings, mesh: AnyMesh | No
 
 
 def _pads(window: Window) -> bool:
-    """Whether the convolution itself pads this dimension: cheaper, and not sent."""
+    """Whether the kernel itself pads this dimension, which is cheaper than padding the block."""
     alone = window.shards == 1 and window.mode == "constant"
     return alone and (window.size > 1 or window.dilation > 1)
 
 
 def _steps(windows: Sequence[Window]) -> dict[str, Any]:
-    """What is left to the kernel once a device has its rows."""
+    """Strides, input dilation and padding that the kernel applies after `with_halos`."""
     strides, dilation, pads = [], [], []
     for w in windows:
         strides.append(1 if w.size == 1 and w.dilation == 1 and not _pads(w) else w.stride)
@@ -418,13 +424,13 @@ def _steps(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def _margins(window: Window) -> tuple[int, int]:
-    """Padding of a shard's dilated rows with which its outputs begin at its first window."""
+    """Padding of a shard's dilated rows such that its first window starts at the first padded row."""
     rows = (window.block_out - 1) * window.stride + window.size
     return -min(window.phases), rows + max(window.phases) - (window.need - 1) * window.dilation - 1
 
 
 def _dilated(x: Array, dim: int, window: Window) -> Array:
-    """Rows with the dilation written out, for shards whose outputs begin at different phases of it."""
+    """The block with its dilation zeros inserted, for shards whose windows start at different phases."""
     low, high = _margins(window)
     config = [(0, 0, 0)] * x.ndim
     config[dim] = (low, max(0, high), window.dilation - 1)

@@ -1,4 +1,4 @@
-"""Normalization with the statistics of one device, whatever the mesh."""
+"""Normalization layers whose statistics are the same on every mesh."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from shardtrain.ops import island
 
 @dataclass(frozen=True)
 class _Sums:
-    """Where the sums of a normalization run: the mesh axes and, on one device, the dimensions."""
+    """What a normalization sums over: mesh axes and, on each device, dimensions of its block."""
 
     axes: tuple[str, ...]
     dims: tuple[int, ...]
@@ -39,26 +39,27 @@ def batch_norm(
 ) -> tuple[Float[Array, "batch *spatial channels"], Float[Array, " channels"], Float[Array, " channels"]]:
     """Normalizes every channel by its mean and variance over the whole batch and all pixels.
 
-    One island: a single all-reduce of `2 * channels` numbers forward and one backward, over all axes that
-    cut batch and space. The variance is `E[x^2] - E[x]^2` in at least float32, as Flax computes it.
+    The forward and the backward pass each all-reduce `2 * channels` numbers once, over all axes that cut
+    batch and pixels. The variance is `E[x^2] - E[x]^2` in at least float32, as Flax computes it.
 
     Args:
         x: input.
-        scale, bias: the learned affine map, if any.
+        scale: multiplies the normalized input, if given.
+        bias: added after the scale, if given.
         epsilon: added to the variance.
-        examples: which examples are real; the others (the padding of a ragged batch) are normalized but
-            do not count.
+        examples: True for real examples. The others, which only pad a ragged batch, are normalized too but
+            left out of the statistics.
         layout: which mesh axes cut what; by name by default.
 
     Returns:
-        The normalized input, the mean and the (biased) variance. The two statistics carry no gradient:
-        they are for running averages.
+        The normalized input, the mean and the (biased) variance. The two statistics, which are for running
+        averages, carry no gradient.
 
     Raises:
         UserError: scale or bias of another size.
 
     Example:
-        >>> y, mean, var = batch_norm(jnp.ones((8, 4, 4, 3)))
+        >>> y, mean, var = st.ops.batch_norm(jnp.ones((8, 4, 4, 3)))
         >>> mean.shape
         (3,)
 
@@ -89,22 +90,22 @@ def _batch_norm(
     cuts = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
     vary = (*batch, *(a for cut in cuts for a in cut))
     channels = layout.channel_cut(x.shape[-1], mesh)
-    kept = island.at_rest(layout, x.shape[-1:], 0, mesh)
+    stored = island.stored_spec(layout, x.shape[-1:], 0, mesh)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
     extents, cut, cut_weight = x.shape, [batch, *cuts, channels], [batch, *cuts, ()]
-    even = [island.round_up(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    padded = [island.round_up(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
 
-    # 1 for every value that counts, None where all do. It has the size of one channel, no more.
+    # 1 for every value that counts, None where all do. One channel suffices.
     weight = None
-    if examples is not None or even != list(extents):
+    if examples is not None or padded != list(extents):
         counts = jnp.ones(x.shape[0], bool) if examples is None else examples
         weight = jnp.broadcast_to(counts.reshape(-1, *[1] * (x.ndim - 1)), (*extents[:-1], 1)).astype(dtype)
 
     def local(x: Array, scale: Array, bias: Array, weight: Array | None) -> tuple[Array, Array, Array]:
         x = island.mask_padding(x, extents, cut, mesh)
         weight = None if weight is None else island.mask_padding(weight, (*extents[:-1], 1), cut_weight, mesh)
-        scale, bias = (island.gather_same(p, kept, layout) for p in (scale, bias))
+        scale, bias = (island.gather_same(p, stored, layout) for p in (scale, bias))
         sums = _Sums(vary, tuple(range(x.ndim - 1)), epsilon)
         y, mean, var = _normalize(sums, x.astype(dtype), scale, bias, weight)
         y = island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
@@ -117,12 +118,12 @@ def _batch_norm(
     y, mean, var = island.run(
         local,
         mesh,
-        (spec(cut), kept, kept, None if weight is None else spec(cut_weight)),
+        (spec(cut), stored, stored, None if weight is None else spec(cut_weight)),
         (spec(cut), spec([channels]), spec([channels])),
-        island.fill_up(x, cut, mesh),
+        island.pad_to_blocks(x, cut, mesh),
         scale,
         bias,
-        None if weight is None else island.fill_up(weight, cut_weight, mesh),
+        None if weight is None else island.pad_to_blocks(weight, cut_weight, mesh),
     )
     return island.crop_to(y, extents), mean, var
 
@@ -158,7 +159,7 @@ def _normalize_backward(sums, saved, cotangents):  # type: ignore[no-untyped-def
     local = jnp.stack([dy.sum(sums.dims), (dy * normal).sum(sums.dims)])
     dbias, dscale = sums.over_devices(local)
     through = (dbias + normal * dscale) / count
-    if weight is not None:  # what does not count has no part in the statistics
+    if weight is not None:  # examples that do not count have no part in the statistics
         through = through * weight
     dx = scale * inverse * (dy - through)
     return dx, dscale, dbias, None if weight is None else jnp.zeros_like(weight)
@@ -178,21 +179,25 @@ def group_norm(
 ) -> Float[Array, "batch *spatial channels"]:
     """Normalizes each group of channels of each example over all its pixels.
 
-    One island: two sums per example and group cross the axes that cut pixels and, where a group's channels
-    lie on several devices, those that cut channels, in one all-reduce; as many again backward.
+    The forward and the backward pass each all-reduce two sums per example and group, over the axes that cut
+    pixels and, where a group's channels are on several devices, over those that cut channels.
 
     Args:
         x: input.
-        groups: groups of channels; must divide them.
-        scale, bias: the learned affine map, if any.
+        groups: number of groups, which must divide the channels.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
         epsilon: added to the variance.
         layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
 
     Raises:
         UserError: channels that do not divide by the groups; scale or bias of another size.
 
     Example:
-        >>> group_norm(jnp.ones((8, 4, 4, 6)), groups=3).shape
+        >>> st.ops.group_norm(jnp.ones((8, 4, 4, 6)), groups=3).shape
         (8, 4, 4, 6)
 
     References:
@@ -213,10 +218,23 @@ def instance_norm(
     epsilon: float = 1e-6,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
-    """Normalizes each channel of each example over all its pixels; see `group_norm`.
+    """Normalizes each channel of each example over all its pixels: `group_norm` with one channel a group.
+
+    Args:
+        x: input.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
+        epsilon: added to the variance.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
+
+    Raises:
+        UserError: scale or bias of another size.
 
     Example:
-        >>> instance_norm(jnp.ones((8, 4, 4, 6))).shape
+        >>> st.ops.instance_norm(jnp.ones((8, 4, 4, 6))).shape
         (8, 4, 4, 6)
 
     References:
@@ -233,10 +251,26 @@ def layer_norm(
     epsilon: float = 1e-6,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
-    """Normalizes every pixel over its channels; with cut channels, two sums per pixel cross the axis.
+    """Normalizes every pixel of every example over its channels.
+
+    Where channels are cut, the forward and the backward pass each all-reduce two sums per pixel over their
+    axes; otherwise nothing is sent.
+
+    Args:
+        x: input.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
+        epsilon: added to the variance.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
+
+    Raises:
+        UserError: scale or bias of another size.
 
     Example:
-        >>> layer_norm(jnp.ones((8, 16))).shape
+        >>> st.ops.layer_norm(jnp.ones((8, 16))).shape
         (8, 16)
 
     References:
@@ -263,7 +297,7 @@ def _by_example(
         return plan.on_device(x, scale, bias)
     cut, stored = spec(plan.cuts), plan.affine_spec
     specs = (cut, None if scale is None else stored, None if bias is None else stored)
-    y = island.run(plan.on_device, mesh, specs, cut, island.fill_up(x, plan.cuts, mesh), scale, bias)
+    y = island.run(plan.on_device, mesh, specs, cut, island.pad_to_blocks(x, plan.cuts, mesh), scale, bias)
     return island.crop_to(y, x.shape)
 
 
@@ -306,7 +340,7 @@ class _ExampleNorm:
     @property
     def affine_spec(self) -> P:
         """How scale and bias are stored."""
-        return island.at_rest(self.layout, self.shape[-1:], 0, self.mesh)
+        return island.stored_spec(self.layout, self.shape[-1:], 0, self.mesh)
 
     @property
     def local_channels(self) -> int:

@@ -1,9 +1,9 @@
 """How one dimension of a windowed operator (convolution, pooling, resizing) is cut: arithmetic, no arrays.
 
-Input and output are both cut in equal blocks of `ceil(extent / shards)` rows, the last ones padded: the
-tiling XLA itself gives to an uneven dimension, so cropping the padding moves nothing. Shard `i` owns the
-outputs `[i*block_out, (i+1)*block_out)` and so needs the inputs `[start(i), start(i) + need)`, of which it
-owns `[i*block_in, (i+1)*block_in)`; the rest are halos, from as many neighbours as it takes.
+Input and output are both cut into equal blocks of `ceil(extent / shards)` rows, of which the last are padded.
+XLA stores an uneven dimension in the same blocks, so cropping the padding sends nothing. Shard `i` owns the
+outputs `[i*block_out, (i+1)*block_out)` and needs the inputs `[start(i), start(i) + need)`. It owns those in
+`[i*block_in, (i+1)*block_in)`; the others are halos, which one or several neighbours send.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ AnyReach = TypeVar("AnyReach", bound="Reach")
 
 
 class Span(NamedTuple):
-    """The inputs `[start, stop)` that the outputs of `shard` are computed from; they may lie outside."""
+    """The inputs `[start, stop)` that the outputs of `shard` read; outside of the input they are padding."""
 
     shard: int
     start: int
@@ -29,11 +29,11 @@ class Span(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One permute of a reroute: every device sends at most once and receives at most once."""
+    """One permute of a reroute, in which every device sends at most once and receives at most once."""
 
     rows: int
     starts: tuple[int, ...]  # for every sender, the first row of its block that it sends
-    senders: tuple[int, ...]  # for every receiver; itself, where nothing comes
+    senders: tuple[int, ...]  # for every receiver; itself, if it receives nothing
 
 
 class Stretch(NamedTuple):
@@ -48,12 +48,12 @@ def reroute(wanted: Sequence[Sequence[tuple[int, int]]], block: int) -> tuple[tu
     """The permutes by which every shard gets the rows that it wants, whichever shards own them.
 
     Args:
-        wanted: for every shard, the owner and the place in the owner's block of each row.
+        wanted: for every shard, the owner of each row and the index of the row in the owner's block.
         block: rows of a block.
 
     Returns:
         Rounds of permutes, as few as one stretch for each sender and receiver in a round allows; and for
-        every shard its rows as places in its own block followed by what it received in each round.
+        every shard the indices of its rows in its own block followed by the rows received in each round.
     """
     found = [_stretches(receiver, rows) for receiver, rows in enumerate(wanted)]
     lengths = {s: n for _, rows_of in found for s, n in rows_of.items() if s.owner != s.receiver}
@@ -107,14 +107,14 @@ def _in_rounds(lengths: Mapping[Stretch, int], shards: int) -> list[dict[int, St
 
 
 class Reach(ABC):
-    """Which inputs each output of one dimension is computed from, and who has them when both are cut.
+    """Which input rows each output row of one dimension reads, and which shards own them.
 
     Attributes:
         extent: input rows, of all shards together.
-        shards: how many devices cut this dimension.
-        axes: the mesh axes they lie on.
-        mode: what lies outside the input: `"constant"`, or rows of the input again: `"wrap"` (a ring),
-            `"reflect"` (mirrored at the border row) or `"edge"` (the border row).
+        shards: into how many blocks the dimension is cut.
+        axes: the mesh axes that cut it.
+        mode: the padding outside the input: `"constant"`, or repeated rows of the input: `"wrap"` (as on a
+            ring), `"reflect"` (mirrored at the border row) or `"edge"` (the border row).
     """
 
     extent: int
@@ -129,23 +129,25 @@ class Reach(ABC):
 
     @abstractmethod
     def rows(self, output: int) -> tuple[int, int]:
-        """The inputs `[start, stop)` that `output` is computed from; both grow with `output`."""
+        """The inputs `[start, stop)` that `output` reads; neither bound decreases with `output`."""
 
     def on(self: AnyReach, axes: tuple[str, ...], shards: int) -> AnyReach:
-        """The same, cut by `axes` into `shards`."""
+        """The same dimension, cut by `axes` into `shards` blocks."""
         return dataclasses.replace(self, axes=axes, shards=shards)  # type: ignore[type-var]
 
     @property
     def block_in(self) -> int:
+        """Input rows of a shard's block."""
         return -(-self.extent // self.shards)
 
     @property
     def block_out(self) -> int:
+        """Output rows of a shard's block."""
         return -(-self.extent_out // self.shards)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """What the shards need that own real outputs; the others' computations are cropped."""
+        """The inputs of every shard that owns outputs; what shards beyond the extent compute is cropped."""
         busy = range(-(-self.extent_out // self.block_out))
         ends = [(i * self.block_out, min((i + 1) * self.block_out, self.extent_out) - 1) for i in busy]
         return tuple(
@@ -155,29 +157,29 @@ class Reach(ABC):
 
     @property
     def need(self) -> int:
-        """Input rows that one shard's outputs are computed from."""
+        """Input rows that the outputs of one shard read, padding included: the most of any shard."""
         return max(1, *(stop - start for _, start, stop in self.spans))
 
     @cached_property
     def halo(self) -> tuple[int, int]:
-        """Rows before and after its own block that some shard must be sent: those that exist."""
+        """Rows of the input before and after a shard's block that it must receive: the most of any shard."""
         reads = [span for span in self.spans if span.start < span.stop]
         low = [min(i * self.block_in - start, i * self.block_in) for i, start, _ in reads]
         high = [min(stop, self.extent) - (i + 1) * self.block_in for i, _, stop in reads]
         return max([0, *low]), max([0, *high])
 
     def hops(self, rows: int) -> list[int]:
-        """`rows` of halo as the rows taken from the 1st, 2nd, ... neighbour."""
+        """`rows` of halo, divided into those of the 1st, 2nd, ... neighbour."""
         return [min(self.block_in, rows - taken) for taken in range(0, rows, self.block_in)]
 
     @cached_property
     def _reach(self) -> int:
-        """Rows before its own block that some shard needs, padding included."""
+        """Rows before a shard's block that it reads, padding included: the most of any shard."""
         return max(0, *(i * self.block_in - start for i, start, _ in self.spans))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each shard's outputs begin in its block extended by `_reach` rows in front."""
+        """For each shard, the first row it reads, counted in its block extended by `_reach` rows in front."""
         found = [start - i * self.block_in + self._reach for i, start, _ in self.spans]
         return (*found, *found[-1:] * (self.shards - len(found)))
 
@@ -189,7 +191,7 @@ class Reach(ABC):
         return self._reach - low, max(0, total - self._reach - self.block_in - high)
 
     def source(self, row: int) -> int:
-        """The input row that stands at `row`, outside the input too; not for mode `"constant"`."""
+        """The input row that the padding repeats at `row`; not for mode `"constant"`."""
         last = self.extent - 1
         if self.mode == "wrap":
             return row % self.extent
@@ -200,7 +202,7 @@ class Reach(ABC):
 
     @cached_property
     def repeated(self) -> tuple[tuple[Round, ...], np.ndarray]:
-        """The `reroute` of every shard's `need` rows, where rows outside the input are rows of it."""
+        """The `reroute` of every shard's `need` rows, where padding repeats rows of the input."""
         wanted = []
         for _, start, stop in self.spans:
             rows = [min(start + place, max(start, stop - 1)) for place in range(self.need)]
@@ -211,16 +213,18 @@ class Reach(ABC):
 
 @dataclass(frozen=True)
 class Window(Reach):
-    """A window that moves over the input.
+    """A window that slides over the input.
 
     Attributes:
         extent: input rows, of all shards together.
         size: rows of the window, dilation included.
         stride: rows from one output to the next.
         pad: rows of padding before and after (negative crops).
-        shards, axes, mode: see `Reach`.
-        dilation: of the input: `dilation - 1` rows of zeros between two of it, which is a transposed
-            convolution. Window, stride and padding count in these rows.
+        shards: see `Reach`.
+        axes: see `Reach`.
+        dilation: of the input, which is a transposed convolution: `dilation - 1` rows of zeros between two
+            rows. Window, stride and padding are counted in the dilated rows.
+        mode: see `Reach`.
     """
 
     extent: int
@@ -243,14 +247,14 @@ class Window(Reach):
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """Dilated rows from each shard's first needed row to the start of its first window; 0 or less."""
+        """Dilated rows from the first row that a shard reads to the start of its first window; 0 or less."""
         step = self.block_out * self.stride
         found = [i * step - self.pad[0] - start * self.dilation for i, start, _ in self.spans]
         return (*found, *found[-1:] * (self.shards - len(found)))
 
 
 def check_fits(window: Window, name: str) -> None:
-    """Refuses a window of a contraction that has no output along the dimension `name`.
+    """Refuses a window that has no output along the dimension `name`.
 
     Raises:
         UserError: it is larger than the padded input.
@@ -264,12 +268,14 @@ def check_fits(window: Window, name: str) -> None:
 
 @dataclass(frozen=True)
 class Bands(Reach):
-    """Outputs with a range of inputs each: adaptive pooling, resizing.
+    """Outputs that each read a range of inputs of their own: adaptive pooling, resizing.
 
     Attributes:
         extent: input rows, of all shards together.
         ranges: for every output its inputs `[start, stop)`, inside the input.
-        shards, axes, mode: see `Reach`.
+        shards: see `Reach`.
+        axes: see `Reach`.
+        mode: see `Reach`.
     """
 
     extent: int

@@ -17,8 +17,8 @@ from shardtrain.ops import halo, island, norm, pool
 from shardtrain.ops.window import Reach, Window
 
 from .parity import numbers, on_stages, parity, reference_conv
-from .test_local import Case as Local
-from .test_local import test_filters_stay_with_their_pixels as filters_stay
+from .test_locally_connected import Case as Local
+from .test_locally_connected import test_filters_stay_with_their_pixels as filters_stay
 from .test_norm import affine_args, flax_norm, statistics_parity
 from .test_transpose import Case as Transposed
 from .test_window import halos_are_minimal, rows_arrive

@@ -1,4 +1,4 @@
-"""Locally connected layers: a filter of its own at every pixel, kept where the pixel is."""
+"""Locally connected layers: a filter of its own at every pixel, on the device that computes the pixel."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.kernels import local as kernels
 from shardtrain.kernels.conv import window_sizes
+from shardtrain.kernels.locally_connected import locally_connected
 from shardtrain.layout import Layout, active_mesh, chosen, spatial_names
 from shardtrain.mesh import size
 from shardtrain.ops import island
@@ -50,20 +50,24 @@ def local(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """A convolution whose filter differs from pixel to pixel, cut on batch, space and channels together.
+    """A convolution with a different filter at every output pixel, cut on batch, space and channels.
 
-    One island. The filters are cut as the output pixels are, so only halo rows of the input travel, as in
-    a convolution; no device ever holds the filters of another's pixels, and their gradients are summed
-    over the axes that cut the batch alone.
+    The filters are cut as the output pixels are. Devices therefore exchange halo rows of the input, as in a
+    convolution, and no filters; the gradients of the filters are summed over the axes that cut the batch.
 
     Args:
         x: input; the leading dimension is the batch.
         kernel: the filters of every output pixel; `taps` is `channels_in * prod(window)`, channels
             slowest, as in `lax.conv_general_dilated_local` and `flax.linen.ConvLocal`.
-        bias: added to every output pixel, its own.
-        window: rows of the filter, one number or one per spatial dimension.
-        strides, padding, dilation, layout, channel_mode: as in `conv`.
-        precision, preferred_element_type: as in `lax.dot_general`.
+        bias: one vector for every output pixel.
+        window: rows of the filters, one number or one per spatial dimension.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilation: as in `conv`.
+        layout: which mesh axes cut what; by name by default.
+        channel_mode: as in `conv`.
+        precision: of the products, as in `lax.dot_general`.
+        preferred_element_type: of the sums and the output, as in `lax.dot_general`.
 
     Returns:
         The output, cut as the input is.
@@ -73,7 +77,7 @@ def local(
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((5, 6, 4 * 9, 3))
-        >>> local(x, kernel, window=(3, 3), padding="VALID").shape
+        >>> st.ops.local(x, kernel, window=(3, 3), padding="VALID").shape
         (2, 5, 6, 3)
 
     References:
@@ -118,7 +122,7 @@ def local_windows(
     padding: Padding,
     dilation: int | Sequence[int] | None,
 ) -> tuple[Window, ...]:
-    """The uncut window of every dimension; its `extent_out` is that of the output and of the filters.
+    """The window of every dimension before it is cut; its `extent_out` is that of output and filters.
 
     Raises:
         UserError: a window that does not fit.
@@ -168,7 +172,7 @@ class LocalPlan(ContractionPlan):
         for dim, window in enumerate(self.windows, start=1):
             if window.shards == 1:  # nothing but padding, which is not sent
                 x = exchange(x, dim, window)
-        y = kernels.local(
+        y = locally_connected(
             x,
             kernel,
             window=self.settings.window,

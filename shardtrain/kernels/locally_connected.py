@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 
-def local(
+def locally_connected(
     x: Float[Array, "batch *spatial channels_in"],
     kernel: Float[Array, "*spatial_out taps channels_out"],
     *,
