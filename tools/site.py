@@ -44,7 +44,9 @@ def pages() -> dict[str, tuple[str, list[str]]]:
     """The pages of the API by file: what a page begins with, and the full names of the objects on it."""
     names = public(shardtrain)
     modules = {n: value for n in names if inspect.ismodule(value := getattr(shardtrain, n))}
-    found = {"index": (heading("shardtrain", shardtrain), [f"shardtrain.{n}" for n in names if n not in modules])}
+    found = {
+        "index": (heading("shardtrain", shardtrain), [f"shardtrain.{n}" for n in names if n not in modules])
+    }
     for name, module in modules.items():
         inner = [n for n in public(module) if not inspect.ismodule(getattr(module, n))]
         found[name] = heading(f"shardtrain.{name}", module), [f"{module.__name__}.{n}" for n in inner]

@@ -168,9 +168,7 @@ def table(target: str, config: str) -> list[list[str]]:
     """The rows for one configuration of the kernels."""
     card, known = CARDS[target], compiled(target, config)
     mine = [case for case in cases(card, quick=False) if case.config == config and case.kernel in known]
-    return [
-        cells(case.kernel, occupancy(card, launch_of(case, card), *known[case.kernel])) for case in mine
-    ]
+    return [cells(case.kernel, occupancy(card, launch_of(case, card), *known[case.kernel])) for case in mine]
 
 
 def main() -> None:

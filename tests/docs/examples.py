@@ -40,7 +40,9 @@ def docstrings(path):
     found = []
 
     def visit(node, name):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ">>>" in (ast.get_docstring(node) or ""):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ">>>" in (
+            ast.get_docstring(node) or ""
+        ):
             found.append((name, ast.get_docstring(node), getattr(node, "lineno", 0)))
         for child in ast.iter_child_nodes(node):
             visit(child, ".".join(filter(None, (name, getattr(child, "name", "")))))
@@ -82,7 +84,9 @@ def of_module(name):
     for where, docstring, line in docstrings(ROOT / name):
         report = io.StringIO()
         runner = doctest.DocTestRunner(Checker(), verbose=False, optionflags=flags)
-        test = doctest.DocTestParser().get_doctest(docstring, standard | vars(module), where or name, name, line)
+        test = doctest.DocTestParser().get_doctest(
+            docstring, standard | vars(module), where or name, name, line
+        )
         with elsewhere():
             if runner.run(test, out=report.write).failed:
                 failures.append(report.getvalue())

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from docs.examples import FENCE, ROOT, blocks, docstrings
 from recipe_process import environment
+
+from docs.examples import FENCE, ROOT, blocks, docstrings
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SLOW = {"shardtrain/nn/models/classic.py", "shardtrain/nn/models/local.py"}
