@@ -262,7 +262,7 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _verify(self, step: int) -> tuple[dict[str, Any], str]:
-        """Returns a checkpoint's manifest and what is wrong with it; each process reads a part of the files."""
+        """Returns a checkpoint's manifest and what is wrong with it; processes share the reading."""
         if step in self._verified:
             return self._verified[step], ""
         folder = self._path(step) / "default"

@@ -95,7 +95,7 @@ class Retention(PreservationPolicy):
     scores: dict[int, float]
 
     def best(self) -> int | None:
-        """Returns the step with the best score, the latest of equal ones; scores that are NaN do not count."""
+        """Returns the step with the best score, the latest of equal ones; NaN does not count."""
         known = {step: self.sign * score for step, score in self.scores.items() if score == score}
         return max(known, key=lambda step: (known[step], step)) if known else None
 
@@ -131,8 +131,8 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
     stored = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
     if differences := _differences(stored, ocp.tree.to_flat_dict(target), several):
         raise UserError(
-            f"the checkpoint {folder} does not fit this model and optimizer ({min(differences)}); resume with "
-            f"the flags that it was made with"
+            f"the checkpoint {folder} does not fit this model and optimizer ({min(differences)}); resume "
+            f"with the flags that it was made with"
         )
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
