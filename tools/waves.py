@@ -132,7 +132,7 @@ def launch_of(case: Case, card: Card) -> Launch:
     from shardtrain.kernels import gpu
 
     here = gpu.Card(card.kind, (card.capability, 0))
-    with mock.patch.object(gpu, "card", lambda: here), recording() as found:
+    with mock.patch.object(gpu, "card", return_value=here), recording() as found:
         jax.eval_shape(case.call, *case.operands)
     (launch,) = set(found)
     return launch

@@ -106,10 +106,7 @@ def at_least_1(flag: str, *values: int) -> None:
 def check(flags: RunFlags) -> None:
     """Refuses flags that no data and no mesh could make right."""
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
-    for name in ("steps", "batch_size", "accumulate", "keep"):
-        at_least_1(name.replace("_", "-"), value := getattr(flags, name))
-        if value > MOST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+    check_counts(flags)
     if not 0 <= flags.seed < 2**63:
         raise UserError(f"--seed {flags.seed}: use a number from 0 to {2**63 - 1}")
     if not 0 < flags.lr < float("inf"):
@@ -119,10 +116,18 @@ def check(flags: RunFlags) -> None:
     refuse_endless("--start-limit", flags.start_limit)
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
-    for name in ("checkpoint_every", "validate_every"):
-        if (value := getattr(flags, name)) is not None:
-            at_least_1(name.replace("_", "-"), value)
     if flags.resume != "never" and flags.compare:
         raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
     if flags.parameters and flags.parameters not in parse(flags.mesh):
         raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
+
+
+def check_counts(flags: RunFlags) -> None:
+    """Refuses numbers of steps, examples and checkpoints below 1, or larger than a run can count."""
+    for name in ("steps", "batch_size", "accumulate", "keep"):
+        at_least_1(name.replace("_", "-"), value := getattr(flags, name))
+        if value > MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+    for name in ("checkpoint_every", "validate_every"):
+        if (value := getattr(flags, name)) is not None:
+            at_least_1(name.replace("_", "-"), value)

@@ -2,8 +2,8 @@
 
 Scores have the classes last, labels the same shape without them: one label per example, or one for every
 token or pixel. The predicted class is the one of the largest score. Classes are counted by comparing labels
-with all class numbers and adding up over the dimensions as they are, which needs no communication but the sum.
-For the histogram of flattened labels that is more usual, XLA gathers pixels sharded over several axes.
+with all class numbers and adding up over the dimensions as they are, which needs no communication but the
+sum. For the histogram of flattened labels that is more usual, XLA gathers pixels sharded over several axes.
 """
 
 import functools
