@@ -228,7 +228,7 @@ def _inverse(real: Array, imag: Array, sizes: Sequence[int], steps: Sequence[int
 
 
 def _times(matrix: np.ndarray, x: Array) -> Array:
-    """The inverse: `(rows, frequencies, 2)` to real numbers, else `(2 * rows, frequencies, 2)`."""
+    """A matrix times every entry of `(batch, rows, columns)`; TF32 would lose half of the digits."""
     exact = lax.Precision.HIGHEST
     if x.shape[0] == 1:
         return lax.dot(jnp.asarray(matrix), x[0], precision=exact)[None]
