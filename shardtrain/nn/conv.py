@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
@@ -87,7 +88,9 @@ class Conv(_Convolution, nnx.Conv):
         return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
 
     @in_layout
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+    ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Convolves inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
@@ -147,7 +150,9 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         return specs
 
     @in_layout
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+    ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Maps inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
@@ -255,7 +260,9 @@ class LocallyConnected(Contraction, nnx.Module):
                 )
 
     @in_layout
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(
+        self, inputs: Num[Array, "batch *spatial channels_in"]
+    ) -> Num[Array, "batch *spatial_out channels_out"]:
         """Maps inputs `(batch, *image, channels)`."""
         if inputs.ndim != len(self.image) + 2 or inputs.shape[1:] != (*self.image, self.in_features):
             raise UserError(

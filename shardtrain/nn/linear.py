@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
@@ -28,7 +29,7 @@ class Linear(Contraction, nnx.Linear):
     """
 
     @in_layout
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Num[Array, "*batch channels_in"]) -> Num[Array, "*batch channels_out"]:
         """Maps the last dimension of inputs `(batch, *spatial, channels)`, or of one vector."""
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
@@ -74,7 +75,7 @@ class Embed(Partitioned, nnx.Embed):
         return (self.num_embeddings,)
 
     @in_layout
-    def __call__(self, inputs: Array) -> Array:
+    def __call__(self, inputs: Num[Array, "batch *spatial"]) -> Num[Array, "batch *spatial features"]:
         """Looks up integers `(batch, *spatial)`."""
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
@@ -82,7 +83,7 @@ class Embed(Partitioned, nnx.Embed):
         return ops.embed(inputs, table, layout=self.layout)
 
     @in_layout
-    def attend(self, query: Array) -> Array:
+    def attend(self, query: Num[Array, "batch *spatial features"]) -> Num[Array, "batch *spatial rows"]:
         """Products of queries `(batch, *spatial, features)` with all rows: logits, cut as the rows are."""
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float
 
 from shardtrain import ops
 from shardtrain.errors import UserError
@@ -71,8 +72,12 @@ class BatchNorm(_Affine, nnx.BatchNorm):
 
     @in_layout
     def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
+        self,
+        x: Float[Array, "batch *spatial channels"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`, and updates the running statistics.
 
         Args:
@@ -133,7 +138,7 @@ class GroupNorm(_Affine, nnx.GroupNorm):
             raise UserError("nn.GroupNorm: reduction_axes and axis_name have no place here; leave them out")
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         scale, bias = self.affine()
         x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
         return ops.group_norm(x, self.num_groups, scale, bias, epsilon=self.epsilon, layout=self.layout)
@@ -162,7 +167,7 @@ class LayerNorm(_Affine, nnx.LayerNorm):
             raise UserError("nn.LayerNorm: it normalizes the last axis; leave the *_axes and axis_name out")
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         scale, bias = self.affine()
         x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
         return ops.layer_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
@@ -190,7 +195,7 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
             raise UserError("nn.InstanceNorm: it normalizes the pixels of each channel; leave the axes out")
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         scale, bias = self.affine()
         x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
         return ops.instance_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)

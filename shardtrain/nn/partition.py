@@ -93,7 +93,7 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
 
 
 def _log_undivided(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
-    """Logs what layouts ask to cut and layers keep whole on every device, once for all layers alike."""
+    """Logs dimensions that layouts ask to cut and that do not divide, once for all layers alike."""
     layers: dict[str, list[str]] = {}
     for path, module in found.items():
         if isinstance(module, Partitioned):
@@ -104,22 +104,20 @@ def _log_undivided(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
 
 
 def _check_parameters_spread(model: nnx.Module, default: Layout, mesh: AnyMesh) -> None:
-    """Logs the parameters that `parameters` axes do not divide, and refuses a spread of nothing at all."""
-    spread = set(default.cut("parameters", mesh))
-    if not spread:
+    """Logs parameters that the `parameters` axes cannot cut, and refuses axes that can cut none of them."""
+    axes = default.cut("parameters", mesh)
+    if not axes:
         return
     specs = parameter_spec(model, mesh, default)
     params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    whole = [name(p) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
+    whole = [name(p) for p in params if not any(set(axes) & set(axes_of(e)) for e in specs[p])]
     if len(whole) == len(params):
         raise UserError(
-            f"parameters={'*'.join(sorted(spread))}: no parameter has a dimension that divides by "
-            f"{size(mesh, tuple(spread))}, so nothing would be spread; leave it out or use another size"
+            f"parameters={'*'.join(sorted(axes))}: no parameter has a dimension that divides by "
+            f"{size(mesh, axes)}, so nothing would be spread; leave it out or use another size"
         )
     if whole:
-        log.warning(
-            "not spread, since no dimension divides by %d: %s", size(mesh, tuple(spread)), ", ".join(whole)
-        )
+        log.warning("not spread, since no dimension divides by %d: %s", size(mesh, axes), ", ".join(whole))
 
 
 def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
@@ -40,7 +41,7 @@ class MaxPool(Partitioned, nnx.Module):
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Num[Array, "batch *spatial channels"]) -> Num[Array, "batch *spatial_out channels"]:
         return ops.max_pool(
             x, self.window_shape, strides=self.strides, padding=self.padding, layout=self.layout
         )
@@ -73,7 +74,9 @@ class AvgPool(Partitioned, nnx.Module):
         self.count_include_pad = count_include_pad
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.avg_pool(
             x,
             self.window_shape,
@@ -93,7 +96,7 @@ class GlobalAvgPool(Partitioned, nnx.Module):
     """
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch channels"]:
         return ops.global_avg_pool(x, layout=self.layout)
 
 
@@ -116,7 +119,9 @@ class AdaptiveAvgPool(_Adaptive):
     """
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.adaptive_avg_pool(x, self.extents, layout=self.layout)
 
 
@@ -133,7 +138,9 @@ class AdaptiveMaxPool(_Adaptive):
     """
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.adaptive_max_pool(x, self.extents, layout=self.layout)
 
 
@@ -146,7 +153,7 @@ class Flatten(Partitioned, nnx.Module):
     """
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch features"]:
         return ops.flatten(x, layout=self.layout)
 
 
@@ -159,7 +166,9 @@ class Concat(Partitioned, nnx.Module):
     """
 
     @in_layout
-    def __call__(self, x: Array, *others: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial _"], *others: Float[Array, "batch *spatial _"]
+    ) -> Float[Array, "batch *spatial channels"]:
         return ops.concat((x, *others), layout=self.layout)
 
 
@@ -172,7 +181,9 @@ class Crop(Partitioned, nnx.Module):
     """
 
     @in_layout
-    def __call__(self, x: Array, extents: Sequence[int]) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], extents: Sequence[int]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         wanted = tuple_of(extents, x.ndim - 2, "extents")
         if any(n < m for n, m in zip(x.shape[1:-1], wanted, strict=True)):
             raise UserError(f"nn.Crop: {wanted} pixels of {x.shape[1:-1]}; ask for no more than there are")
@@ -203,7 +214,9 @@ class Upsample(Partitioned, nnx.Module):
         self.method = method
 
     @in_layout
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         factors = tuple_of(self.factor, x.ndim - 2, "factor")
         extents = [n * f for n, f in zip(x.shape[1:-1], factors, strict=True)]
         return ops.resize(x, extents, method=self.method, layout=self.layout)
@@ -229,8 +242,12 @@ class Dropout(Partitioned, nnx.Dropout):
 
     @in_layout
     def __call__(
-        self, inputs: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | Array | None = None
-    ) -> Array:
+        self,
+        inputs: Float[Array, "*shape"],
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | Array | None = None,
+    ) -> Float[Array, "*shape"]:
         off = self.deterministic if deterministic is None else deterministic
         if off is None:
             raise UserError("nn.Dropout: say deterministic=True or False, or call model.train() or .eval()")

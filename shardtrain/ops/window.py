@@ -92,7 +92,7 @@ def _stretches(receiver: int, wanted: Sequence[tuple[int, int]]) -> tuple[list[S
 
 
 def _in_rounds(lengths: Mapping[Stretch, int], shards: int) -> list[dict[int, Stretch]]:
-    """Stretches dealt out to rounds, by receiver: in a round each shard sends one and receives one."""
+    """Rounds of stretches by receiver: in a round every shard sends at most one and receives at most one."""
     rounds: list[dict[int, Stretch]] = []
     # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
     order = sorted(lengths, key=lambda s: (-lengths[s], (s.receiver - s.owner) % shards, s))

@@ -238,3 +238,15 @@ def test_a_table_that_cannot_be_cut_is_said(caplog):
         {},
     )
     assert "1001 rows of 'layers.0' do not divide by channel=8: each device keeps all" in caplog.text
+
+
+def test_layers_that_compute_all_channels_are_said_once(caplog):
+    mesh = make_mesh("data=4,channel=2")
+    layers = [nn.Linear(n, m, rngs=nnx.Rngs(0)) for n, m in ((8, 5), (5, 5), (5, 5))]
+    model = nnx.Sequential(*layers)
+    nn.assign(model, mesh, Layout(), {})
+    assert [list(layer.undivided(mesh)) for layer in layers[:1]] == [[]]  # its inputs divide
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        "channels do not divide by channel=2 in layers.1, layers.2: there every device computes all of them"
+    )

@@ -20,19 +20,19 @@ from shardtrain import compat
 from shardtrain.kernels import pallas
 
 STAGES = 3
-"""Tiles in shared memory: one is multiplied, the others are on their way. So few that two programs fit on a
+"""Tiles in shared memory: one is multiplied while the others are copied. So few that two programs fit on a
 multiprocessor, one of which multiplies while the other writes its result."""
 
 
 def tile_sizes(rows: int, columns: int, dtype: DTypeLike) -> tuple[int, int, int]:
-    """Rows, columns and depth of the tiles: what the operands must be padded to."""
+    """Rows, columns and depth of the tiles, to multiples of which the operands must be padded."""
     depth = 128 // jnp.dtype(dtype).itemsize  # a swizzled row is 128 bytes
     del rows
     return 128, (128 if columns % 128 == 0 else 64), depth
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """The order in which `wgmma` and the accelerator agree to keep a tile in shared memory."""
+    """The order of a tile in shared memory that both `wgmma` and the tensor memory accelerator read."""
     width = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * width * 8)
     return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)
@@ -53,11 +53,12 @@ def matmul(
     Args:
         a: left operands `(parts, batch, rows, depth)`, or `(parts, batch, depth, rows)` with `transpose_a`.
         b: right operands.
-        products: which parts are multiplied; several give products of more digits than the type has.
-        transpose_a: types of 16 bits only, the tensor cores read float32 along the depth.
+        products: which parts are multiplied; several parts give more digits than the type has.
+        transpose_a: whether `a` is given transposed; for types of 16 bits only, since tensor cores read
+            float32 along the depth.
         out_type: of the result; sums are in float32.
-        blackwell: whether sums are in tensor memory, as Blackwell's cards have them, not in registers.
-        interpreted: on the CPU, looking for races.
+        blackwell: whether sums are in Blackwell's tensor memory instead of in registers.
+        interpreted: whether to run on the CPU and look for races.
     """
     # Tensor cores read float32 along the depth only. jax 0.10's interpreter knows no transposed tiles.
     along = a.dtype == jnp.float32 and (compat.INTERPRETS_TRANSPOSED or not interpreted)
@@ -128,7 +129,7 @@ class _Product:
                 return found[:, start : start + narrow]
 
         for start in range(0, bn, narrow):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the part before has left
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous part has been read
             staged[...] = part(start).astype(staged.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged, out.at[p, pl.ds(i * bm, bm), pl.ds(j * bn + start, narrow)])
