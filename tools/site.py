@@ -40,17 +40,35 @@ def public(module: ModuleType) -> list[str]:
     )
 
 
-def pages() -> dict[str, tuple[str, list[str]]]:
-    """The pages of the API by file: what a page begins with, and the full names of the objects on it."""
+def pages() -> dict[str, str]:
+    """The pages of the API by file."""
     names = public(shardtrain)
     modules = {n: value for n in names if inspect.ismodule(value := getattr(shardtrain, n))}
-    found = {
-        "index": (heading("shardtrain", shardtrain), [f"shardtrain.{n}" for n in names if n not in modules])
-    }
-    for name, module in modules.items():
-        inner = [n for n in public(module) if not inspect.ismodule(getattr(module, n))]
-        found[name] = heading(f"shardtrain.{name}", module), [f"{module.__name__}.{n}" for n in inner]
-    return found
+    found = {"index": page("shardtrain", shardtrain)}
+    return found | {name: page(f"shardtrain.{name}", module) for name, module in modules.items()}
+
+
+def page(name: str, module: ModuleType) -> str:
+    """The page of a module under its public name: all public names that are no modules themselves."""
+    objects = {n: getattr(module, n) for n in public(module)}
+    entries = [
+        entry(f"{name}.{n}", f"{module.__name__}.{n}", x)
+        for n, x in objects.items()
+        if not inspect.ismodule(x)
+    ]
+    return "\n".join([heading(name, module), *entries])
+
+
+def entry(name: str, path: str, value: Any) -> str:
+    """What makes mkdocstrings write an object's documentation, under its public name.
+
+    A function may have the name of the module that it is in (`ops.conv`), so it is found where it is defined.
+    """
+    if inspect.isclass(value) or inspect.isfunction(value):
+        path = f"{value.__module__}.{value.__qualname__}"
+    anchor = "" if path == name else f'<a id="{name}"></a>\n\n'
+    label = name.rpartition(".")[2]
+    return f"{anchor}::: {path}\n    options:\n      heading: {name}\n      toc_label: {label}\n"
 
 
 def heading(name: str, module: ModuleType) -> str:
@@ -73,8 +91,7 @@ def on_files(files: Any, config: Any) -> Any:
     files.append(File.generated(config, "index.md", content=front((ROOT / "README.md").read_text())))
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     files.append(File.generated(config, "contributing.md", content=front(contributing)))
-    for name, (head, objects) in pages().items():
-        text = "\n".join([head, *(f"::: {full}\n" for full in objects)])
+    for name, text in pages().items():
         files.append(File.generated(config, f"api/{name}.md", content=text))
     return files
 
