@@ -93,22 +93,19 @@ def stage_rows(pipeline: "Pipelined") -> Lines:
     def mib(shapes: Any) -> str:
         return f"{sum(s.dtype.itemsize * s.size for s in shapes) / MIB:.4g}"
 
-    named = pipeline.layers.names(pipeline.positions)
+    named = pipeline.layers.names_of_stages(pipeline.starts)
     head = "stage", "rank", "layers", "GFLOP F", "I", "W", "weights MiB", "kept MiB", "in flight", "sends MiB"
     rows: Lines = [head]
+    params = pipeline.packing.arrays["params"]
     for k, p in enumerate(pipeline.programs):
-        weights = sum(
-            pipeline.params.places[i].size
-            * pipeline.named_shapes.params[pipeline.names["params"][i]].dtype.itemsize
-            for i in pipeline.params.at_stage[k]
-        )
+        places = [params.places[i] for i in params.at_stage[k]]
         rows.append(
             (
                 str(k),
                 str(pipeline.schedule.ranks_of[k]),
                 ", ".join(named[k]),
                 *map(giga, (p.forward, p.input_gradient, p.weight_gradient)),
-                f"{weights / MIB:.4g}",
+                mib(places),
                 mib((*p.saved, *p.lasting)),
                 str(pipeline.ticks.peak_of_stage[k]),
                 mib(p.outs) if k < len(pipeline.programs) - 1 else "",

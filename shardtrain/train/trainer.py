@@ -40,7 +40,7 @@ from shardtrain.train.batch import (
     with_limit,
 )
 from shardtrain.train.check import refuse_uncut
-from shardtrain.train.pipelined.plan import PipelinePlan
+from shardtrain.train.pipelined.plan import Pipeline, PipelinePlan
 from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.report import Observer, Terminal
 from shardtrain.train.state import (
@@ -137,7 +137,8 @@ class Trainer:
         self._program = Program(
             variables, optimizer, loss, metrics, accumulate, dtype, remat, self.layout, deferred, skip_bad
         )
-        self._plan = PipelinePlan.of(self.mesh, accumulate, schedule, stages, in_flight, remat, overlap)
+        asked = Pipeline(schedule, stages, in_flight, overlap)
+        self._plan = PipelinePlan.of(self.mesh, accumulate, asked, remat)
         self.pipeline: Pipelined | None = None
         check.refuse_model(model, accumulate, statistics)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
@@ -183,7 +184,7 @@ class Trainer:
 
     def _named(self) -> TrainState:
         """The state as ordinary named arrays."""
-        return self._arrays() if self.pipeline is None else self.pipeline.named(self._arrays())
+        return self._arrays() if self.pipeline is None else self.pipeline.packing.unpack(self._arrays())
 
     def _arrays(self) -> TrainState:
         if is_shapes(self.state):
@@ -242,8 +243,8 @@ class Trainer:
         """The compiled training step for batches as `place` or `shapes_of` gives; `census` reads it."""
         if self._plan is not None and self.pipeline is None:
             self.pipeline = Pipelined(self._program, self._shapes, self._specs, self.mesh, batch, self._plan)
-            self._specs = self.pipeline.state_specs
-            self.state = self.pipeline.packed(self.state)
+            self._specs = self.pipeline.packing.specs
+            self.state = self.pipeline.packing.pack(self.state)
         return self._compiled("train", batch)
 
     def _compiled(self, kind: str, batch: Batch) -> Any:
@@ -367,7 +368,7 @@ class Trainer:
             with Checkpoints(folder) as checkpoints:
                 return self.save(checkpoints, metrics)
         arrays = self._arrays()
-        named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
+        named = arrays if self.pipeline is None else self.pipeline.packing.unpack_onto_all_ranks(arrays)
         about = {"mesh": text(self.mesh), "examples": self.examples}
         tree = by_field(named) | {"examples": np.int64(self.examples), "recent": self.recent}
         return folder.save(int(named.step), tree, metrics, about)
@@ -387,12 +388,12 @@ class Trainer:
         """
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
+        like = self._arrays() if self.pipeline is None else self.pipeline.packing.shapes_on_all_ranks
         about = {"examples": np.int64(0), "recent": NONE}
         _, tree = checkpoints.restore(by_field(like) | about, several, step)
         self.examples, self.recent = int(tree.pop("examples")), tree.pop("recent")
         named = TrainState(**tree)
-        self.state = named if self.pipeline is None else self.pipeline.gathered(named)
+        self.state = named if self.pipeline is None else self.pipeline.packing.pack_from_all_ranks(named)
         return int(self.state.step)
 
     @property
