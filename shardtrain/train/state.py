@@ -26,6 +26,8 @@ class TrainState:
         params: parameters by name (`"blocks.0.conv1.kernel"`).
         model_state: the model's other variables by name: running statistics, random streams.
         opt_state: the optimizer's state, a tree of the same names.
+        extra: other trees by name. An array in them is placed like the parameter under whose name it is (EMA
+            weights), or is whole on every device.
 
     Trees of the same form hold shapes, shardings or PartitionSpecs in the arrays' places. On a mesh with
     `pipe` the last three are packed, see `pipeline.hold`.
@@ -35,6 +37,7 @@ class TrainState:
     params: Any
     model_state: Any
     opt_state: Any
+    extra: Any = dataclasses.field(default_factory=dict)
 
 
 def initial_state(
