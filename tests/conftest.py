@@ -54,7 +54,7 @@ LONGEST = [
     "pipeline/runtime/test_parity.py",
     "checkpoint/test_checkpoints.py",
     "pipeline/cut/test_split.py",
-    "pipeline/runtime/test_tables.py",
+    "pipeline/runtime/test_tick_loop.py",
     "launch/test_local.py",
     "train/test_trainer.py",
     "pipeline/localize/test_evaluate.py",

@@ -75,7 +75,7 @@ def trainer(mesh, optimizer=None, model=None, **kwargs):
     optimizer = optimizer or optax.sgd(0.1, momentum=0.9)
     one = st.Trainer(model or wide(Small()), optimizer, mesh=st.make_mesh(mesh), **options)
     if one._plan is not None:  # nothing that was never written may be read
-        one._plan = dataclasses.replace(one._plan, bubble=float("nan"))
+        one._plan = dataclasses.replace(one._plan, filler=float("nan"))
     return one
 
 

@@ -116,7 +116,7 @@ def test_an_import_upward_is_seen(tmp_path, monkeypatch):
     bad.write_text("def f():\n    from shardtrain.train.loop import run\n")
     (tmp_path / "pipeline" / "cut").mkdir(parents=True)
     within = tmp_path / "pipeline" / "cut" / "graph.py"
-    within.write_text("from shardtrain.pipeline.runtime.machine import Machine\n")
+    within.write_text("from shardtrain.pipeline.runtime.tick_loop import TickLoop\n")
     monkeypatch.setattr("test_rooms.ROOT", tmp_path)
     assert wrong(bad) == ["train"]
     assert wrong(within) == ["pipeline.runtime"]

@@ -185,13 +185,18 @@ class Ours:
         import shardtrain as st
 
         self.trainer = st.Trainer(
-            model(network), optax.sgd(RATE), mesh=mesh, accumulate=microbatches, schedule=schedule
+            model(network),
+            optax.sgd(RATE),
+            mesh=mesh,
+            accumulate=microbatches,
+            pipeline=st.Pipeline(schedule=schedule),
         )
-        self.batch = self.trainer.place(*batch_of(network, microbatches))
-        self.compiled = self.trainer.compiled_step(self.batch)
+        batch = batch_of(network, microbatches)
+        self.compiled = self.trainer.prepare(*batch)
+        self.batch = self.trainer.place(*batch)
 
     def start(self) -> Any:
-        self.trainer.state, sums = self.compiled(self.trainer.state, self.batch)
+        sums = self.trainer.advance(self.batch)
         return self.trainer.state, sums
 
     def step(self) -> float:

@@ -68,13 +68,11 @@ def step(args: argparse.Namespace) -> tuple["Pipelined", Any]:
             optax.sgd(0.1, momentum=0.9),
             mesh=mesh,
             accumulate=args.microbatches,
-            schedule=args.schedule,
+            pipeline=st.Pipeline(schedule=args.schedule, overlap=args.overlap),
             dtype=args.dtype,
-            overlap=args.overlap,
         )
         images = jax.ShapeDtypeStruct((args.batch, args.image, args.image, 3), jnp.float32)
-        batch = trainer.shapes_of(images, jax.ShapeDtypeStruct((args.batch,), jnp.int32))
-        compiled = trainer.compiled_step(batch)
+        compiled = trainer.prepare(images, jax.ShapeDtypeStruct((args.batch,), jnp.int32))
     except st.UserError as error:
         sys.exit(f"error: {error}")
     assert trainer.pipeline is not None
@@ -94,22 +92,19 @@ def stage_rows(pipeline: "Pipelined") -> Lines:
     def mib(shapes: Any) -> str:
         return f"{sum(s.dtype.itemsize * s.size for s in shapes) / MIB:.4g}"
 
-    named = pipeline.layers.names(pipeline.positions)
+    named = pipeline.layers.names_of_stages(pipeline.starts)
     head = "stage", "rank", "layers", "GFLOP F", "I", "W", "weights MiB", "kept MiB", "in flight", "sends MiB"
     rows: Lines = [head]
+    params = pipeline.packing.arrays["params"]
     for k, p in enumerate(pipeline.programs):
-        weights = sum(
-            pipeline.params.places[i].size
-            * pipeline.named_shapes.params[pipeline.names["params"][i]].dtype.itemsize
-            for i in pipeline.params.at_stage[k]
-        )
+        places = [params.places[i] for i in params.at_stage[k]]
         rows.append(
             (
                 str(k),
                 str(pipeline.schedule.ranks_of[k]),
                 ", ".join(named[k]),
                 *map(giga, (p.forward, p.input_gradient, p.weight_gradient)),
-                f"{weights / MIB:.4g}",
+                mib(places),
                 mib((*p.saved, *p.lasting)),
                 str(pipeline.ticks.peak_of_stage[k]),
                 mib(p.outs) if k < len(pipeline.programs) - 1 else "",

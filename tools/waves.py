@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cards import CARDS, Card
+from cards import CARDS, TargetCard
 from gpu_cases import Case, cases
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "gpu_evidence.md"
@@ -91,7 +91,7 @@ class Occupancy:
         return min(found, key=lambda name: found[name])
 
 
-def occupancy(card: Card, launch: Launch, registers: int, shared: int) -> Occupancy:
+def occupancy(card: TargetCard, launch: Launch, registers: int, shared: int) -> Occupancy:
     """How a launch fills a card, by the resources of its programs."""
     of_warp = -(-registers * 32 // UNIT) * UNIT
     return Occupancy(
@@ -125,7 +125,7 @@ def recording() -> Iterator[list[Launch]]:
         yield found
 
 
-def launch_of(case: Case, card: Card) -> Launch:
+def launch_of(case: Case, card: TargetCard) -> Launch:
     """The launch of one kernel, from a trace for this card."""
     import jax
 

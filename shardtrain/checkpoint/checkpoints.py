@@ -93,7 +93,7 @@ class Checkpoints:
     @property
     def mode(self) -> Literal["max", "min"]:
         """Which of that metric is better."""
-        return "max" if self._kept.sign > 0 else "min"
+        return "max" if self._retention.sign > 0 else "min"
 
     def __enter__(self) -> "Checkpoints":
         return self

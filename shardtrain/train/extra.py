@@ -1,6 +1,5 @@
 """Trees of a run's own in its state: averaged weights, memories of errors, clocks."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -127,9 +126,20 @@ POSITION = "position"
 the real examples that it has trained on, and `recent`, the losses that a spike is measured by."""
 
 
+PACKED = "(packed)"
+"""The name of all other trees on a mesh with `pipe`, where they are packed together; no tree of a user's."""
+
+
 def on_devices(state: TrainState) -> TrainState:
     """The part of a state that compiled steps take: all but the position."""
-    return dataclasses.replace(state, extra={k: v for k, v in state.extra.items() if k != POSITION})
+    trees = {name: tree for name, tree in state.extra.items() if name != POSITION}
+    return state.replace(extra=trees.get(PACKED, trees))
+
+
+def with_position(state: TrainState, position: Mapping[str, Any]) -> TrainState:
+    """A state as compiled steps return it, with the position beside its trees."""
+    trees = state.extra if isinstance(state.extra, dict) else {PACKED: state.extra}
+    return state.replace(extra={**trees, POSITION: position})
 
 
 def copies(one: Extra, mesh: Mesh) -> int | None:

@@ -24,7 +24,7 @@ class TrainState:
         extra: more trees by name, see `shardtrain.train.extra`.
 
     Trees of the same form hold shapes, shardings or PartitionSpecs in place of the arrays. On a mesh with
-    `pipe` all but `step` is packed, see `shardtrain.pipeline.runtime.resident`.
+    `pipe` all but `step` is packed, see `shardtrain.train.pipelined.state`.
     """
 
     step: Any

@@ -43,7 +43,7 @@ from shardtrain.train.batch import (
 )
 from shardtrain.train.callbacks.base import Callback
 from shardtrain.train.callbacks.terminal import Terminal
-from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, with_copies
+from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, with_copies, with_position
 from shardtrain.train.initial import initial_state, state_specs
 from shardtrain.train.loop import Loop
 from shardtrain.train.objective import Measured, Objective, refuse_names
@@ -163,7 +163,7 @@ class Trainer:
             skip_bad=skip_bad,
             extra=self._extra,
         )
-        self._plan = PipelinePlan.of(self.mesh, accumulate, pipeline or Pipeline(), remat)
+        self._plan = PipelinePlan.of(self.mesh, accumulate, pipeline, remat)
         self.pipeline: Pipelined | None = None
         check.refuse_model(model, accumulate, statistics)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
@@ -203,11 +203,11 @@ class Trainer:
 
     def _with_position(self, state: TrainState) -> TrainState:
         """A state from the devices with the position of now beside it."""
-        return state.replace(extra={**state.extra, POSITION: self.state.extra[POSITION]})
+        return with_position(state, self.state.extra[POSITION])
 
     def _named(self) -> TrainState:
         """The state on devices as ordinary named arrays."""
-        return self._arrays() if self.pipeline is None else self.pipeline.named(self._arrays())
+        return self._arrays() if self.pipeline is None else self.pipeline.packing.unpack(self._arrays())
 
     def _arrays(self) -> TrainState:
         if is_shapes(self.state):
@@ -357,8 +357,8 @@ class Trainer:
         """Cuts the model into stages, and packs the state on the devices of each."""
         assert self._plan is not None
         self.pipeline = Pipelined(self._program, self._shapes, self._specs, self.mesh, batch, self._plan)
-        self._specs = self.pipeline.state_specs
-        self.state = self._with_position(self.pipeline.packed(on_devices(self.state)))
+        self._specs = self.pipeline.packing.specs
+        self.state = self._with_position(self.pipeline.packing.pack(on_devices(self.state)))
 
     def ready(self, inputs: Any, targets: Any) -> None:
         """Prepares by a batch where nothing was prepared before."""
@@ -576,7 +576,7 @@ class Trainer:
             with Checkpoints(folder) as checkpoints:
                 return self.save(checkpoints, metrics)
         arrays = self._arrays()
-        named = arrays if self.pipeline is None else self.pipeline.spread_out(arrays)
+        named = arrays if self.pipeline is None else self.pipeline.packing.unpack_onto_all_ranks(arrays)
         about = {"mesh": text(self.mesh), "examples": self.examples}
         tree = by_field(self._with_position(named))
         return folder.save(int(named.step), tree, metrics, about)
@@ -596,14 +596,14 @@ class Trainer:
         """
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
-        like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
+        like = self._arrays() if self.pipeline is None else self.pipeline.packing.shapes_on_all_ranks
         like = like.replace(extra={name: self._as_copies(name, tree) for name, tree in like.extra.items()})
         _, tree = checkpoints.restore(by_field(self._with_position(like)), several, step)
         named = TrainState(**tree)
         position, named = named.extra[POSITION], on_devices(named)
         named = named.replace(extra={name: self._recopied(name, tree) for name, tree in named.extra.items()})
-        state = named if self.pipeline is None else self.pipeline.gathered(named)
-        self.state = state.replace(extra={**state.extra, POSITION: position})
+        state = named if self.pipeline is None else self.pipeline.packing.pack_from_all_ranks(named)
+        self.state = with_position(state, position)
         return int(state.step)
 
     def _as_copies(self, name: str, tree: Any) -> Any:

@@ -48,7 +48,7 @@ def test_what_is_sent_is_the_closed_form(step):
     assert sends(pipeline) == (4, ticks(pipeline))
     assert messages.payload == messages.count * sum(s.size * s.dtype.itemsize for s in out)
     # Batch norm's backward pass needs its scale's and bias's gradients summed, in every microbatch.
-    params = pipeline.named_shapes.params.items()
+    params = pipeline.shapes.params.items()
     whole = sum(s.size * s.dtype.itemsize for name, s in params if name.endswith("kernel") or "head" in name)
     assert sum(t.payload for t in found if t.what == "gradients") == whole  # once, not once a microbatch
 

@@ -298,7 +298,7 @@ def test_a_pipelined_step_passes_and_one_that_sends_by_hand_does_not(mesh):
     trainer, program = trained_on(mesh, jnp.sin)
     text = program.as_text()
     assert "collective-permute" in text  # the messages between stages
-    kinds = {(branch.op, branch.once) for branch, _ in in_branches(text)}
+    kinds = {(branch.op, branch.at_most_once) for branch, _ in in_branches(text)}
     assert kinds == {("while", True), ("conditional", False)}  # halos; sums of gradients
     refuse_divergent(text, trainer.mesh)
     with pytest.raises(UserError, match=r"collective-permute .* in the loop .* whose length"):

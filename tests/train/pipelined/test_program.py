@@ -11,8 +11,8 @@ from flax import nnx
 from pipelined_models import Deep, Small, batches, close, fit, trainer, wide
 
 import shardtrain as st
-from shardtrain.pipeline.runtime.pack import dtype_of
-from shardtrain.pipeline.runtime.resident import ResidentArrays
+from shardtrain.pipeline.runtime.flat_buffers import dtype_of
+from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
 from shardtrain.plan import census
 from shardtrain.train.step import Program
 
@@ -38,7 +38,7 @@ def test_the_step_runs_the_simulated_ticks_and_sends_one_message_in_each(schedul
     assert {row.kind for row in summed} == {"all-reduce"}
     once = Counter(row.payload for row in summed if row.count == 1)
     # The idle layer's are zeros, and the batch norm's are sums over the batch in every microbatch.
-    shapes = pipe.named_shapes.params
+    shapes = pipe.shapes.params
     used = {name: s for name, s in shapes.items() if name.split(".")[0] not in ("idle", "norm")}
     assert once == Counter(8 * s.size for s in used.values())
     # In a tick: both statistics of the one batch norm, forward and backward, and the sums to report.
@@ -102,8 +102,9 @@ def test_statistics_of_one_microbatch_are_noticed(wrong):
 def spoiled(one):
     """Not a number wherever the packed state holds no array."""
     pipe, parts = one.pipeline, []
-    for held, (buffers, shared) in zip(pipe.holds.values(), dataclasses.astuple(one.state)[1:], strict=True):
-        real, _ = held.pack([np.ones(s.shape, s.dtype) for s in held.shapes])
+    for group, arrays in pipe.packing.arrays.items():
+        buffers, shared = getattr(one.state, group)
+        real, _ = arrays.pack([np.ones(s.shape, s.dtype) for s in arrays.shapes])
         floats = {d for d in buffers if jnp.issubdtype(dtype_of(d), jnp.floating)}
         parts.append(
             (
@@ -122,7 +123,7 @@ def spoiled(one):
 def test_what_lies_between_the_arrays_is_never_used(wrong, monkeypatch):
     """Neither in the update nor in the norm of all gradients; an update that reads it is noticed."""
     if wrong:
-        places = ResidentArrays._places
+        places = ResidentArrays.places_on
 
         def shifted(self, rank):
             return {

@@ -1,4 +1,4 @@
-"""Arrays of many shapes in flat buffers: where they lie, and that nothing is longer for it."""
+"""Arrays of many shapes in flat buffers: where they are stored, and that nothing is longer for it."""
 
 from collections import Counter
 
@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as hs
 
 import shardtrain as st
-from shardtrain.pipeline.runtime.pack import Pack, SlotPlaces, add, apart, dtype_of, slots
-from shardtrain.pipeline.runtime.resident import ResidentArrays
+from shardtrain.pipeline.runtime.flat_buffers import (
+    Pack,
+    SlotPlaces,
+    add,
+    buffer_names,
+    dtype_of,
+    slot_places,
+)
+from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
 
 SHAPES = hs.builds(
     jax.ShapeDtypeStruct,
@@ -23,7 +30,7 @@ ROWS = hs.lists(hs.lists(SHAPES, max_size=6), min_size=1, max_size=4)
 @settings(deadline=None, max_examples=200)
 @given(ROWS)
 def test_what_all_rows_have_alike_is_alone_in_its_buffer_and_no_row_grows(rows):
-    packs = [Pack(row, names) for row, names in zip(rows, apart(rows), strict=True)]
+    packs = [Pack(row, names) for row, names in zip(rows, buffer_names(rows), strict=True)]
     alone = [Counter(p.buffer for p in pack.places if " " in p.buffer) for pack in packs]
     assert all(found == alone[0] and set(found.values()) <= {1} for found in alone)
     for buffer in alone[0]:
@@ -57,16 +64,18 @@ def test_a_sum_of_each_stage_gets_its_own_and_leaves_the_others(rows, data):
 
 def test_buffers_of_their_own_are_not_taken_where_they_are_much_longer():
     one, nine = jax.ShapeDtypeStruct((10,), np.float32), jax.ShapeDtypeStruct((90,), np.float32)
-    assert slots([[one, nine], [one, nine]], [2, 1], [0, 1]).lengths == {
+    assert slot_places([[one, nine], [one, nine]], [2, 1], [0, 1]).lengths == {
         "float32 10 0": 20,
         "float32 90 0": 180,
     }
-    assert slots([[one], [one, nine]], [9, 1], [0, 1]).lengths == {"float32": 100}
+    assert slot_places([[one], [one, nine]], [9, 1], [0, 1]).lengths == {"float32": 100}
 
 
 def test_what_two_axes_cut_comes_back_from_its_devices():
     mesh = st.make_mesh("pipe=2,data=2,channel=2")
     arrays = [np.arange(24.0).reshape(3, 8), np.arange(8.0)]
-    held = ResidentArrays(arrays, [0, 1], [((), ("data", "channel")), (("channel", "data"),)], (0, 1), mesh)
-    for value, back in zip(arrays, held.unpack(*held.pack(arrays)), strict=True):
+    resident = ResidentArrays(
+        arrays, [0, 1], [((), ("data", "channel")), (("channel", "data"),)], (0, 1), mesh
+    )
+    for value, back in zip(arrays, resident.unpack(*resident.pack(arrays)), strict=True):
         np.testing.assert_array_equal(back, value)

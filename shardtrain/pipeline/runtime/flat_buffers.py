@@ -1,6 +1,8 @@
-"""Arrays of many shapes in flat buffers, so that every stage's fit the same program.
+"""Arrays of many shapes, packed into flat buffers.
 
-A buffer's name begins with its dtype. Most arrays share the one named so; see `apart` for the others.
+All ranks of a pipeline run one program, so what they carry must have the same shapes, although their stages
+differ: each rank has one row of flat buffers, as long as the longest that any rank needs. The name of a
+buffer begins with its dtype. Most arrays of a dtype share one buffer; see `buffer_names` for the others.
 """
 
 import functools
@@ -14,15 +16,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-ROOM = 1.02
-"""How much longer buffers may be if arrays that all stages have alike stand in buffers of their own."""
+GROWTH = 1.02
+"""How much longer all buffers together may be for arrays to have buffers of their own."""
 
 Buffers = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies: in which buffer, and at which element of it."""
+    """Where an array is stored.
+
+    Attributes:
+        start: its first element in the buffer.
+        shape: of the array.
+        buffer: the name of the buffer.
+    """
 
     start: Any
     shape: tuple[int, ...]
@@ -37,25 +45,32 @@ class Place:
         return dtype_of(self.buffer)
 
     def read(self, buffers: Mapping[str, Array]) -> Array:
+        """Returns the array."""
         flat = lax.dynamic_slice(buffers[self.buffer], (self.start,), (self.size,))
         return flat.reshape(self.shape)
 
     def add(self, buffers: Buffers, value: Array) -> Buffers:
-        # behind the barrier XLA sees no reshaping, and adds in place
+        """Returns the buffers with `value` added to the array."""
+        # The barrier hides the reshaping from XLA, which then adds in place.
         flat = lax.optimization_barrier(jnp.reshape(value, -1))
         return self.write(buffers, self.read(buffers).reshape(-1) + flat)
 
     def write(self, buffers: Buffers, value: Array) -> Buffers:
+        """Returns the buffers with `value` in place of the array."""
         flat = lax.dynamic_update_slice(buffers[self.buffer], value.reshape(-1), (self.start,))
         return {**buffers, self.buffer: flat}
 
 
 class Pack:
-    """A row of arrays, one after the other in their buffers.
+    """A list of arrays, one after the other in their buffers.
 
     Args:
         shapes: of the arrays.
-        buffers: the name of each one's buffer; without, that of its dtype.
+        buffers: the name of the buffer of each; by default its dtype.
+
+    Attributes:
+        places: of the arrays.
+        lengths: of the buffers.
     """
 
     def __init__(self, shapes: Sequence[Any], buffers: Sequence[str] | None = None) -> None:
@@ -67,68 +82,69 @@ class Pack:
             self.lengths[buffer] = place.start + place.size
 
     def at(self, starts: Mapping[str, Any]) -> list[Place]:
-        """The places when the row itself begins at `starts`."""
+        """Returns the places of the arrays if the list begins at `starts` of the buffers."""
         return [Place(starts.get(p.buffer, 0) + p.start, p.shape, p.buffer) for p in self.places]
 
 
 def dtype_of(buffer: str) -> jnp.dtype:
-    """What a buffer of this name is made of."""
+    """Returns the dtype of a buffer, by its name."""
     return jnp.dtype(buffer.partition(" ")[0])
 
 
-def apart(rows: Sequence[Sequence[Any]], mark: str = "") -> list[list[str]]:
-    """Names of buffers for arrays of which every row has one as large: such a one is alone in its buffer.
+def buffer_names(rows: Sequence[Sequence[Any]], mark: str = "") -> list[list[str]]:
+    """Returns names of buffers such that arrays of one size in all rows have buffers of their own.
 
-    XLA copies what is sliced from a buffer before it multiplies it, but not a whole buffer. What differs
-    between the rows shares the buffer of its dtype, so all buffers together are as long as the longest row.
+    XLA copies a slice of a buffer before it multiplies it, but not a whole buffer. So an array has a buffer
+    of its own if every row has one of its size and dtype. The others share the buffer of their dtype. All
+    buffers together are as long as the longest row, no longer.
 
     Args:
-        rows: shapes of the arrays of each.
-        mark: what sets these buffers apart from others.
+        rows: for each row the shapes of its arrays.
+        mark: tells the names of these buffers from others.
 
     Returns:
-        The buffer of each array of each row.
+        For each row the name of the buffer of each array.
     """
     kinds = [[(str(s.dtype), math.prod(s.shape)) for s in row] for row in rows]
-    alike = functools.reduce(operator.and_, map(Counter, kinds))
+    common = functools.reduce(operator.and_, map(Counter, kinds))
     names: list[list[str]] = []
     for row in kinds:
         seen: Counter[tuple[str, int]] = Counter()
         names.append([])
         for dtype, size in row:
-            own = seen[dtype, size] < alike[dtype, size]
+            own = seen[dtype, size] < common[dtype, size]
             names[-1].append(f"{dtype} {size} {mark}{seen[dtype, size]}" if own else dtype)
             seen[dtype, size] += 1
     return names
 
 
 def read(buffers: Mapping[str, Array], places: Sequence[Place]) -> list[Array]:
-    """The arrays at `places`."""
+    """Returns the arrays at `places`."""
     return [place.read(buffers) for place in places]
 
 
 def write(buffers: Buffers, places: Sequence[Place], values: Sequence[Any]) -> Buffers:
-    """The buffers with `values`, some of which may be constants, at `places`."""
+    """Returns the buffers with `values`, some of which may be constants, at `places`."""
     for place, value in zip(places, values, strict=True):
         buffers = place.write(buffers, jnp.asarray(value))
     return buffers
 
 
 def add(buffers: Buffers, places: Sequence[Place], values: Sequence[Array]) -> Buffers:
-    """The buffers with `values` added to what stands at `places`."""
+    """Returns the buffers with `values` added to the arrays at `places`."""
     for place, value in zip(places, values, strict=True):
         buffers = place.add(buffers, value)
     return buffers
 
 
-def largest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Of every buffer the longest."""
+def longest(lengths: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the greatest length of each buffer."""
     buffers = sorted({b for row in lengths for b in row})
     return {b: max(row.get(b, 0) for row in lengths) for b in buffers}
 
 
 def zeros(lengths: Mapping[str, int], fill: float = 0.0) -> Buffers:
-    """Buffers of `fill`, of zeros where the dtype is no floating one."""
+    """Returns buffers that are filled with `fill`, or with zeros if their dtype is no floating one."""
     return {
         b: jnp.full(n, fill if jnp.issubdtype(dtype_of(b), jnp.floating) else 0, dtype_of(b))
         for b, n in lengths.items()
@@ -137,11 +153,11 @@ def zeros(lengths: Mapping[str, int], fill: float = 0.0) -> Buffers:
 
 @dataclass(frozen=True)
 class SlotPlaces:
-    """Where the slots of a pool lie: each stage has a region in the buffers of its rank.
+    """Where the slots of a pool are: each stage has a region in the buffers of its rank.
 
     Attributes:
-        packs: of the arrays of each stage.
-        bases: where each stage's first slot begins.
+        packs: for each stage its arrays in one slot.
+        bases: for each stage the element of each buffer at which its first slot begins.
         lengths: of the buffers.
     """
 
@@ -151,7 +167,7 @@ class SlotPlaces:
 
     @classmethod
     def of(cls, packs: Sequence[Pack], depth: Sequence[int], ranks_of: Sequence[int]) -> "SlotPlaces":
-        """`depth` slots for the arrays of each stage."""
+        """Returns places for the arrays of each stage in `depth` slots."""
         ends: dict[int, dict[str, int]] = {}
         bases = []
         for pack, slots, rank in zip(packs, depth, ranks_of, strict=True):
@@ -159,25 +175,31 @@ class SlotPlaces:
             bases.append(dict(end))
             for buffer, length in pack.lengths.items():
                 end[buffer] = end.get(buffer, 0) + slots * length
-        return cls(tuple(packs), tuple(bases), largest(list(ends.values())))
+        return cls(tuple(packs), tuple(bases), longest(list(ends.values())))
 
     def starts(self, stage: int, number: Any) -> dict[str, Any]:
-        """Where one stage's arrays in one slot begin."""
+        """Returns where a slot of a stage begins in each buffer."""
         pack, base = self.packs[stage], self.bases[stage]
         return {b: base.get(b, 0) + number * n for b, n in pack.lengths.items()}
 
     def slot(self, stage: int, number: Any) -> list[Place]:
-        """The places of one stage's arrays in one slot."""
+        """Returns the places of a stage's arrays in one slot."""
         return self.packs[stage].at(self.starts(stage, number))
 
     @property
     def nbytes(self) -> int:
-        """Of all buffers."""
+        """Bytes of all buffers."""
         return sum(n * dtype_of(b).itemsize for b, n in self.lengths.items())
 
 
-def slots(shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> SlotPlaces:
-    """Slots for arrays of `shapes`, `depth` of them, for each stage."""
-    flat = SlotPlaces.of([Pack(row) for row in shapes], depth, ranks_of)
-    own = SlotPlaces.of(list(map(Pack, shapes, apart(shapes))), depth, ranks_of)
-    return own if own.nbytes <= ROOM * flat.nbytes else flat
+def slot_places(shapes: Sequence[Sequence[Any]], depth: Sequence[int], ranks_of: Sequence[int]) -> SlotPlaces:
+    """Returns slots for the arrays of each stage, in buffers of their own unless these are much longer.
+
+    Args:
+        shapes: for each stage the shapes of its arrays in one slot.
+        depth: for each stage the number of its slots.
+        ranks_of: the rank of each stage.
+    """
+    shared = SlotPlaces.of([Pack(row) for row in shapes], depth, ranks_of)
+    own = SlotPlaces.of(list(map(Pack, shapes, buffer_names(shapes))), depth, ranks_of)
+    return own if own.nbytes <= GROWTH * shared.nbytes else shared

@@ -24,11 +24,11 @@ PLACEMENTS = {
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_random_tables_give_the_gradient_of_one_device(placement):
-    ranks_of, mesh, hop = PLACEMENTS[placement]
+    ranks_of, mesh, latency = PLACEMENTS[placement]
     schedules = [legal(seed, placed=(ranks_of, MICROBATCHES)) for seed in range(400)]
     for schedule in schedules:
         validate(schedule)
-    runs = Runs.of(mesh, schedules, hop)
+    runs = Runs.of(mesh, schedules, latency)
     gaps = [runs.gap(runs.rows(schedule)) for schedule in schedules]
     assert [(seed, gap) for seed, gap in enumerate(gaps) if not gap < TOLERANCE] == []
 

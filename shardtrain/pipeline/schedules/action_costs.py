@@ -1,4 +1,4 @@
-"""What the actions of a pipeline cost."""
+"""The costs of the actions of a schedule, for the simulator: times of `F`, `I` and `W` for each stage."""
 
 import math
 from dataclasses import dataclass
@@ -13,15 +13,20 @@ Number = Fraction | float | int
 
 @dataclass(frozen=True)
 class Costs:
-    """Time of each stage for one microbatch, in any unit; a whole backward takes `input` plus `weight`.
+    """The times of the actions of each stage for one microbatch, in any unit.
 
-    Attributes:
-        forward, input, weight: one number for each stage. Whole numbers and fractions are kept exact.
+    Integers and fractions are kept exact, so that the simulator computes exact times.
+
+    Args:
+        forward: for each stage the time of its `F`.
+        input: for each stage the time of its `I`.
+        weight: for each stage the time of its `W`; a whole backward `B` takes both.
 
     Raises:
         UserError: three rows that are not equally long, a number that is negative or not finite.
 
     Example:
+        >>> from shardtrain.pipeline import Action, Costs
         >>> Costs(forward=(1, 2), input=(1, 2), weight=(1, 0)).of(Action(0, "B", 3))
         Fraction(2, 1)
     """
@@ -43,9 +48,10 @@ class Costs:
 
     @classmethod
     def equal(cls, stages: int, chunks: int = 1) -> "Costs":
-        """`F`, `I` and `W` of one stage all take 1; with several chunks on a rank, all of them together.
+        """Returns costs by which `F`, `I` and `W` take 1 each; with several chunks on a rank, all together.
 
         Example:
+            >>> from shardtrain.pipeline import Action, Costs
             >>> Costs.equal(4, chunks=2).of(Action(3, "B", 0))
             Fraction(1, 1)
         """
@@ -53,7 +59,7 @@ class Costs:
         return cls(row, row, row)
 
     def of(self, action: Action) -> Number:
-        """Time of one action."""
+        """Returns the time of an action."""
         s = action.stage
         if action.kind == "B":
             return self.input[s] + self.weight[s]

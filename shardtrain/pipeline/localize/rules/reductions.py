@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from shardtrain import jaxprs
 from shardtrain.layout import Axes
-from shardtrain.pipeline.localize.block import Block, finest
+from shardtrain.pipeline.localize.block import Block, Cut, finest
 
 
 def reduce(equation: Any, blocks: Sequence[Block]) -> list[Block]:
@@ -35,7 +35,7 @@ def _joined(equation: Any, value: Array, over: Axes) -> Array:
 
 
 def _place(equation: Any, x: Block, mine: Array, dim: int) -> Array:
-    """The place of the largest (or least) along a cut dimension, from that in each block."""
+    """Returns the index of the largest (or least) element along a cut dimension, from that of each block."""
     over, rows = x.cut[dim], x.value.shape[dim]
     best = jnp.take_along_axis(x.value, jnp.expand_dims(mine, dim), dim).squeeze(dim)
     places = lax.all_gather(mine + (lax.axis_index(over) * rows).astype(mine.dtype), over)
@@ -61,35 +61,50 @@ def _neutral(name: str, dtype: Any) -> Any:
 
 
 def dot_general(equation: Any, blocks: Sequence[Block]) -> list[Block]:
+    """Multiplies the blocks; where a contracted dimension is cut, the products of all devices are summed."""
     a, b = blocks
-    (ca, cb), (ba, bb) = equation.params["dimension_numbers"]
-    pairs = [*zip(ca, cb, strict=True), *zip(ba, bb, strict=True)]
-    free_a = [d for d in range(len(a.shape)) if d not in (*ca, *ba)]
-    free_b = [d for d in range(len(b.shape)) if d not in (*cb, *bb)]
-    # An axis cuts one dimension of the whole product; the larger operand says which.
-    sides = sorted([0, 1], key=lambda i: -blocks[i].value.size)
-    owner = {**{(0, i): n for n, (i, _) in enumerate(pairs)}, **{(1, j): n for n, (_, j) in enumerate(pairs)}}
-    cuts: dict[Any, Axes] = {}
-    for side in sides:
-        for d, axes in enumerate(blocks[side].cut):
-            taken = {axis for other in cuts.values() for axis in other}
-            key = owner.get((side, d), (side, d))
-            if axes and not cuts.get(key) and not taken & set(axes):
-                cuts[key] = axes
-
-    a, b = (
-        x.moved(tuple(cuts.get(owner.get((side, d), (side, d)), ()) for d in range(len(x.shape))))
-        for side, x in enumerate(blocks)
-    )
-    (value,) = jaxprs.rebind(equation, [a.filled(0, ca).value, b.filled(0, cb).value])
-    if over := tuple(axis for d in ca for axis in a.cut[d]):
+    (contracted_a, contracted_b), (batch_a, batch_b) = equation.params["dimension_numbers"]
+    a_cut, b_cut = _product_cuts(equation, a, b)
+    a, b = a.moved(a_cut), b.moved(b_cut)
+    values = [a.filled(0, contracted_a).value, b.filled(0, contracted_b).value]
+    (value,) = jaxprs.rebind(equation, values)
+    if over := tuple(axis for d in contracted_a for axis in a_cut[d]):
         value = lax.psum(value, over)
-    cut = [a.cut[d] for d in (*ba, *free_a)] + [b.cut[d] for d in free_b]
-    return [replace(a, value=value, shape=equation.outvars[0].aval.shape, cut=tuple(cut))]
+    free_a = [axes for d, axes in enumerate(a_cut) if d not in (*contracted_a, *batch_a)]
+    free_b = [axes for d, axes in enumerate(b_cut) if d not in (*contracted_b, *batch_b)]
+    cut = (*(a_cut[d] for d in batch_a), *free_a, *free_b)
+    return [replace(a, value=value, shape=equation.outvars[0].aval.shape, cut=cut)]
+
+
+def _product_cuts(equation: Any, a: Block, b: Block) -> tuple[Cut, Cut]:
+    """Returns how the operands of a product are to be cut.
+
+    Dimensions that are contracted or multiplied pairwise are cut the same way in both operands. A mesh axis
+    cuts one dimension of the whole product; where the operands disagree, the larger one decides.
+    """
+    (contracted_a, contracted_b), (batch_a, batch_b) = equation.params["dimension_numbers"]
+    partner = {
+        (1, j): (0, i) for i, j in zip((*contracted_a, *batch_a), (*contracted_b, *batch_b), strict=True)
+    }
+    dimensions = [
+        [partner.get((side, d), (side, d)) for d in range(len(x.shape))] for side, x in enumerate((a, b))
+    ]
+    cuts: dict[tuple[int, int], Axes] = {}
+    taken: set[str] = set()
+    for side in sorted([0, 1], key=lambda side: -(a, b)[side].value.size):
+        for dimension, axes in zip(dimensions[side], (a, b)[side].cut, strict=True):
+            if axes and not cuts.get(dimension) and not taken & set(axes):
+                cuts[dimension] = axes
+                taken |= set(axes)
+    a_cut, b_cut = (tuple(cuts.get(dimension, ()) for dimension in row) for row in dimensions)
+    return a_cut, b_cut
 
 
 def convolution(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """Examples cut, or (in gradients of kernels) what is summed over; all else belongs into `ops.conv`."""
+    """Convolves where examples are cut, or (in gradients of kernels) the dimension that is summed over.
+
+    All other cuts are the business of `ops.conv`.
+    """
     p = equation.params
     (na, ca, *_), (_, cb, *_), (no, *_) = p["dimension_numbers"]
     a, b = blocks
@@ -105,14 +120,14 @@ def convolution(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def windowed(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """Pooling and its gradients: cut where a window is one element."""
+    """Pools, and computes gradients of pooling; dimensions stay cut along which a window is one element."""
     p = equation.params
-    moving = [
+    windows = [
         d
         for d in range(len(p["window_dimensions"]))
         if any(p[k][d] != 1 for k in _STEPS if p.get(k) is not None) or tuple(p["padding"][d]) != (0, 0)
     ]
-    arrays = [b.whole_on(moving) for b in blocks]
+    arrays = [b.whole_on(windows) for b in blocks]
     cut = finest(b.cut for b in arrays)
     (value,) = jaxprs.rebind(equation, [b.moved(cut).value for b in arrays])
     return [replace(arrays[0], value=value, shape=equation.outvars[0].aval.shape, cut=cut)]
