@@ -57,7 +57,8 @@ def test_a_run_leaves_what_it_promises(short):
 
 def test_what_the_flags_say_reaches_the_trainer():
     asked = {"schedule": "zb-v", "stages": "stem,...|head", "in_flight": 3, "overlap": True}
-    assert make_task(Flags(**asked, statistics="batch")).trainer == {**asked, "statistics": "batch"}
+    expected = {"pipeline": st.Pipeline(**asked), "statistics": "batch"}
+    assert make_task(Flags(**asked, statistics="batch")).trainer == expected
     assert make_task(Flags(schedule="none")).trainer == {"statistics": "microbatch"}
 
 

@@ -4,11 +4,12 @@
     python tools/waves.py --config 'mosaic bfloat16 F(2,3)'
     python tools/waves.py --target sm_80 --markdown
 
-The grid of a kernel is read where the kernel is made, from a trace of the layer that `tools/gpu_evidence.py` compiles;
-registers and shared memory are the compiler's words, from the table in docs/gpu_evidence.md. How many programs are
-resident on a multiprocessor follows from these by CUDA's rules (registers are allocated in units of 256 for each warp,
-shared memory with 1 KB of the system's for each program), and a wave is one program on each free place of the card. The
-model knows nothing of time: it says how full the card is, not how fast.
+The grid of a kernel is read where the kernel is made, from a trace of the layer that
+`tools/gpu_evidence.py` compiles; registers and shared memory are the compiler's words, from the table in
+docs/gpu_evidence.md. How many programs are resident on a multiprocessor follows from these by CUDA's rules
+(registers are allocated in units of 256 for each warp, shared memory with 1 KB of the system's for each
+program), and a wave is one program on each free place of the card. The model knows nothing of time: it says
+how full the card is, not how fast.
 """
 
 import argparse
@@ -28,7 +29,8 @@ CONFIG = "mosaic float32 F(4,3)"
 REGISTERS, UNIT = 65536, 256
 """Registers of a multiprocessor, and how many a warp is given at a time."""
 THREADS, BLOCKS, RESERVED = 2048, 32, 1024
-"""Of a multiprocessor: threads and blocks that may be resident; bytes of shared memory that a block costs besides its own."""
+"""Of a multiprocessor: threads and blocks that may be resident; bytes of shared memory that each block costs
+besides its own."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import typing
 
 import pytest
 import tyro
+
 from docs.examples import ROOT, blocks
 from docs.test_blocks import PAGES, named
-
 from shardtrain import cli
 from shardtrain.cli import command
 

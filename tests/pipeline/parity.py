@@ -21,6 +21,7 @@ from shardtrain.mesh import parse
 from shardtrain.pipeline import Schedule, lockstep, make
 from shardtrain.pipeline.runtime.tick_loop import TickLoop
 from shardtrain.pipeline.schedules.tick_table import COLUMNS, TickTable, build
+from shardtrain.train.extra import on_devices
 from shardtrain.train.pipelined.microbatch import Microbatch
 from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.state import TrainState
@@ -92,10 +93,10 @@ class Case:
             **options,
         )
         batch = trainer.place(inputs, targets)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainer.state)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), on_devices(trainer.state))
         plan = dataclasses.replace(trainer._plan, **plan_changes)
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
-        return cls(trainer, pipeline, batch, pipeline.packing.pack(trainer.state))
+        return cls(trainer, pipeline, batch, pipeline.packing.pack(on_devices(trainer.state)))
 
     def program(self, table: TickTable, change: Callable[[TickLoop], TickLoop] = lambda loop: loop) -> Any:
         """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.

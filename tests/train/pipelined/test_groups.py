@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from pipelined_models import Small, batches, close, trainer, wide
 
+import shardtrain as st
+from shardtrain.train.extra import on_devices
 from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.step import Program
 
@@ -27,20 +29,17 @@ class Averaging(Program):
         return dataclasses.replace(after, extra=extra), reported
 
 
-class Counting(Program):
-    """Reports sums of any shape and dtype: a matrix of counts, and the sum of the outputs by class."""
+def counted(outputs, targets, weights):
+    """Sums of any shape and dtype: a matrix of counts, and the sum of the outputs by class."""
+    coarse = jax.nn.one_hot(targets % 3, 3), jax.nn.one_hot(outputs.argmax(-1) % 3, 3)
+    return {
+        "confusion": jnp.einsum("na,nb,n->ab", *coarse, weights),
+        "rows": weights.astype(jnp.int32).sum(dtype=jnp.int32),
+        "outputs": jnp.where(weights[:, None] > 0, outputs, 0).sum(0),
+    }
 
-    def _sums(self, outputs, targets, real, rows, lies):
-        sums = super()._sums(outputs, targets, real, rows, lies)
-        weight = jnp.ones(rows) if real is None else real.astype(jnp.float32)
-        coarse = jax.nn.one_hot(targets % 3, 3), jax.nn.one_hot(outputs.argmax(-1) % 3, 3)
-        counts = jnp.einsum("na,nb,n->ab", *coarse, weight)
-        user = {
-            "confusion": counts,
-            "rows": weight.astype(jnp.int32).sum(dtype=jnp.int32),
-            "outputs": (outputs * weight[:, None]).sum(0),
-        }
-        return {**sums, "user": user}
+
+COUNTING = {"user": st.metrics.Metric(counted, lambda total: total["confusion"])}
 
 
 def as_kind(one, kind):
@@ -124,29 +123,32 @@ def test_sums_of_any_shape_are_those_of_one_device(mesh, rows):
     x, y = (part[:rows] for part in batches()[0])
     found = []
     for name in (mesh, "data=1"):
-        one = as_kind(trainer(name, model=wide(Small(rate=0.0))), Counting)
-        one.place(*batches()[0])
+        one = trainer(name, model=wide(Small(rate=0.0)), metrics=COUNTING)
+        one.prepare(*batches()[0])
         batch = one.place(x, y)
         step = one.compiled_step(batch)
-        state = jax.tree.map(jnp.copy, one.state)
+        state = jax.tree.map(jnp.copy, on_devices(one.state))
         _, reported = step(state, batch)
-        evaluated = one._compiled("evaluate", batch)(one.state, batch)[1]
+        evaluated = one._compiled("evaluate", batch)(on_devices(one.state), batch)[1]
         found.append((reported, evaluated))
     close(*found)
     (reported, evaluated), _ = found
-    assert reported["user"]["confusion"].shape == (3, 3)
-    assert evaluated["user"]["rows"].dtype == jnp.int32
-    assert int(evaluated["user"]["rows"]) == rows == float(reported["user"]["confusion"].sum())
+    assert reported["metrics"]["user"]["confusion"].shape == (3, 3)
+    assert evaluated["metrics"]["user"]["rows"].dtype == jnp.int32
+    assert (
+        int(evaluated["metrics"]["user"]["rows"])
+        == rows
+        == float(reported["metrics"]["user"]["confusion"].sum())
+    )
 
 
 def test_sums_of_any_shape_over_replicas():
     ours, theirs = (
-        as_kind(trainer(mesh, model=wide(Small(rate=0.0, norm=False))), Counting)
+        trainer(mesh, model=wide(Small(rate=0.0, norm=False)), metrics=COUNTING)
         for mesh in ("pipe=2,replica=2", "data=1")
     )
-    batch, whole = (one.place(*batches()[0]) for one in (ours, theirs))
-    sums = (
-        ours.compiled_step(batch)(ours.state, batch)[1],
-        theirs.compiled_step(whole)(theirs.state, whole)[1],
-    )
-    close(sums[0]["user"], sums[1]["user"])
+    sums = []
+    for one in (ours, theirs):
+        one.prepare(*batches()[0])
+        sums.append(one.advance(one.place(*batches()[0])))
+    close(*(one["metrics"]["user"] for one in sums))
