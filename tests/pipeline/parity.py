@@ -169,7 +169,7 @@ class Case:
 
         (loss, (sums, moved)), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
         moved = {k: v for k, v in moved.items() if k in self.pipeline.stage_of}
-        return jax.device_get((grads, moved, [loss, *(sums[k] for k in sorted(sums))]))
+        return jax.device_get((grads, moved, [loss, *jax.tree.leaves(sums)]))
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:
