@@ -1,4 +1,4 @@
-# make train | make test | make lint; everything installs into .venv by itself.
+# make train | make test | make lint | make docs; everything installs into .venv by itself.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ EXTRA ?=
 comma := ,
 COMPILER := $(if $(filter Linux,$(shell uname -s)),gpu-compiler)
 
-.PHONY: install gpu-compiler train test test-all test-latest lint clean
+.PHONY: install gpu-compiler train test test-all test-latest lint docs clean
 install: $(VENV)/installed$(EXTRA)
 
 $(VENV)/installed$(EXTRA): pyproject.toml
@@ -45,5 +45,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy shardtrain recipes tools
 
+# The site in site/; broken links and references are errors. Nothing but the installation needs a network.
+docs: install $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/docs-installed: pyproject.toml $(VENV)/installed$(EXTRA)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-latest build *.egg-info
+	rm -rf $(VENV) .venv-latest build site *.egg-info

@@ -42,7 +42,7 @@ HYBRID = dict.fromkeys(("", "convs.*", "pools.*", "shrink", "flatten", "rounds")
 """Up to the linear layers every device has its own examples; the default cuts the features that follow."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train on, how examples travel, and where to write it."""
 

@@ -24,7 +24,7 @@ SUMS = ("all-reduce", "reduce-scatter")
 FIRST, WRONG, COLUMNS = 24, 8, 8  # the picture: images from the first on, then wrong ones, so many a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train on, and where to write it."""
 
@@ -42,6 +42,7 @@ class Flags(cli.RunFlags):
 def make_task(flags: Flags) -> cli.Task:
     """The network and the data set that --data names."""
     dataset = st.data.load(flags.data)
+    train_set, validation = cli.with_validation(flags, dataset.train)
     image = dataset.train.images.shape[1:]
 
     def make() -> nnx.Module:
@@ -56,8 +57,9 @@ def make_task(flags: Flags) -> cli.Task:
     return cli.Task(
         name="LocalNet",
         make=make,
-        train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
+        train=partial(st.data.train_batches, train_set, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
+        validation=validation,
         report=report,
     )
 

@@ -28,7 +28,7 @@ from shardtrain.mesh import parse, size
 MODELS = ("resnet8", "resnet18", "resnet34", "lenet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, in which stages, and where to write it."""
 
@@ -63,6 +63,7 @@ def make_task(flags: Flags) -> cli.Task:
             f"--mesh {flags.mesh} leaves one device to pipe; use for example pipe=2, or more --devices"
         )
     dataset = st.data.load(flags.data)
+    train_set, validation = cli.with_validation(flags, dataset.train)
     image = dataset.train.images.shape[1:]
 
     def make() -> nnx.Module:
@@ -73,13 +74,13 @@ def make_task(flags: Flags) -> cli.Task:
 
     trainer: dict[str, Any] = {"statistics": flags.statistics}
     if flags.schedule != "none":
-        trainer |= {"schedule": flags.schedule, "stages": flags.stages, "in_flight": flags.in_flight}
-        trainer["overlap"] = flags.overlap
+        trainer["pipeline"] = st.Pipeline(flags.schedule, flags.stages, flags.in_flight, flags.overlap)
     return cli.Task(
         name=flags.model,
         make=make,
-        train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
+        train=partial(st.data.train_batches, train_set, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
+        validation=validation,
         trainer=trainer,
         report=report,
     )

@@ -40,7 +40,7 @@ MEMORY_MESHES = ("data=1", "depth=2", "depth=2,height=2", "depth=4,height=2")
 COLORS = ("black", "tab:orange", "white")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, on what boxes, and where to write it."""
 
@@ -124,7 +124,7 @@ def memory(flags: Flags, task: cli.Task, shape: Sequence[int]) -> list[dict[str,
         if devices > jax.device_count():
             break
         trainer = cli.make_trainer(flags, task, st.make_mesh(name, devices=jax.devices()[:devices]))
-        found = trainer.compiled_step(trainer.place(*batch)).memory_analysis()
+        found = trainer.prepare(*batch).memory_analysis()
         parts = {
             "arguments": found.argument_size_in_bytes,
             "temporaries": found.temp_size_in_bytes,

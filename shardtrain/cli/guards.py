@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.guard import Guard
-from shardtrain.guard.watch import PATIENCE
+from shardtrain.guard.watch import SLOW_PHASE_FACTOR
 
 
 def guard(flags: Any, out: Path) -> Guard:
@@ -35,7 +35,7 @@ def guard(flags: Any, out: Path) -> Guard:
 
 def patience(flags: Any) -> float:
     """Seconds that the processes of a run wait for each other where one may be compiling."""
-    return PATIENCE * flags.watchdog or math.inf
+    return SLOW_PHASE_FACTOR * flags.watchdog or math.inf
 
 
 def steps_of(text: str, steps: int) -> range:

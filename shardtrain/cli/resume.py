@@ -18,7 +18,17 @@ log = logging.getLogger(__name__)
 DECIDE = ("seed", "batch_size", "optimizer", "x64")
 """Flags of every recipe with another value of which a run is another run."""
 
-BEND = ("data", "lr", "lr_schedule", "weight_decay", "clip_norm", "accumulate", "microbatches", "dtype")
+BEND = (
+    "data",
+    "lr",
+    "lr_schedule",
+    "weight_decay",
+    "clip_norm",
+    "accumulate",
+    "microbatches",
+    "dtype",
+    "validate_every",
+)
 """Flags with another value of which a run goes on, but not as if it had never stopped."""
 
 

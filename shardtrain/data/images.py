@@ -310,6 +310,36 @@ def eval_batches(arrays: Arrays, batch_size: int, *, rows: range | None = None) 
     return iter(begins.map(batch).to_iter_dataset(READ))
 
 
+def hold_out(arrays: Arrays, *, seed: int, share: float = 0.1) -> tuple[Arrays, Arrays]:
+    """Cuts a set of images in two: to train on, and to validate with.
+
+    Args:
+        arrays: the whole set.
+        seed: which examples are held out depends on it and on the size of the set alone.
+        share: of the examples that are held out; at least one is, and one stays.
+
+    Returns:
+        The examples to train on, and those held out, each in their old order.
+
+    Raises:
+        UserError: a share that is not between 0 and 1, or a set of fewer than two images.
+
+    Example:
+        >>> digits = st.data.load("digits")
+        >>> train, validation = st.data.hold_out(digits.train, seed=0)
+        >>> len(train), len(validation)
+        (1293, 144)
+    """
+    if not 0 < share < 1 or len(arrays) < 2:
+        raise UserError(f"hold_out: a share of {share} of {len(arrays)} images; give a share between 0 and 1")
+    count = min(max(1, round(share * len(arrays))), len(arrays) - 1)
+    held = np.zeros(len(arrays), bool)
+    held[np.random.default_rng(seed).permutation(len(arrays))[:count]] = True
+    return Arrays(arrays.images[~held], arrays.labels[~held]), Arrays(
+        arrays.images[held], arrays.labels[held]
+    )
+
+
 def check_position(seed: int, start: int) -> None:
     """Refuses a seed or a first step below 0."""
     if seed < 0 or start < 0:

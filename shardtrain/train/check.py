@@ -87,6 +87,19 @@ def refuse_arguments(
         raise UserError(f"statistics={statistics!r}; there are 'microbatch' and 'batch'")
 
 
+def refuse_two_objectives(loss: Any, objective: Any) -> None:
+    """Refuses a trainer that is told twice what to minimize.
+
+    Raises:
+        UserError: says which to leave out.
+    """
+    if loss is not None and objective is not None:
+        raise UserError(
+            "both loss= and objective= say what to minimize; give one of them (an objective calls the "
+            "model and its loss itself)"
+        )
+
+
 def refuse_replicas_alone(mesh: Mesh) -> None:
     """Refuses a mesh with `replica` and without a pipeline.
 
@@ -149,6 +162,16 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
         )
 
 
+def refuse_empty(rows: int) -> None:
+    """Refuses a training batch without rows.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if not rows:
+        raise UserError("fit: a batch has no rows; leave empty batches out")
+
+
 def refuse_ragged(rows: int, norms: Sequence[str]) -> None:
     """Refuses a batch that is smaller than the first to a model with plain batch norms.
 
@@ -185,5 +208,5 @@ def refuse_uncut(plan: Any, pipeline: Any) -> None:
     if plan is not None and pipeline is None:
         raise UserError(
             "the pipeline is cut when the first training batch is seen; call fit first, or "
-            "compiled_step(trainer.place(...))"
+            "prepare(inputs, targets)"
         )

@@ -21,7 +21,7 @@ from pipelined_models import Small, close, trainer, wide
 from recipe_process import environment
 
 import shardtrain as st
-from shardtrain import Checkpoints, UserError
+from shardtrain import Checkpoints, UserError, versions
 from shardtrain.checkpoint import manifest
 from shardtrain.checkpoint.storage import Handler, Restore
 from shardtrain.launch.local import free_port
@@ -94,14 +94,14 @@ def other():
 def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved, other, monkeypatch):
     """Every part of the tree matters: a restore that leaves one at its start gives another run."""
     fresh = make("data=2")
-    start = {"examples": np.int64(0)} | {
-        key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")
-    }
+    start = {key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")}
+    start["examples"] = fresh.state.extra
     right = Checkpoints.restore
 
     def wrong(self, *args):
         step, tree = right(self, *args)
-        return step, tree | ({} if forgotten == "nothing" else {forgotten: start[forgotten]})
+        field = {"examples": "extra"}.get(forgotten, forgotten)
+        return step, tree | ({} if forgotten == "nothing" else {field: start[forgotten]})
 
     monkeypatch.setattr(Checkpoints, "restore", wrong)
     assert other.restore(saved) == 6
@@ -152,14 +152,14 @@ def test_the_revision_is_that_of_the_program(tmp_path):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
 
-    assert manifest.revision(tmp_path) is None
+    assert versions.revision(tmp_path) is None
     (tmp_path / "program.py").write_text("1\n")
     for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
         git(*words)
     head = git("rev-parse", "HEAD").stdout.strip()
-    assert manifest.revision(tmp_path) == head
+    assert versions.revision(tmp_path) == head
     (tmp_path / "program.py").write_text("2\n")
-    assert manifest.revision(tmp_path) == f"{head}-dirty"
+    assert versions.revision(tmp_path) == f"{head}-dirty"
 
 
 def test_arrays_of_another_type_are_refused(tmp_path):
@@ -401,7 +401,7 @@ import sys
 import numpy as np
 import pickle
 from shardtrain import Checkpoints
-from shardtrain.train import exchange
+from shardtrain.checkpoint import export
 like = {"x": np.zeros(6), "y": {"z": np.zeros(2, np.int32)}}
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, {"x": np.arange(6.0), "y": {"z": np.ones(2, np.int32)}})

@@ -279,7 +279,7 @@ def test_one_process(tmp_path):
 
 LAST = """
 from shardtrain import Guard
-from shardtrain.train.peers import Peers
+from shardtrain.guard.peers import Peers
 
 class Gone:
     def __getattr__(self, name):

@@ -183,8 +183,10 @@ def test_processes_of_a_host_share_its_gpus():
 def test_a_start_says_what_differs_and_goes_on(monkeypatch, rank):
     """Once for all processes."""
     module, said = importlib.import_module("shardtrain.launch.connect"), []
-    cards = [{"host": host, "versions": {"grain": version}} for host, version in (("a", "1"), ("b", "2"))]
-    monkeypatch.setattr(module, "meet", lambda *_: cards)
+    identities = [
+        {"host": host, "versions": {"grain": version}} for host, version in (("a", "1"), ("b", "2"))
+    ]
+    monkeypatch.setattr(module, "meet", lambda *_: identities)
     monkeypatch.setattr(module.log, "warning", lambda text, *words: said.append(text % words))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     for name, value in (LOCAL | {"SHARDTRAIN_PROCESS_ID": str(rank)}).items():

@@ -12,7 +12,7 @@ import pytest
 
 from shardtrain import UserError
 from shardtrain.cli.doctor import Doctor
-from shardtrain.launch import Cluster, doctor
+from shardtrain.launch import Cluster, doctor, identity
 from shardtrain.launch.identity import own_identity
 
 FAR = Cluster("Slurm", "n1:62000", 2, 1, hosts=2)
@@ -28,7 +28,7 @@ def install(monkeypatch, **versions):
     dist = namedtuple("Distribution", "metadata")
     every = [dist({"Name": name.replace("-", "_")}) for name in found]
     monkeypatch.setattr(identity.metadata, "distributions", lambda: every)
-    for module in (card, doctor):
+    for module in (identity, doctor):
         monkeypatch.setattr(module, "installed", lambda names: {n: found[n] for n in names if n in found})
 
 
@@ -53,7 +53,7 @@ def test_a_plugin_beside_another_jaxlib(monkeypatch):
     ]
 
 
-def cards(*others):
+def identities(*others):
     """Those of process 0 on host a and of others, with what differs in them."""
     first = own_identity() | {"host": "a", "skew": 0.0}
     return [first] + [
@@ -63,12 +63,12 @@ def cards(*others):
 
 
 def test_processes_that_are_alike():
-    assert bad(doctor.together(cards({}, {"skew": -0.9}))) == []
+    assert bad(doctor.together(identities({}, {"skew": -0.9}))) == []
 
 
 @pytest.mark.parametrize("package", ["jax", "python", "numpy", "nvidia-nccl-cu13"])
 def test_versions_that_differ_between_hosts(package):
-    ((check, found, fix),) = bad(doctor.together(cards({}, {"versions": {package: "0.1"}})))
+    ((check, found, fix),) = bad(doctor.together(identities({}, {"versions": {package: "0.1"}})))
     assert check == "versions"
     assert found.startswith(f"{package} is 0.1 in process 2 (b) and ")
     assert fix == "install the same on all hosts"
@@ -86,7 +86,7 @@ def test_what_gpus_need_is_compared(monkeypatch):
 
 @pytest.mark.parametrize("skew", [1.2, -3.0])
 def test_clocks_of_hosts(skew):
-    ((check, found, fix),) = bad(doctor.together(cards({"skew": 0.5}, {"skew": skew})))
+    ((check, found, fix),) = bad(doctor.together(identities({"skew": 0.5}, {"skew": skew})))
     assert (check, found) == ("clocks", f"process 2 (b) is {skew:+.1f} s off process 0")
     assert fix == "let b keep its time by NTP"
 

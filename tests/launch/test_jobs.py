@@ -18,7 +18,7 @@ from recipe_process import ROOT, environment
 from shardtrain import UserError
 from shardtrain.checkpoint.checkpoints import UNFINISHED
 from shardtrain.cli.start import check_out
-from shardtrain.guard.watch import BEGUN
+from shardtrain.guard.protocol import says_that_training_begins
 from shardtrain.launch.doctor import address, folder
 from shardtrain.launch.local import free_port
 
@@ -281,7 +281,9 @@ def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_pat
     assert job.returncode == 0, said
     assert "restart 1: 2 processes, 1 fewer than at first; 1 of 2 restarts are left" in said
     assert "resumed at step" in said
-    assert len(BEGUN.findall(said)) == 2  # after which a 2 is not of the number of processes
+    assert (
+        sum(map(says_that_training_begins, said.splitlines())) == 2
+    )  # after which a 2 is not of the number of processes
     assert result(out)["processes"] == 2
     np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
 

@@ -16,7 +16,7 @@ from shardtrain.launch.local import run_local
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch):
-    monkeypatch.setattr(local, "PAUSE", 0.0)
+    monkeypatch.setattr(local, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 START = """
@@ -116,8 +116,8 @@ def test_75_is_not_counted(capfd):
 def pauses(monkeypatch):
     """The seconds between attempts, which are not waited for."""
     found = []
-    monkeypatch.setattr(local, "PAUSE", 1.0)
-    monkeypatch.setattr(local.Attempts, "rest", lambda self, seconds: found.append(seconds))
+    monkeypatch.setattr(local, "FIRST_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(local.Attempts, "pause", lambda self, seconds: found.append(seconds))
     return found
 
 
@@ -131,7 +131,7 @@ def test_who_is_told_to_stop_at_once_again_and_again_waits_longer_and_longer(cap
 
 def test_who_was_told_to_stop_later_does_not_wait(capfd, monkeypatch):
     found = pauses(monkeypatch)
-    monkeypatch.setattr(local, "SHORT", 3.0)
+    monkeypatch.setattr(local, "SHORT_ATTEMPT_SECONDS", 3.0)
     program = "time.sleep(3 if restart == 2 else 0); sys.exit(75 if restart < 4 else 0)"
     assert launch(capfd, program, 1, restarts=1)[0] == 0
     assert found == [1, 2, 0, 1]
@@ -279,7 +279,7 @@ sys.exit(2)
 
 
 def test_who_is_killed_by_the_launcher_is_not_lost(capfd, monkeypatch):
-    monkeypatch.setattr(local, "AFTERMATH", 0.5)
+    monkeypatch.setattr(local, "TERMINATION_SECONDS", 0.5)
     program = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if rank == 0: print(restart, processes, flush=True)

@@ -15,7 +15,7 @@ from shardtrain.launch.identity import own_identity, refuse_unequal
 from shardtrain.launch.local import free_port
 from shardtrain.launch.rendezvous import meet, refuse_elsewhere, split_address
 
-CARD = own_identity()
+IDENTITY = own_identity()
 
 
 def job(processes, port, **more):
@@ -37,7 +37,7 @@ def all_meet(clusters, limit=5.0, late=0.0):
     def one(cluster):
         time.sleep(late * cluster.process_id)
         try:
-            return meet(cluster, CARD | {"mine": cluster.process_id}, limit)
+            return meet(cluster, IDENTITY | {"mine": cluster.process_id}, limit)
         except UserError as error:
             return Refused(str(error), may_pass=isinstance(error, StartError))
 
@@ -57,18 +57,18 @@ def dial(cluster):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_all_get_the_cards_of_all(backwards):
+def test_all_get_the_identities_of_all(backwards):
     clusters = job(5, free_port())
     results = all_meet(clusters[::-1] if backwards else clusters, late=0.05)
-    for cards in results:
-        assert [card["mine"] for card in cards] == [0, 1, 2, 3, 4]
-        assert max(abs(card["skew"]) for card in cards) < 1
+    for identities in results:
+        assert [identity["mine"] for identity in identities] == [0, 1, 2, 3, 4]
+        assert max(abs(identity["skew"]) for identity in identities) < 1
 
 
 def test_they_can_meet_again_at_once_at_the_same_port():
     port = free_port()
     for _ in range(10):
-        assert all(len(cards) == 3 for cards in all_meet(job(3, port)))
+        assert all(len(identities) == 3 for identities in all_meet(job(3, port)))
 
 
 def test_missing_processes_are_named_to_all():
@@ -133,7 +133,7 @@ def test_strangers_do_not_disturb():
     thread.start()
     results = all_meet(clusters, late=1.0)
     thread.join()
-    assert [len(cards) for cards in results] == [2, 2]
+    assert [len(identities) for identities in results] == [2, 2]
 
 
 def test_a_process_that_leaves_is_missing():
@@ -152,7 +152,7 @@ def test_a_process_that_leaves_is_missing():
 
 
 def test_a_stranger_that_never_ends_is_left(monkeypatch):
-    monkeypatch.setattr(rendezvous, "LONGEST", 1000)
+    monkeypatch.setattr(rendezvous, "LONGEST_MESSAGE_BYTES", 1000)
     clusters = job(2, free_port())
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(all_meet, clusters[:1], limit=4.0)
@@ -175,19 +175,19 @@ def test_a_coordinator_that_hangs():
 
 
 def test_a_process_that_takes_its_time_to_leave_and_has_another_clock(monkeypatch):
-    monkeypatch.setattr(rendezvous, "FAREWELL", 0.3)
+    monkeypatch.setattr(rendezvous, "CLOSE_SECONDS", 0.3)
     clusters = job(2, free_port())
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(all_meet, clusters[:1])
         with dial(clusters[0]) as peer:
-            said = CARD | {"process_id": 1, "processes": 2, "time": time.time() + 100}
+            said = IDENTITY | {"process_id": 1, "processes": 2, "time": time.time() + 100}
             peer.sendall(json.dumps(said).encode() + b"\n")
             assert peer.recv(1 << 16).endswith(b"\n")
             done, _ = wait([meeting], timeout=4)
             assert done
-        (cards,) = meeting.result()
-    assert cards[0]["skew"] == 0
-    assert 95 < cards[1]["skew"] < 101
+        (identities,) = meeting.result()
+    assert identities[0]["skew"] == 0
+    assert 95 < identities[1]["skew"] < 101
 
 
 def test_a_port_that_is_taken():
@@ -208,7 +208,7 @@ def test_two_of_the_same_number_and_two_sizes():
 
 
 def test_a_wrong_name_is_said_at_once_but_in_kubernetes(monkeypatch):
-    monkeypatch.setattr("shardtrain.launch.rendezvous.NAME_LIMIT", 0.5)
+    monkeypatch.setattr("shardtrain.launch.rendezvous.NAME_LIMIT_SECONDS", 0.5)
     start = time.monotonic()
     (said,) = all_meet([Cluster("Slurm", "no-such-node:62000", 2, 1)], limit=60.0)
     assert "the coordinator's name 'no-such-node' does not resolve" in said
@@ -248,11 +248,11 @@ def test_ipv6():
 
 
 def test_unequal_versions():
-    card = own_identity()
-    assert refuse_unequal([card, card]) == []
-    other = card | {"versions": card["versions"] | {"jax": "0.1"}, "host": "b"}
+    own = own_identity()
+    assert refuse_unequal([own, own]) == []
+    other = own | {"versions": own["versions"] | {"jax": "0.1"}, "host": "b"}
     with pytest.raises(UserError, match=r"jax is 0.1 in process 1 \(b\) and .* in process 0"):
-        refuse_unequal([card, other])
-    other = card | {"versions": card["versions"] | {"nvidia-nccl-cu13": "2.31.2"}, "host": "b"}
-    (said,) = refuse_unequal([card, other, other])  # nobody knows that it does harm
+        refuse_unequal([own, other])
+    other = own | {"versions": own["versions"] | {"nvidia-nccl-cu13": "2.31.2"}, "host": "b"}
+    (said,) = refuse_unequal([own, other, other])  # nobody knows that it does harm
     assert said.startswith("nvidia-nccl-cu13 is 2.31.2 in process 1 (b) and missing in process 0 (")

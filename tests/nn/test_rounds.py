@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(make, message):
 
 
 def step(trainer, rows):
-    return trainer.compiled_step(trainer.place(*labelled(rows)))
+    return trainer.prepare(*labelled(rows))
 
 
 def turned(rows, layout):

@@ -85,7 +85,11 @@ class Case:
         options = {"optimizer": optax.sgd(0.1), "loss": st.losses.cross_entropy} | kwargs
         plan_changes = options.pop("plan", {})
         trainer = st.Trainer(
-            model, mesh=st.make_mesh(mesh), accumulate=schedule.microbatches, schedule=schedule, **options
+            model,
+            mesh=st.make_mesh(mesh),
+            accumulate=schedule.microbatches,
+            pipeline=st.Pipeline(schedule),
+            **options,
         )
         batch = trainer.place(inputs, targets)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainer.state)

@@ -29,7 +29,7 @@ def step():
     mesh = st.make_mesh("pipe=2,data=2,height=2")
     trainer = st.Trainer(nnx.eval_shape(make), optax.adam(1e-3), mesh=mesh, accumulate=2)
     images = jax.ShapeDtypeStruct((8, 16, 16, 1), jnp.float32)
-    program = trainer.compiled_step(trainer.shapes_of(images, jax.ShapeDtypeStruct((8,), jnp.int32)))
+    program = trainer.prepare(images, jax.ShapeDtypeStruct((8,), jnp.int32))
     return trainer.pipeline, program
 
 

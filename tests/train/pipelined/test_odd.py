@@ -117,7 +117,7 @@ def test_schedules_by_path_and_what_is_not_known_yet(tmp_path):
     )
     with pytest.raises(UserError, match="call fit first"):
         _ = one.parameter_bytes
-    one.compiled_step(one.place(*batch()))
+    one.prepare(*batch())
     assert one.pipeline.plan.schedule.orders == make("zb-h1", 2, 4).orders
     assert one.parameter_bytes > 0
 
@@ -160,7 +160,7 @@ def test_the_stages_that_run_are_those_that_were_asked_for(monkeypatch):
     stages = "first|pool|second,flatten|head"
     trainer = st.Trainer(Pooled(), optax.sgd(0.1), mesh=st.make_mesh("pipe=4"), accumulate=2, stages=stages)
     images = np.random.default_rng(0).standard_normal((4, 4, 4, 2))
-    trainer.compiled_step(trainer.place(images, np.zeros(4, np.int32)))
+    trainer.prepare(images, np.zeros(4, np.int32))
     sent = [[s.shape for s in p.outs] for p in ran[0].programs[:-1]]
     assert sent == [[(2, 4, 4, 4)], [(2, 2, 2, 4)], [(2, 16)]]
     assert sent == [[s.shape for s in p.outs] for p in trainer.pipeline.programs[:-1]]

@@ -23,7 +23,7 @@ PROGRAMS = [("1f1b", False), ("gpipe", True), pytest.param("zb-v", False, marks=
 @pytest.mark.parametrize(("schedule", "overlap"), PROGRAMS)
 def test_the_step_runs_the_simulated_ticks_and_sends_one_message_in_each(schedule, overlap):
     one = trainer("pipe=2,data=2", schedule=schedule, overlap=overlap)
-    text = one.compiled_step(one.place(*batches()[0])).as_text()
+    text = one.prepare(*batches()[0]).as_text()
     pipe = one.pipeline
     ticks = len(pipe.ticks.table)
     assert f'"known_trip_count":{{"n":"{ticks}"}}' in text
@@ -137,6 +137,6 @@ def test_what_lies_between_the_arrays_is_never_used(wrong, monkeypatch):
             lambda self, rank, buffers: {i: p.read(buffers) for i, p in shifted(self, rank).items()},
         )
     ours, theirs = (trainer(mesh, clip_norm=0.5) for mesh in ("pipe=2,data=2", "data=1"))
-    ours.compiled_step(ours.place(*batches()[0]))
+    ours.prepare(*batches()[0])
     spoiled(ours)
     assert difference(ours, theirs, batches()) == wrong

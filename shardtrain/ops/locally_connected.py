@@ -1,4 +1,4 @@
-"""Locally connected layers: a filter of its own at every pixel, kept where the pixel is."""
+"""Locally connected layers: a filter of its own at every pixel, on the device that computes the pixel."""
 
 import functools
 import math
@@ -7,28 +7,25 @@ from dataclasses import dataclass
 
 import jax
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain.errors import UserError
-from shardtrain.kernels import local as kernels
 from shardtrain.kernels.conv import window_sizes
-from shardtrain.layout import Axes, Layout, active_mesh, axes_of, chosen, spatial_names, spec
+from shardtrain.kernels.locally_connected import locally_connected
+from shardtrain.layout import Layout, active_mesh, chosen, spatial_names
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
 from shardtrain.ops.channels import ChannelMode, channel_plan
-from shardtrain.ops.conv import CONTRACTION
+from shardtrain.ops.contraction import ContractionPlan
 from shardtrain.ops.halo import exchange
-from shardtrain.ops.reshard import move
 from shardtrain.ops.window import Window, check_fits
 
 
 @dataclass(frozen=True)
-class _Config:
-    """What is static: the windows before they are cut."""
+class LocalSettings:
+    """The static arguments of a locally connected layer, checked; its windows are not cut yet."""
 
     window: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -53,20 +50,24 @@ def local(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """A convolution whose filter differs from pixel to pixel, cut on batch, space and channels together.
+    """A convolution with a different filter at every output pixel, cut on batch, space and channels.
 
-    One island. The filters are cut as the output pixels are, so only halo rows of the input travel, as in
-    a convolution; no device ever holds the filters of another's pixels, and their gradients are summed
-    over the axes that cut the batch alone.
+    The filters are cut as the output pixels are. Devices therefore exchange halo rows of the input, as in a
+    convolution, and no filters; the gradients of the filters are summed over the axes that cut the batch.
 
     Args:
         x: input; the leading dimension is the batch.
         kernel: the filters of every output pixel; `taps` is `channels_in * prod(window)`, channels
             slowest, as in `lax.conv_general_dilated_local` and `flax.linen.ConvLocal`.
-        bias: added to every output pixel, its own.
-        window: rows of the filter, one number or one per spatial dimension.
-        strides, padding, dilation, layout, channel_mode: as in `conv`.
-        precision, preferred_element_type: as in `lax.dot_general`.
+        bias: one vector for every output pixel.
+        window: rows of the filters, one number or one per spatial dimension.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilation: as in `conv`.
+        layout: which mesh axes cut what; by name by default.
+        channel_mode: as in `conv`.
+        precision: of the products, as in `lax.dot_general`.
+        preferred_element_type: of the sums and the output, as in `lax.dot_general`.
 
     Returns:
         The output, cut as the input is.
@@ -76,7 +77,7 @@ def local(
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((5, 6, 4 * 9, 3))
-        >>> local(x, kernel, window=(3, 3), padding="VALID").shape
+        >>> st.ops.local(x, kernel, window=(3, 3), padding="VALID").shape
         (2, 5, 6, 3)
 
     References:
@@ -102,7 +103,7 @@ def local(
         raise UserError(
             f"local: a bias of {bias.shape} for outputs {(*kernel.shape[:rank], kernel.shape[-1])}"
         )
-    config = _Config(
+    settings = LocalSettings(
         window,
         tuple_of(dilation, rank, "dilation"),
         windows,
@@ -111,7 +112,7 @@ def local(
         precision,
         preferred_element_type,
     )
-    return _local(x, kernel, bias, config=config)
+    return _local(x, kernel, bias, settings=settings)
 
 
 def local_windows(
@@ -121,7 +122,7 @@ def local_windows(
     padding: Padding,
     dilation: int | Sequence[int] | None,
 ) -> tuple[Window, ...]:
-    """The uncut window of every dimension; its `extent_out` is that of the output and of the filters.
+    """The window of every dimension before it is cut; its `extent_out` is that of output and filters.
 
     Raises:
         UserError: a window that does not fit.
@@ -139,73 +140,45 @@ def local_windows(
     return found
 
 
-def _cut_pixels(parameter: Array, kept: P, space: Sequence[Axes]) -> tuple[Array, P]:
-    """A parameter cut as its pixels are: those that do not divide are whole at rest."""
-    now = tuple(map(axes_of, kept))
-    wanted = (*space, *now[len(space) :])
-    return move(parameter, now, wanted), spec(wanted)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _local(x: Array, kernel: Array, bias: Array | None, config: _Config) -> Array:
-    layout, mesh = config.layout, active_mesh()
-    rank = len(config.window)
-    batch = layout.cut("batch", mesh)
-    cuts = [layout.cut(name, mesh) for name in spatial_names(rank)]
-    windows = [
+@functools.partial(jax.jit, static_argnames="settings")
+def _local(x: Array, kernel: Array, bias: Array | None, settings: LocalSettings) -> Array:
+    layout, mesh = settings.layout, active_mesh()
+    cuts = [layout.cut(name, mesh) for name in spatial_names(len(settings.window))]
+    windows = tuple(
         w.on(axes, 1 if mesh is None else size(mesh, axes))
-        for w, axes in zip(config.windows, cuts, strict=True)
-    ]
+        for w, axes in zip(settings.windows, cuts, strict=True)
+    )
     pixels = (
         math.prod(w.extent if w.shards == 1 else w.need for w in windows),
         math.prod(w.block_out for w in windows),
     )
     channels = x.shape[-1], kernel.shape[-1]
-    plan = channel_plan(layout, mesh, channels, pixels, mode=config.channel_mode)
-    vary = (*batch, *(a for w in windows for a in w.axes))
+    moves = channel_plan(layout, mesh, channels, pixels, mode=settings.channel_mode)
+    plan = LocalPlan(layout, mesh, windows, moves, x.shape, kernel.shape, len(windows), settings)
+    return plan(x, kernel, bias)
 
-    space = [w.axes for w in windows]
-    cuts_in, cuts_out = [batch, *space, plan.cut_in], [batch, *space, plan.cut_out]
-    extents_in, extents_out = x.shape, (x.shape[0], *kernel.shape[:rank], kernel.shape[-1])
-    # Pixels are always cut in here, where they divide at rest too.
-    kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh, rank)
-    kernel, kept = _cut_pixels(kernel, kept, space)
-    kept_bias = island.at_rest(layout, (*kernel.shape[:rank], kernel.shape[-1]), -1, mesh, rank)
-    if bias is not None:
-        bias, kept_bias = _cut_pixels(bias, kept_bias, space)
 
-    def local(x: Array, kernel: Array, bias: Array | None) -> Array:
-        x = island.mask_padding(x, extents_in, cuts_in, mesh)
-        kernel = island.gather(kernel, kept, layout, vary, rank)
-        for dim, window in enumerate(windows):
+@dataclass(frozen=True)
+class LocalPlan(ContractionPlan):
+    """One locally connected layer on one mesh."""
+
+    settings: LocalSettings
+
+    def contract(self, x: Array, kernel: Array) -> Array:
+        for dim, window in enumerate(self.windows, start=1):
             if window.shards > 1:
-                x = exchange(x, dim + 1, window, grouped=island.grouped(mesh))
-        x = plan.gathered(x)
-        for dim, window in enumerate(windows):
+                x = exchange(x, dim, window, grouped=island.grouped(self.mesh))
+        x = self.channels.gathered(x)
+        for dim, window in enumerate(self.windows, start=1):
             if window.shards == 1:  # nothing but padding, which is not sent
-                x = exchange(x, dim + 1, window)
-        y = kernels.local(
+                x = exchange(x, dim, window)
+        y = locally_connected(
             x,
             kernel,
-            window=config.window,
-            strides=[w.stride for w in windows],
-            dilation=config.dilation,
-            precision=config.precision,
-            preferred_element_type=config.preferred_element_type,
+            window=self.settings.window,
+            strides=[w.stride for w in self.windows],
+            dilation=self.settings.dilation,
+            precision=self.settings.precision,
+            preferred_element_type=self.settings.preferred_element_type,
         )
-        y = plan.summed(y)
-        y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary, rank)
-        return island.mask_padding(y, extents_out, cuts_out, mesh)
-
-    if mesh is None:
-        return checkpoint_name(local(x, kernel, bias), CONTRACTION)
-    y = island.run(
-        local,
-        mesh,
-        (spec(cuts_in), kept, None if bias is None else kept_bias),
-        spec(cuts_out),
-        island.fill_up(x, cuts_in, mesh),
-        island.fill_up(kernel, [*space, (), ()], mesh),
-        None if bias is None else island.fill_up(bias, [*space, ()], mesh),
-    )
-    return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
+        return self.channels.summed(y)

@@ -1,4 +1,4 @@
-"""What a run writes of itself can be read again."""
+"""The rows that callbacks write to files can be read again."""
 
 import struct
 
@@ -6,7 +6,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from shardtrain.errors import UserError
-from shardtrain.train.report import Recorder, read_rows, writing
+from shardtrain.train.callbacks import JsonLines, TensorBoard
+from shardtrain.train.callbacks.files import close, read_rows, writing
 
 
 def events(folder):
@@ -19,12 +20,21 @@ def events(folder):
             content = content[16 + size :]
 
 
-def test_a_recorder_goes_on_where_a_checkpoint_was(tmp_path):
-    with Recorder(tmp_path) as recorder:
-        for step in (1, 2, 3):
-            recorder(step, {"loss": 1.0 / step})
-    with Recorder(tmp_path, start=2) as recorder:
-        recorder(3, {"loss": 0.25, "accuracy": 0.5})
+def write(folder, rows, start=0):
+    """Writes rows by step, of a run of which `start` steps were done before."""
+    lines, board = JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard")
+    lines.open(start)
+    board.open(start)
+    for step, row in rows.items():
+        lines.write(step, row)
+        board.write(step, row)
+    close(lines._file, folder, None)
+    close(board._board, folder, None)
+
+
+def test_files_go_on_where_a_checkpoint_was(tmp_path):
+    write(tmp_path, {step: {"loss": 1.0 / step} for step in (1, 2, 3)})
+    write(tmp_path, {3: {"loss": 0.25, "accuracy": 0.5}}, start=2)
     assert read_rows(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 0.5},
@@ -51,8 +61,7 @@ def test_damaged_lines_are_left_out_and_no_others(tmp_path, caplog):
     assert [row["step"] for row in read_rows(path)] == [1, 7]
     named = [record.getMessage() for record in caplog.records]
     assert named == [f"{path}: line {number} is damaged, and left out" for number in range(2, 7)]
-    with Recorder(tmp_path, start=7) as recorder:
-        recorder(8, {"loss": 0.5})
+    write(tmp_path, {8: {"loss": 0.5}}, start=7)
     assert [row["step"] for row in read_rows(path)] == [1, 7, 8]
     assert read_rows(tmp_path / "none") == []
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):

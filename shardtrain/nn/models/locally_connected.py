@@ -1,4 +1,4 @@
-"""A network whose filters differ from pixel to pixel."""
+"""A network of locally connected layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from shardtrain.nn.pool import Flatten
 class LocalNet(nnx.Module):
     """Locally connected layers, the first of stride 2, and one linear layer.
 
-    The network of DistBelief in small: nearly all parameters belong to pixels, so cutting pixels cuts
-    them, and no gradient of theirs crosses the cut.
+    It is the network of DistBelief in small. Nearly all parameters belong to pixels, so cutting pixels cuts
+    the parameters too, and their gradients are not summed over the axes that cut pixels.
 
     Args:
         classes: outputs.
@@ -31,7 +31,7 @@ class LocalNet(nnx.Module):
         rngs: for the initial values.
 
     Example:
-        >>> LocalNet(classes=10, image=(8, 8, 1), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
+        >>> st.models.LocalNet(classes=10, image=(8, 8, 1), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
         (2, 10)
 
     References:

@@ -1,4 +1,4 @@
-"""Locally connected layer on one device: what an island computes on its own block."""
+"""Locally connected layers on one device."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 
-def local(
+def locally_connected(
     x: Float[Array, "batch *spatial channels_in"],
     kernel: Float[Array, "*spatial_out taps channels_out"],
     *,
@@ -20,11 +20,26 @@ def local(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """One matrix product for every output pixel, all of them in one batched product.
+    """A convolution without padding whose filters differ between output pixels, as one batched product.
 
-    The windows are laid side by side by strided slices, pixels before batch, so that forward and both
-    gradients are batched products as they stand: no gather, no scatter. The backward pass lays them out
-    again instead of keeping them, which would take `prod(window)` times the input.
+    Strided slices copy the windows of the input side by side, with pixels before the batch, so that the
+    output and both gradients are batched matrix products without gathers or scatters. The backward pass
+    copies the windows again, since saving them would take `prod(window)` times the size of the input.
+
+    Args:
+        x: input.
+        kernel: filters of every output pixel, channels slowest, as in `lax.conv_general_dilated_local`.
+        window: rows of the filters in each spatial dimension.
+        strides: of the window.
+        dilation: of the filters.
+        precision: of the products.
+        preferred_element_type: of the sums and the output.
+
+    Example:
+        >>> from shardtrain.kernels.locally_connected import locally_connected
+        >>> x, kernel = jnp.ones((2, 7, 4)), jnp.ones((5, 4 * 3, 6))
+        >>> locally_connected(x, kernel, window=(3,), strides=(1,), dilation=(1,)).shape
+        (2, 5, 6)
     """
     rank = len(window)
     pixels = tuple(range(rank))
