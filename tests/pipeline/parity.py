@@ -21,6 +21,7 @@ from shardtrain.mesh import parse
 from shardtrain.pipeline import Schedule, lockstep, make
 from shardtrain.pipeline.runtime.tick_loop import TickLoop
 from shardtrain.pipeline.schedules.tick_table import COLUMNS, TickTable, build
+from shardtrain.train.extra import on_devices
 from shardtrain.train.pipelined.microbatch import Microbatch
 from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.state import TrainState
@@ -84,18 +85,20 @@ class Case:
     ) -> "Case":
         options = {"optimizer": optax.sgd(0.1), "loss": st.losses.cross_entropy} | kwargs
         plan_changes = options.pop("plan", {})
+        asked = st.Pipeline(schedule, options.pop("stages", None))
         trainer = st.Trainer(
             model,
             mesh=st.make_mesh(mesh),
             accumulate=schedule.microbatches,
-            pipeline=st.Pipeline(schedule),
+            pipeline=asked,
             **options,
         )
         batch = trainer.place(inputs, targets)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainer.state)
+        state = on_devices(trainer.state)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         plan = dataclasses.replace(trainer._plan, **plan_changes)
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
-        return cls(trainer, pipeline, batch, pipeline.packing.pack(trainer.state))
+        return cls(trainer, pipeline, batch, pipeline.packing.pack(state))
 
     def program(self, table: TickTable, change: Callable[[TickLoop], TickLoop] = lambda loop: loop) -> Any:
         """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.
