@@ -104,10 +104,7 @@ def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
         UserError: the file cannot be written.
 
     Example:
-        >>> from pathlib import Path
-        >>> from shardtrain.cli.pipeline import draw
-        >>> from shardtrain.pipeline import make
-        >>> draw(make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))  # doctest: +SKIP
+        >>> draw(st.pipeline.make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))  # doctest: +SKIP
     """
     if path.is_dir():
         raise UserError(f"--png {path} is a folder; name a file in it")

@@ -85,18 +85,20 @@ class Case:
     ) -> "Case":
         options = {"optimizer": optax.sgd(0.1), "loss": st.losses.cross_entropy} | kwargs
         plan_changes = options.pop("plan", {})
+        asked = st.Pipeline(schedule, options.pop("stages", None))
         trainer = st.Trainer(
             model,
             mesh=st.make_mesh(mesh),
             accumulate=schedule.microbatches,
-            pipeline=st.Pipeline(schedule),
+            pipeline=asked,
             **options,
         )
         batch = trainer.place(inputs, targets)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), on_devices(trainer.state))
+        state = on_devices(trainer.state)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         plan = dataclasses.replace(trainer._plan, **plan_changes)
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
-        return cls(trainer, pipeline, batch, pipeline.packing.pack(on_devices(trainer.state)))
+        return cls(trainer, pipeline, batch, pipeline.packing.pack(state))
 
     def program(self, table: TickTable, change: Callable[[TickLoop], TickLoop] = lambda loop: loop) -> Any:
         """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.
@@ -174,7 +176,7 @@ class Case:
 
         (loss, (sums, moved)), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
         moved = {k: v for k, v in moved.items() if k in self.pipeline.stage_of}
-        return jax.device_get((grads, moved, [loss, *(sums[k] for k in sorted(sums))]))
+        return jax.device_get((grads, moved, [loss, *jax.tree.leaves(sums)]))
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:

@@ -80,10 +80,7 @@ class Split:
             UserError: a stage begins inside a layer, which cannot be written so.
 
         Example:
-            >>> from flax import nnx
-            >>> from shardtrain import models
-            >>> from shardtrain.pipeline import split
-            >>> split(models.LeNet(rngs=nnx.Rngs(0)), (8, 28, 28, 1), 2).stages_text()
+            >>> st.pipeline.split(st.models.LeNet(rngs=nnx.Rngs(0)), (8, 28, 28, 1), 2).stages_text()
             'conv1,pool1|conv2,pool2,flatten,linear1,linear2,head'
         """
         return self._layers.text(self.starts)
@@ -169,11 +166,8 @@ def split(
             that this mesh cannot train.
 
     Example:
-        >>> from flax import nnx
-        >>> from shardtrain import models
-        >>> from shardtrain.pipeline import split
-        >>> model = models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0))
-        >>> [part.names for part in split(model, (8, 8, 8, 1), "...|blocks.1,...").parts]
+        >>> model = st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0))
+        >>> [part.names for part in st.pipeline.split(model, (8, 8, 8, 1), "...|blocks.1,...").parts]
         [('stem', 'norm', 'blocks.0'), ('blocks.1', 'blocks.2', 'mean', 'head')]
     """
     if not isinstance(model, nnx.Module):

@@ -26,8 +26,7 @@ class Costs:
         UserError: three rows that are not equally long, a number that is negative or not finite.
 
     Example:
-        >>> from shardtrain.pipeline import Action, Costs
-        >>> Costs(forward=(1, 2), input=(1, 2), weight=(1, 0)).of(Action(0, "B", 3))
+        >>> st.pipeline.Costs(forward=(1, 2), input=(1, 2), weight=(1, 0)).of(st.pipeline.Action(0, "B", 3))
         Fraction(2, 1)
     """
 
@@ -51,8 +50,7 @@ class Costs:
         """Returns costs by which `F`, `I` and `W` take 1 each; with several chunks on a rank, all together.
 
         Example:
-            >>> from shardtrain.pipeline import Action, Costs
-            >>> Costs.equal(4, chunks=2).of(Action(3, "B", 0))
+            >>> st.pipeline.Costs.equal(4, chunks=2).of(st.pipeline.Action(3, "B", 0))
             Fraction(1, 1)
         """
         row = (Fraction(1, chunks),) * stages

@@ -32,8 +32,7 @@ class Action(NamedTuple):
             UserError: the text is no action.
 
         Example:
-            >>> from shardtrain.pipeline import Action
-            >>> Action.parse("1I3")
+            >>> st.pipeline.Action.parse("1I3")
             Action(stage=1, kind='I', microbatch=3)
         """
         match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text.strip())
@@ -49,7 +48,6 @@ def needs(action: Action, stages: int) -> list[Action]:
     """Returns the actions that must end before an action can start; an `I` among them stands for `I` or `B`.
 
     Example:
-        >>> from shardtrain.pipeline.schedules.actions import Action, needs
         >>> [str(a) for a in needs(Action(1, "B", 0), stages=4)]
         ['1F0', '2I0']
     """
@@ -79,7 +77,6 @@ def sequence(name: str, ranks_of: Sequence[int], orders: Sequence[Sequence[Actio
         UserError: a deadlock, with the actions that wait for each other.
 
     Example:
-        >>> from shardtrain.pipeline.schedules.actions import Action, sequence
         >>> rows = [[Action(0, "F", 0), Action(0, "B", 0)], [Action(1, "F", 0), Action(1, "B", 0)]]
         >>> " ".join(map(str, sequence("tiny", (0, 1), rows)))
         '0F0 1F0 1B0 0B0'

@@ -35,8 +35,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
             size.
 
     Example:
-        >>> from shardtrain.pipeline import make
-        >>> print(make("1f1b", ranks=2, microbatches=2).to_csv(), end="")
+        >>> print(st.pipeline.make("1f1b", ranks=2, microbatches=2).to_csv(), end="")
         0F0,0F1,0B0,0B1
         1F0,1B0,1F1,1B1
 
@@ -88,8 +87,7 @@ def forward_only(ranks_of: Sequence[int], microbatches: int) -> Schedule:
     A rank runs its chunks one after the other, each for as many microbatches as there are ranks.
 
     Example:
-        >>> from shardtrain.pipeline import forward_only
-        >>> print(forward_only((0, 1), 3).to_csv(), end="")
+        >>> print(st.pipeline.forward_only((0, 1), 3).to_csv(), end="")
         0F0,0F1,0F2
         1F0,1F1,1F2
     """

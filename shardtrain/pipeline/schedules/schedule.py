@@ -25,8 +25,7 @@ class Schedule:
         orders: for every rank its actions.
 
     Example:
-        >>> from shardtrain.pipeline import Schedule
-        >>> Schedule.from_csv("0F0,0B0\\n1F0,1B0", "tiny").ranks_of
+        >>> st.pipeline.Schedule.from_csv("0F0,0B0\\n1F0,1B0", "tiny").ranks_of
         (0, 1)
     """
 
@@ -170,8 +169,7 @@ def validate(schedule: Schedule, *, forward_only: bool = False) -> None:
         UserError: names the first offending action, its rank, and what to do.
 
     Example:
-        >>> from shardtrain.pipeline import Schedule, validate
-        >>> validate(Schedule.from_csv("0F0,0B0\\n1B0,1F0", "odd"))
+        >>> st.pipeline.validate(st.pipeline.Schedule.from_csv("0F0,0B0\\n1B0,1F0", "odd"))
         Traceback (most recent call last):
         shardtrain.errors.UserError: schedule 'odd': rank 1 does 1B0 before 1F0; put 1F0 first
     """

@@ -52,9 +52,7 @@ def bars(schedule: Schedule, costs: Costs | None = None) -> list[Bar]:
     """Returns the classical timeline on a grid of columns, each as long as the largest unit of all costs.
 
     Example:
-        >>> from shardtrain.pipeline import make
-        >>> from shardtrain.pipeline.schedules.show import bars
-        >>> [bar.label for bar in bars(make("1f1b", ranks=1, microbatches=2))]
+        >>> [bar.label for bar in bars(st.pipeline.make("1f1b", ranks=1, microbatches=2))]
         ['F0', 'B0', 'F1', 'B1']
     """
     costs = costs or Costs.equal(schedule.stages)

@@ -67,8 +67,7 @@ def classical(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         UserError: a deadlock, costs of another number of stages.
 
     Example:
-        >>> from shardtrain.pipeline import classical, make
-        >>> classical(make("1f1b", ranks=4, microbatches=8)).idle  # (p-1) / (m+p-1)
+        >>> st.pipeline.classical(st.pipeline.make("1f1b", ranks=4, microbatches=8)).idle  # (p-1) / (m+p-1)
         Fraction(3, 11)
     """
     costs = _costs(schedule, costs)
@@ -94,8 +93,7 @@ def lockstep(schedule: Schedule, costs: Costs | None = None, latency: int = 1) -
         UserError: a deadlock, costs of another number of stages, a latency below 1.
 
     Example:
-        >>> from shardtrain.pipeline import lockstep, make
-        >>> len(lockstep(make("1f1b", ranks=4, microbatches=8)).table)  # 2 (m+p-1)
+        >>> len(st.pipeline.lockstep(st.pipeline.make("1f1b", ranks=4, microbatches=8)).table)  # 2 (m+p-1)
         22
     """
     if latency < 1:
@@ -128,8 +126,8 @@ def fastest(
         UserError: all three keep more.
 
     Example:
-        >>> from shardtrain.pipeline import Costs, fastest, make
-        >>> fastest(make("1f1b", 4, 8), Costs.equal(4)).name  # ticks of F, I, W alone are equally long
+        >>> asked, costs = st.pipeline.make("1f1b", 4, 8), st.pipeline.Costs.equal(4)
+        >>> st.pipeline.fastest(asked, costs).name  # since ticks of F, I and W alone are equally long
         '1f1b split'
     """
     forms = (schedule, schedule.with_split(), schedule.with_fused())
@@ -152,9 +150,7 @@ def in_flight(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:
     cost.
 
     Example:
-        >>> from shardtrain.pipeline import make
-        >>> from shardtrain.pipeline.schedules.simulate import in_flight
-        >>> in_flight(make("1f1b", ranks=4, microbatches=8))[0]  # p-r
+        >>> in_flight(st.pipeline.make("1f1b", ranks=4, microbatches=8))[0]  # p-r
         (4, 3, 2, 1)
     """
     ranks, stages = [0] * schedule.ranks, [0] * schedule.stages

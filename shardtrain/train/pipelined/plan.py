@@ -34,8 +34,7 @@ class Pipeline:
             takes more ticks, and pays where sending takes long beside computing.
 
     Example:
-        >>> from shardtrain.train.pipelined.plan import Pipeline
-        >>> Pipeline(schedule="zb-h1", in_flight=8)
+        >>> st.Pipeline(schedule="zb-h1", in_flight=8)
         Pipeline(schedule='zb-h1', in_flight=8)
     """
 

@@ -115,7 +115,7 @@ def graph_of(model, shape):
 
 
 def filled(graph):
-    """Values of the parameters, other variables and sides of a graph."""
+    """Values of the parameters, other variables and examples of a graph."""
     rng = np.random.default_rng(0)
 
     def value(v, small=0.3):
@@ -126,30 +126,30 @@ def filled(graph):
             return jnp.asarray(0.2 + small * rng.standard_normal(aval.shape), aval.dtype)
         return jnp.arange(5, 5 + aval.shape[0], dtype=aval.dtype) if aval.shape else jnp.ones((), aval.dtype)
 
-    params, state, sides = graph.traced.groups()
+    params, state, examples = graph.traced.groups()
     params = {n: value(v) for n, v in zip(graph.traced.params, params, strict=True)}
     state = {
         n: abs(v) if jnp.issubdtype(v.dtype, jnp.floating) else v
         for n, v in zip(graph.traced.state, map(value, state), strict=True)
     }
-    return params, state, [value(v, 1.0) for v in sides]
+    return params, state, [value(v, 1.0) for v in examples]
 
 
 def run(closed, *values):
     return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *values)
 
 
-def whole(graph, params, state, sides):
-    loss, *after = run(graph.traced.closed, *params.values(), *state.values(), *sides)
+def whole(graph, params, state, examples):
+    loss, *after = run(graph.traced.closed, *params.values(), *state.values(), *examples)
     return loss, dict(zip(graph.traced.state, after, strict=True))
 
 
-def chained(stages, params, state, sides, spoilt=lambda k, values: values):
+def chained(stages, params, state, examples, spoilt=lambda k, values: values):
     """The loss and the variables that move, from one stage after the other."""
     values, after = [], {}
     for k, stage in enumerate(stages):
         given = [params[n] for n in stage.params], [state[n] for n in stage.state]
-        found = run(stage.closed, *given[0], *given[1], *sides, *spoilt(k, values))
+        found = run(stage.closed, *given[0], *given[1], *examples, *spoilt(k, values))
         ends = len(found) - len(stage.updated)
         values = found[:ends]
         after |= dict(zip(stage.updated, found[ends:], strict=True))
@@ -158,8 +158,8 @@ def chained(stages, params, state, sides, spoilt=lambda k, values: values):
 
 @functools.cache
 def expected(graph):
-    params, state, sides = values = filled(graph)
-    return values, jax.value_and_grad(lambda p: whole(graph, p, state, sides), has_aux=True)(params)
+    params, state, examples = values = filled(graph)
+    return values, jax.value_and_grad(lambda p: whole(graph, p, state, examples), has_aux=True)(params)
 
 
 def assert_same(graph, cuts, **spoilt):
@@ -168,9 +168,9 @@ def assert_same(graph, cuts, **spoilt):
     assert sorted(n for s in stages for n in s.params) == sorted(
         graph.spans().keys() & set(graph.traced.params)
     )
-    (params, state, sides), ((loss, after), grads) = expected(graph)
+    (params, state, examples), ((loss, after), grads) = expected(graph)
     (loss2, after2), grads2 = jax.value_and_grad(
-        lambda p: chained(stages, p, state, sides, **spoilt), has_aux=True
+        lambda p: chained(stages, p, state, examples, **spoilt), has_aux=True
     )(params)
     assert loss.dtype == jnp.float64
     assert float(loss2) == pytest.approx(float(loss), rel=1e-12)

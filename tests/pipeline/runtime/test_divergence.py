@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -290,8 +289,8 @@ class Net(nnx.Module):
 def trained_on(mesh, layer):
     model = nnx.eval_shape(lambda: Net(layer, nnx.Rngs(0)))
     trainer = st.Trainer(model, optax.sgd(0.1), mesh=mesh, accumulate=2)
-    images = jax.ShapeDtypeStruct((4, 8, 4, 1), np.float32)
-    return trainer, trainer.prepare(images, jax.ShapeDtypeStruct((4,), np.int32))
+    images = jax.ShapeDtypeStruct((4, 8, 4, 1), jnp.float32)
+    return trainer, trainer.prepare(images, jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
 def test_a_pipelined_step_passes_and_one_that_sends_by_hand_does_not(mesh):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -37,8 +36,8 @@ def compiled(schedule, microbatches):
         pipeline=st.Pipeline(schedule),
     )
     rows = ROWS * microbatches
-    images = jax.ShapeDtypeStruct((rows, 32, 32, 1), np.float32)
-    program = trainer.prepare(images, jax.ShapeDtypeStruct((rows,), np.int32))
+    images = jax.ShapeDtypeStruct((rows, 32, 32, 1), jnp.float32)
+    program = trainer.prepare(images, jax.ShapeDtypeStruct((rows,), jnp.int32))
     return program, trainer.pipeline
 
 

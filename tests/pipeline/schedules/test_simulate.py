@@ -158,9 +158,9 @@ def test_the_fastest_of_three():
     assert fastest(make("zb-h1", 4, 8), free).name == "zb-h1 fused"
     assert fastest(make("zb-h1", 4, 8), equal, most_in_flight=4).name == "zb-h1"
     fused = make("zb-v", 4, 16).with_fused()
-    held = max(simulate.in_flight(fused)[0])
-    with pytest.raises(UserError, match=f"holds {held} activations on a rank, not {held - 1}; allow {held}"):
-        fastest(make("zb-v", 4, 16), Costs.equal(8), most_in_flight=held - 1)
+    peak = max(simulate.in_flight(fused)[0])
+    with pytest.raises(UserError, match=f"holds {peak} activations on a rank, not {peak - 1}; allow {peak}"):
+        fastest(make("zb-v", 4, 16), Costs.equal(8), most_in_flight=peak - 1)
 
 
 def test_memory_decides_where_time_does_not():
@@ -211,7 +211,7 @@ def tick_by_tick(schedule, latency):
     return tuple(table)
 
 
-def held(schedule, start, end):
+def peaks(schedule, start, end):
     """The most intervals from the start of F to the end of the last part that overlap, on every rank."""
     peaks = []
     for order in schedule.orders:
@@ -235,7 +235,7 @@ def test_other_simulators_agree(seed):
     assert line.makespan == max(line.end.values())
     busy = sum(line.end[a] - line.start[a] for a in line.start)
     assert line.idle == 1 - busy / (one.ranks * line.makespan)
-    assert line.peak_in_flight == held(one, line.start, line.end)
+    assert line.peak_in_flight == peaks(one, line.start, line.end)
     latency = draw.randint(1, 3)
     ticks = lockstep(one, costs, latency)
     assert ticks.table == tick_by_tick(one, latency)

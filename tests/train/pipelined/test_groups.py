@@ -1,120 +1,90 @@
 """Groups of a packed state are data: extra trees are packed, updated and saved as parameters are; sums are any tree."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from pipelined_models import Small, batches, close, trainer, wide
 
 import shardtrain as st
 from shardtrain.train.extra import on_devices
-from shardtrain.train.pipelined.step import Pipelined
-from shardtrain.train.step import Program
-
-DECAY = 0.5
 
 
-class Averaging(Program):
-    """Updates an average of the weights and of the running statistics, and how often it was updated."""
+class Updates(st.Extra):
+    """How many updates there were, on every device."""
 
-    def finish(self, state, *args):
-        after, reported = super().finish(state, *args)
-        new = {**after.params, **after.model_state}
-        old = state.extra["average"]
-        average = {name: DECAY * old[name] + (1 - DECAY) * new[name] for name in old}
-        extra = {"average": average, "clock": {"updates": state.extra["clock"]["updates"] + 1}}
-        return dataclasses.replace(after, extra=extra), reported
+    placement = "whole"
 
+    def init(self, params):
+        return {"updates": jnp.zeros((), jnp.int32)}
 
-def counted(outputs, targets, weights):
-    """Sums of any shape and dtype: a matrix of counts, and the sum of the outputs by class."""
-    coarse = jax.nn.one_hot(targets % 3, 3), jax.nn.one_hot(outputs.argmax(-1) % 3, 3)
-    return {
-        "confusion": jnp.einsum("na,nb,n->ab", *coarse, weights),
-        "rows": weights.astype(jnp.int32).sum(dtype=jnp.int32),
-        "outputs": jnp.where(weights[:, None] > 0, outputs, 0).sum(0),
-    }
-
-
-COUNTING = {"user": st.metrics.Metric(counted, lambda total: total["confusion"])}
-
-
-def as_kind(one, kind):
-    """Lets a trainer's step be that of another program."""
-    fields = {f.name: getattr(one._program, f.name) for f in dataclasses.fields(one._program)}
-    one._program = kind(**fields)
-    return one
-
-
-def extra_of(state):
-    names = [*state.params, "norm.mean", "norm.var"]
-    average = {name: {**state.params, **state.model_state}[name] for name in names}
-    return {"average": average, "clock": {"updates": np.zeros((), np.int32)}}
-
-
-def average_alone(one, steps):
-    """What `Averaging` is after some steps, from states before and after each."""
-    extra = extra_of(one.state)
-    average = {name: np.array(v) for name, v in extra["average"].items()}
-    for inputs, targets in batches()[:steps]:
-        one.fit([(inputs, targets)], steps=int(one.state.step) + 1, progress=False)
-        new = {**one.state.params, **one.state.model_state}
-        average = {name: DECAY * v + (1 - DECAY) * np.array(new[name]) for name, v in average.items()}
-    return average
+    def update(self, tree, state):
+        return {"updates": tree["updates"] + 1}
 
 
 @pytest.fixture(scope="module")
 def averaged():
-    """The packing, and the packed state after two steps, of a model cut in two stages."""
-    one = as_kind(trainer("pipe=2,data=2"), Averaging)
-    state = dataclasses.replace(one.state, extra=extra_of(one.state))
-    specs = dataclasses.replace(one._specs, extra=jax.tree.map(lambda x: P(), state.extra))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    batch = one.place(*batches()[0])
-    pipe = Pipelined(one._program, shapes, specs, one.mesh, batch, one._plan)
-    packed = pipe.packing.pack(state)
-    step = jax.jit(pipe.train_step(batch))
-    for inputs, targets in batches()[:2]:
-        packed, _ = step(packed, one.place(inputs, targets))
-    return pipe, state, packed
+    """A model in two stages that has seen two batches, with an average of its weights."""
+    one = trainer("pipe=2,data=2", optax.adam(0.01), extra={"ema": st.EMA(0.5), "clock": Updates()})
+    one.fit(batches()[:2], steps=2, progress=False)
+    return one
 
 
-def test_an_average_of_the_weights_is_updated_where_the_weights_are(averaged):
-    pipe, _, packed = averaged
-    named = pipe.packing.unpack(packed)
+def test_an_average_of_a_weight_is_stored_with_the_weight(averaged):
+    packing, state = averaged.pipeline.packing, on_devices(averaged.state)
+    named = packing.unpack(state)
     assert int(named.extra["clock"]["updates"]) == 2
-    close(named.extra["average"], average_alone(trainer("data=1"), 2))
     for name, value in named.params.items():
-        if name in pipe.stage_of:
-            assert named.extra["average"][name].sharding == value.sharding
-    buffers, shared = packed.extra
-    assert buffers.keys() >= {"float64"}
-    assert len(shared) == 1 + sum(name not in pipe.stage_of for name in named.extra["average"])
+        assert named.extra["ema"][name].sharding == value.sharding
+        assert (np.asarray(named.extra["ema"][name]) != np.asarray(value)).any() or name.startswith("idle")
+    _, shared = state.extra
+    unused = [name for name in named.params if name not in averaged.pipeline.stage_of]
+    assert len(shared) == 1 + len(unused) == 3
 
 
 def test_extra_trees_pack_and_unpack(averaged):
-    pipe, state, _ = averaged
-    packed = pipe.packing.pack(state)
-    close(pipe.packing.unpack(packed), state, 0)
-    assert jax.tree.structure(pipe.packing.pack(pipe.shapes)) == jax.tree.structure(packed)
+    packing, state = averaged.pipeline.packing, on_devices(averaged.state)
+    named = packing.unpack(state)
+    close(packing.pack(named), state, 0)
+    assert jax.tree.structure(packing.pack(packing.shapes)) == jax.tree.structure(state)
 
 
-def test_extra_trees_go_through_a_checkpoint(averaged):
-    """In the form that every process has a part of."""
-    pipe, _, packed = averaged
-    everywhere = pipe.packing.unpack_onto_all_ranks(packed)
-    close(everywhere, pipe.packing.unpack(packed), 0)
-    close(pipe.packing.pack_from_all_ranks(everywhere), packed, 0)
-    for shape, value in zip(
-        jax.tree.leaves(pipe.packing.shapes_on_all_ranks.extra),
-        jax.tree.leaves(everywhere.extra),
-        strict=True,
-    ):
+def test_extra_trees_go_through_the_form_of_checkpoints(averaged):
+    """In which every process has a part of each array."""
+    packing, state = averaged.pipeline.packing, on_devices(averaged.state)
+    everywhere = packing.unpack_onto_all_ranks(state)
+    close(everywhere, packing.unpack(state), 0)
+    close(packing.pack_from_all_ranks(everywhere), state, 0)
+    shapes, values = map(jax.tree.leaves, (packing.shapes_on_all_ranks.extra, everywhere.extra))
+    for shape, value in zip(shapes, values, strict=True):
         assert value.shape == shape.shape
         assert value.sharding.is_equivalent_to(shape.sharding, value.ndim)
+
+
+def user_sums(outputs, targets, weights):
+    """A matrix of counts, a whole number, and the sum of the outputs by class."""
+    real = weights > 0
+    pairs = jax.nn.one_hot(targets % 3, 3), jax.nn.one_hot(outputs.argmax(-1) % 3, 3)
+    return {
+        "confusion": jnp.einsum("na,nb,n->ab", *pairs, weights),
+        "rows": real.sum(dtype=jnp.int32),
+        "outputs": jnp.where(real[:, None], outputs, 0).sum(0),
+    }
+
+
+USER = {"user": st.metrics.Metric(user_sums, lambda total: float(total["rows"]))}
+
+
+def with_sums(mesh, **kwargs):
+    one = trainer(mesh, model=wide(Small(rate=0.0, **kwargs)), metrics=USER)
+    one.prepare(*batches()[0])
+    return one
+
+
+def reported(one, batch):
+    state = jax.tree.map(jnp.copy, on_devices(one.state))
+    return one.compiled_step(batch)(state, batch)[1]
 
 
 @pytest.mark.parametrize("mesh", ["pipe=2,data=2", "pipe=2,channel=2"])
@@ -123,33 +93,20 @@ def test_sums_of_any_shape_are_those_of_one_device(mesh, rows):
     """Also where a device computes just its block of them."""
     x, y = (part[:rows] for part in batches()[0])
     found = []
-    for name in (mesh, "data=1"):
-        one = trainer(name, model=wide(Small(rate=0.0)), metrics=COUNTING)
-        one.prepare(*batches()[0])
+    for one in (with_sums(mesh), with_sums("data=1")):
         batch = one.place(x, y)
-        step = one.compiled_step(batch)
-        state = jax.tree.map(jnp.copy, on_devices(one.state))
-        _, reported = step(state, batch)
         evaluated = one._compiled("evaluate", batch)(on_devices(one.state), batch)[1]
-        found.append((reported, evaluated))
+        found.append((reported(one, batch), evaluated))
     close(*found)
-    (reported, evaluated), _ = found
-    assert reported["metrics"]["user"]["confusion"].shape == (3, 3)
-    assert evaluated["metrics"]["user"]["rows"].dtype == jnp.int32
-    assert (
-        int(evaluated["metrics"]["user"]["rows"])
-        == rows
-        == float(reported["metrics"]["user"]["confusion"].sum())
-    )
+    for sums in found[0]:
+        user = sums["metrics"]["user"]
+        assert user["confusion"].shape == (3, 3)
+        assert user["rows"].dtype == jnp.int32
+        assert int(user["rows"]) == rows == float(user["confusion"].sum())
 
 
 def test_sums_of_any_shape_over_replicas():
-    ours, theirs = (
-        trainer(mesh, model=wide(Small(rate=0.0, norm=False)), metrics=COUNTING)
-        for mesh in ("pipe=2,replica=2", "data=1")
-    )
-    sums = []
-    for one in (ours, theirs):
-        one.prepare(*batches()[0])
-        sums.append(one.advance(one.place(*batches()[0])))
-    close(*(one["metrics"]["user"] for one in sums))
+    """Both have the same weights at first, and each has half of the examples."""
+    ours, theirs = with_sums("pipe=2,replica=2", norm=False), with_sums("data=1", norm=False)
+    mine, whole = (reported(one, one.place(*batches()[0]))["metrics"] for one in (ours, theirs))
+    close(mine, whole)

@@ -90,7 +90,7 @@ def test_variables_that_change_by_themselves_are_refused(model, count):
     with pytest.raises(
         UserError, match=r"the variable 'turns' changes in training .*; train this model without"
     ):
-        fitted(model, accumulate=count, schedule=make("gpipe", 4, count))
+        fitted(model, accumulate=count, pipeline=st.Pipeline(make("gpipe", 4, count)))
 
 
 def test_an_order_of_evaluation_that_stages_do_not_have_is_refused():
@@ -113,7 +113,11 @@ def test_outputs_that_are_no_numbers_or_have_no_rows():
 def test_schedules_by_path_and_what_is_not_known_yet(tmp_path):
     make("zb-h1", 2, 4).save(tmp_path / "mine.csv")
     one = st.Trainer(
-        Deep(), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), accumulate=4, schedule=tmp_path / "mine.csv"
+        Deep(),
+        optax.sgd(0.1),
+        mesh=st.make_mesh("pipe=2"),
+        accumulate=4,
+        pipeline=st.Pipeline(tmp_path / "mine.csv"),
     )
     with pytest.raises(UserError, match="call fit first"):
         _ = one.parameter_bytes
@@ -158,7 +162,13 @@ def test_the_stages_that_run_are_those_that_were_asked_for(monkeypatch):
         Pipelined, "_loop", lambda self, *args: ran.append(right(self, *args)) or right(self, *args)
     )
     stages = "first|pool|second,flatten|head"
-    trainer = st.Trainer(Pooled(), optax.sgd(0.1), mesh=st.make_mesh("pipe=4"), accumulate=2, stages=stages)
+    trainer = st.Trainer(
+        Pooled(),
+        optax.sgd(0.1),
+        mesh=st.make_mesh("pipe=4"),
+        accumulate=2,
+        pipeline=st.Pipeline(stages=stages),
+    )
     images = np.random.default_rng(0).standard_normal((4, 4, 4, 2))
     trainer.prepare(images, np.zeros(4, np.int32))
     sent = [[s.shape for s in p.outs] for p in ran[0].programs[:-1]]

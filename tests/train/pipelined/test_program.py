@@ -14,6 +14,7 @@ import shardtrain as st
 from shardtrain.pipeline.runtime.flat_buffers import dtype_of
 from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
 from shardtrain.plan import census
+from shardtrain.train.extra import on_devices
 from shardtrain.train.step import Program
 
 # schedule, sends that overlap
@@ -68,10 +69,10 @@ def test_a_mean_of_means_is_noticed(wrong, monkeypatch):
     """Five rows in four microbatches; of one microbatch it is the right mean."""
     right = Program._sums
 
-    def mean(self, *args):
-        sums = right(self, *args)
+    def mean(self, *args, **kwargs):
+        sums = right(self, *args, **kwargs)
         count = jnp.maximum(sums["examples"], 1)
-        return {key: value / count for key, value in sums.items()}
+        return jax.tree.map(lambda value: value / count, sums)
 
     if wrong:
         monkeypatch.setattr(Program, "_sums", mean)
@@ -101,9 +102,9 @@ def test_statistics_of_one_microbatch_are_noticed(wrong):
 
 def spoiled(one):
     """Not a number wherever the packed state holds no array."""
-    pipe, parts = one.pipeline, []
+    pipe, parts, state = one.pipeline, [], on_devices(one.state)
     for group, arrays in pipe.packing.arrays.items():
-        buffers, shared = getattr(one.state, group)
+        buffers, shared = getattr(state, group)
         real, _ = arrays.pack([np.ones(s.shape, s.dtype) for s in arrays.shapes])
         floats = {d for d in buffers if jnp.issubdtype(dtype_of(d), jnp.floating)}
         parts.append(
@@ -114,9 +115,8 @@ def spoiled(one):
         )
     padding = sum(int(jnp.isnan(b).sum()) for buffers, _ in parts for b in buffers.values())
     assert padding > 0
-    one.state = jax.device_put(
-        type(one.state)(one.state.step, *parts), jax.tree.map(lambda x: x.sharding, one.state)
-    )
+    spoilt = type(state)(state.step, *parts)
+    one.state = one._with_position(jax.device_put(spoilt, jax.tree.map(lambda x: x.sharding, state)))
 
 
 @pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -77,10 +77,10 @@ class _GatherDimensions:
         indexed = set(dims.start_index_map)
         numbers = jnp.issubdtype(x.value.dtype, jnp.number)
         return cls(
-            dict(zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True)),
+            _pairs(dims.start_indices_batching_dims, dims.operand_batching_dims),
             window,
             frozenset(d for d in window if sizes[d] == x.shape[d] and d not in indexed),
-            tuple(d for d in dims.collapsed_slice_dims if d in indexed and numbers),
+            tuple(int(d) for d in dims.collapsed_slice_dims if d in indexed and numbers),
         )
 
     def index_cut(self, x: Block, index: Block) -> Cut:
@@ -169,10 +169,10 @@ class _ScatterDimensions:
         dims = equation.params["dimension_numbers"]
         dropped = (*dims.inserted_window_dims, *dims.operand_batching_dims)
         kept = [d for d in range(len(x.shape)) if d not in dropped]
-        window = dict(zip(dims.update_window_dims, kept, strict=True))
+        window = _pairs(dims.update_window_dims, kept)
         indexed = set(dims.scatter_dims_to_operand_dims)
         return cls(
-            dict(zip(dims.scatter_indices_batching_dims, dims.operand_batching_dims, strict=True)),
+            _pairs(dims.scatter_indices_batching_dims, dims.operand_batching_dims),
             tuple(d for d in range(len(update.shape)) if d not in window),
             window,
             frozenset(d for d, o in window.items() if update.shape[d] == x.shape[o] and o not in indexed),
@@ -196,6 +196,11 @@ class _ScatterDimensions:
             update_cut[d] = cut[self.window[d]] = _first_free([update.cut[d], x.cut[self.window[d]]], taken)
             taken |= set(update_cut[d])
         return tuple(cut), tuple(update_cut)
+
+
+def _pairs(keys: Sequence[Any], values: Sequence[Any]) -> dict[int, int]:
+    """Returns dimensions by dimensions, as ints of Python: jax may have those of numpy."""
+    return dict(zip(map(int, keys), map(int, values), strict=True))
 
 
 def _first_free(candidates: Sequence[Axes], taken: Collection[str]) -> Axes:
