@@ -2,14 +2,14 @@
 
     python tools/waves.py
     python tools/waves.py --config 'mosaic bfloat16 F(2,3)'
-    python tools/waves.py --target sm_80 --markdown
+    python tools/waves.py --target sm_80 --config 'triton float32 F(4,3)'
+    python tools/waves.py --markdown           # writes the table into docs/kernels.md
 
-The grid of a kernel is read where the kernel is made, from a trace of the layer that
-`tools/gpu_evidence.py` compiles; registers and shared memory are the compiler's words, from the table in
-docs/gpu_evidence.md. How many programs are resident on a multiprocessor follows from these by CUDA's rules
-(registers are allocated in units of 256 for each warp, shared memory with 1 KB of the system's for each
-program), and a wave is one program on each free place of the card. The model knows nothing of time: it says
-how full the card is, not how fast.
+The grid of a kernel is read where the kernel is made, from a trace of the layer that `tools/gpu_evidence.py`
+compiles; registers and shared memory are the compiler's words, from the table in docs/gpu_evidence.md. How
+many programs are resident on a multiprocessor follows from these by CUDA's rules: registers are allocated in
+units of 256 for each warp, and each program has 1 KB of shared memory more than it asks for. A wave is one
+program on each of these places of the card. The model says how full the card is, not how fast it is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cards import CARDS, TargetCard
+from cards import CARDS, Card
 from gpu_cases import Case, cases
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "gpu_evidence.md"
@@ -29,8 +29,8 @@ CONFIG = "mosaic float32 F(4,3)"
 REGISTERS, UNIT = 65536, 256
 """Registers of a multiprocessor, and how many a warp is given at a time."""
 THREADS, BLOCKS, RESERVED = 2048, 32, 1024
-"""Of a multiprocessor: threads and blocks that may be resident; bytes of shared memory that each block costs
-besides its own."""
+"""Of a multiprocessor: threads and programs that may be resident; and the bytes of shared memory that the
+system takes for each program."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Occupancy:
         return min(found, key=lambda name: found[name])
 
 
-def occupancy(card: TargetCard, launch: Launch, registers: int, shared: int) -> Occupancy:
+def occupancy(card: Card, launch: Launch, registers: int, shared: int) -> Occupancy:
     """How a launch fills a card, by the resources of its programs."""
     of_warp = -(-registers * 32 // UNIT) * UNIT
     return Occupancy(
@@ -127,7 +127,7 @@ def recording() -> Iterator[list[Launch]]:
         yield found
 
 
-def launch_of(case: Case, card: TargetCard) -> Launch:
+def launch_of(case: Case, card: Card) -> Launch:
     """The launch of one kernel, from a trace for this card."""
     import jax
 

@@ -1,9 +1,8 @@
-"""What `make docs` adds to MkDocs: the front page from README.md, and a page of the API for each public
-module.
+"""What `make docs` adds to MkDocs: the front page, from README.md, and the pages of the API.
 
-The pages of the API follow `__all__` of the package and of its public modules, so that a new public name is
-on them without anybody's doing. MkDocs calls the functions `on_*` (`hooks:` in mkdocs.yml), and Griffe,
-which reads the docstrings, the extension below.
+There is a page for each public module, with all of its public names (`__all__`), so that a new name is in
+the documentation by itself. MkDocs calls the functions `on_*` (`hooks:` in mkdocs.yml), and Griffe, which
+reads the docstrings, the extension below.
 """
 
 import inspect
