@@ -1,4 +1,4 @@
-"""The flags that all recipes have, and what no data and no mesh could make right of them."""
+"""The flags that all recipes have, and checks of them that need neither data nor devices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from shardtrain.mesh import parse
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
 
-MOST = 2**31 - 1
-"""Updates that a run can count, and examples of a batch."""
+LARGEST_COUNT = 2**31 - 1
+"""The largest number of steps of a run, and of examples of a batch."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The flags of every recipe, which says its defaults for the first three and may add its own.
+    """The flags of every recipe. A recipe gives defaults for the first three and may add flags.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RunFlags:
     accumulate: int = 1
     """Microbatches for one update."""
     parameters: str = ""
-    """Mesh axis to spread parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
+    """Mesh axis to shard parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
     remat: Literal["none", "contractions", "nothing"] = "none"
     """What the backward pass keeps: everything, only outputs of convolutions and linear maps, or nothing."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -108,7 +108,10 @@ Flags = TypeVar("Flags", bound=RunFlags)
 
 
 def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
-    """Refuses a value of a flag that is none of the possible ones.
+    """Refuses a value of a flag that is not one of the possible ones.
+
+    Raises:
+        UserError: if it is not.
 
     Example:
         >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
@@ -120,7 +123,10 @@ def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
 
 
 def at_least_1(flag: str, *values: int) -> None:
-    """Refuses a flag's values below 1.
+    """Refuses values of a flag below 1.
+
+    Raises:
+        UserError: if there is one.
 
     Example:
         >>> at_least_1("features", 8, 0)
@@ -132,12 +138,16 @@ def at_least_1(flag: str, *values: int) -> None:
 
 
 def check(flags: RunFlags) -> None:
-    """Refuses flags that no data and no mesh could make right."""
+    """Refuses flags that are wrong whatever the data and the devices.
+
+    Raises:
+        UserError: if a flag is out of range, or if two flags contradict each other.
+    """
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
     for name in ("steps", "batch_size", "accumulate", "keep"):
         at_least_1(name.replace("_", "-"), value := getattr(flags, name))
-        if value > MOST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+        if value > LARGEST_COUNT:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {LARGEST_COUNT} or less")
     if not 0 <= flags.seed < 2**63:
         raise UserError(f"--seed {flags.seed}: use a number from 0 to {2**63 - 1}")
     if not 0 < flags.lr < float("inf"):
