@@ -1,4 +1,4 @@
-"""The flags that all recipes have, and what no data and no mesh could make right of them."""
+"""The flags that all recipes have, and checks of them that need neither data nor devices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from shardtrain.experiments import OPTIMIZERS, Config
 from shardtrain.launch.rendezvous import refuse_endless
 from shardtrain.mesh import parse
 
-MOST = 2**31 - 1
-"""Updates that a run can count, and examples of a batch."""
+LARGEST_COUNT = 2**31 - 1
+"""The largest number of steps of a run, and of examples of a batch."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(Config):
-    """The flags of every recipe, which says its defaults for the first three and may add its own.
+    """The flags of every recipe. A recipe gives defaults for mesh, data and out, and may add flags.
 
     What an experiment computes is in `Config`; the flags here say what is around it.
 
@@ -80,7 +80,10 @@ Flags = TypeVar("Flags", bound=RunFlags)
 
 
 def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
-    """Refuses a value of a flag that is none of the possible ones.
+    """Refuses a value of a flag that is not one of the possible ones.
+
+    Raises:
+        UserError: if it is not.
 
     Example:
         >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
@@ -92,7 +95,10 @@ def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
 
 
 def at_least_1(flag: str, *values: int) -> None:
-    """Refuses a flag's values below 1.
+    """Refuses values of a flag below 1.
+
+    Raises:
+        UserError: if there is one.
 
     Example:
         >>> at_least_1("features", 8, 0)
@@ -104,7 +110,11 @@ def at_least_1(flag: str, *values: int) -> None:
 
 
 def check(flags: RunFlags) -> None:
-    """Refuses flags that no data and no mesh could make right."""
+    """Refuses flags that are wrong whatever the data and the devices.
+
+    Raises:
+        UserError: if a flag is out of range, or if two flags contradict each other.
+    """
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
     check_counts(flags)
     if not 0 <= flags.seed < 2**63:
@@ -126,8 +136,8 @@ def check_counts(flags: RunFlags) -> None:
     """Refuses numbers of steps, examples and checkpoints below 1, or larger than a run can count."""
     for name in ("steps", "batch_size", "accumulate", "keep"):
         at_least_1(name.replace("_", "-"), value := getattr(flags, name))
-        if value > MOST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+        if value > LARGEST_COUNT:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {LARGEST_COUNT} or less")
     for name in ("checkpoint_every", "validate_every"):
         if (value := getattr(flags, name)) is not None:
             at_least_1(name.replace("_", "-"), value)

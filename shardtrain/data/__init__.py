@@ -1,4 +1,4 @@
-"""Labelled images and volumes: reading them, and batches that depend on (seed, step) alone."""
+"""Labelled images and volumes: reads them, and makes batches that depend on the seed and the step alone."""
 
 from shardtrain.data import volumes
 from shardtrain.data.images import (

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from forked_process import ForkedProcess
 from pipelined_models import Small, close, trainer, wide
 from recipe_process import environment
 
@@ -379,15 +379,19 @@ for step in itertools.count(start + 1):
 def test_a_kill_while_saving_leaves_a_whole_one(tmp_path):
     """Killed again and again, at other moments of a save; a writer that is not atomic loses some."""
     like = {"x": np.zeros(1_000_000, np.float32), "y": np.zeros(7, np.int64)}
+    folder, program = tmp_path / "run", tmp_path / "saves.py"
+    program.write_text(SAVES)
     last = 0
     for delay in (0.0, 0.004, 0.013, 0.037):
-        job = python(SAVES, tmp_path)
-        for _ in range(2):
-            job.stdout.readline()
-        time.sleep(delay)
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
-        step, state = Checkpoints(tmp_path).restore(like)
+        os.mkfifo(pipe := tmp_path / f"out of {delay}")
+        job = ForkedProcess(program, [folder], pipe, os.devnull)
+        with pipe.open() as out:
+            for _ in range(2):
+                out.readline()
+            time.sleep(delay)
+            job.kill()
+            job.wait()
+        step, state = Checkpoints(folder).restore(like)
         assert step > last
         assert (state["x"] == step).all()
         assert (state["y"] == step).all()
@@ -429,16 +433,18 @@ def job(processes, mesh, folder, steps):
     """Results of every process of a job on four devices."""
     port = free_port()
     outs = [folder.with_name(f"out{rank}") for rank in range(processes)]
-    commands = [
-        [sys.executable, WORKER, port, processes, rank, 4 // processes, mesh, folder, steps, out]
-        for rank, out in enumerate(outs)
-    ]
+    errors = [folder.with_name(f"err{rank}") for rank in range(processes)]
     jobs = [
-        subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True)
-        for command in commands
+        ForkedProcess(
+            WORKER,
+            [port, processes, rank, 4 // processes, mesh, folder, steps, outs[rank]],
+            os.devnull,
+            errors[rank],
+        )
+        for rank in range(processes)
     ]
-    errors = [one.communicate(timeout=200)[1] for one in jobs]
-    assert [one.returncode for one in jobs] == [0] * processes, errors
+    statuses = [one.wait(200) for one in jobs]
+    assert statuses == [0] * processes, [error.read_text() for error in errors]
     return [json.loads(out.read_text()) for out in outs]
 
 

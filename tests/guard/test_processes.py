@@ -1,4 +1,4 @@
-"""Guards over real processes: what is signalled, stopped, killed or raised, and who says what, how fast."""
+"""Guards in real processes that are signalled, suspended, killed or raise: exit statuses and messages."""
 
 import json
 import re
@@ -9,21 +9,22 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_process import ForkedProcess
 from recipe_process import environment
 
 from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "guard_worker.py"
 
-LIMIT = 240
-"""Seconds for what hangs. Which guard ended a process is told by its status and words, not by how soon.
+LIMIT_SECONDS = 240
+"""After this a process hangs. Status and messages say which guard ended a process, not the time that it took.
 
-Orbax saves with many threads: a job that takes a second here took 60 beside four busy processes.
+Orbax saves with many threads: a job that takes a second here took 60 next to four busy processes.
 """
 
 
 class Job:
-    """Processes of `guard_worker.py`, each with its files of output."""
+    """Processes that run `guard_worker.py`, each with files for its output."""
 
     def __init__(self, folder, processes=2, **wishes):
         folder.mkdir(exist_ok=True)
@@ -31,13 +32,11 @@ class Job:
         port = free_port()
         self.processes = []
         for rank in range(processes):
-            command = [sys.executable, str(WORKER), str(port), str(processes), str(rank), str(self.run)]
-            with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, json.dumps(wishes)], stdout=out, stderr=err, env=environment()
-                    )
-                )
+            out, err = folder / f"{rank}.out", folder / f"{rank}.err"
+            out.write_text("")
+            err.write_text("")
+            arguments = [port, processes, rank, self.run, json.dumps(wishes)]
+            self.processes.append(ForkedProcess(WORKER, arguments, out, err))
 
     def __enter__(self):
         return self
@@ -62,13 +61,14 @@ class Job:
 
     def codes(self, ranks=None):
         """Exit statuses."""
-        until = time.monotonic() + LIMIT
+        until = time.monotonic() + LIMIT_SECONDS
         ranks = range(len(self.processes)) if ranks is None else ranks
         try:
             return [self.processes[r].wait(max(0.1, until - time.monotonic())) for r in ranks]
         except subprocess.TimeoutExpired:
             pytest.fail(
-                f"still there after {LIMIT} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
+                f"still there after {LIMIT_SECONDS} s:\n"
+                + "\n".join(map(self.err, range(len(self.processes))))
             )
 
     def out(self, rank):
@@ -223,7 +223,7 @@ def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
     job = ["sh", "-c", place, str(tmp_path / "run"), json.dumps(wishes)]
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", *job]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     assert done.returncode == 2
     _, first, words = done.stderr.partition("launch: process 0 failed first: it ended with status 2")
@@ -298,7 +298,7 @@ def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=LIMIT_SECONDS,
         check=False,
     )
     assert done.returncode == 76
