@@ -28,6 +28,15 @@ class Partitioned:
     Attributes:
         layout: which mesh axes cut what in this layer; set by `assign` from a layout table.
         path: of the layer in its model, such as `"blocks.0.conv1"`; set by `assign` too.
+
+    Example:
+        >>> from shardtrain.nn.base import in_layout
+        >>> class SquaredPool(st.nn.Partitioned, nnx.Module):
+        ...     @in_layout
+        ...     def __call__(self, x):
+        ...         return st.ops.avg_pool(x**2, 2, strides=2, layout=self.layout)
+        >>> SquaredPool()(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
     """
 
     layout: Layout = Layout()

@@ -328,14 +328,14 @@ class _ExampleNorm:
         return [self.layout.cut(name, self.mesh) for name in spatial_names(len(self.shape) - 2)]
 
     @property
-    def channels(self) -> Axes:
+    def channel_axes(self) -> Axes:
         """Axes that cut the channels."""
         return self.layout.channel_cut(self.shape[-1], self.mesh)
 
     @property
     def cuts(self) -> list[Axes]:
         """Axes that cut every dimension of input and output."""
-        return [self.layout.cut("batch", self.mesh), *self.space, self.channels]
+        return [self.layout.cut("batch", self.mesh), *self.space, self.channel_axes]
 
     @property
     def affine_spec(self) -> P:
@@ -345,7 +345,7 @@ class _ExampleNorm:
     @property
     def local_channels(self) -> int:
         """Channels of one device."""
-        return self.shape[-1] // (size(self.mesh, self.channels) if self.mesh is not None else 1)
+        return self.shape[-1] // (size(self.mesh, self.channel_axes) if self.mesh is not None else 1)
 
     @property
     def per_group(self) -> int:
@@ -390,7 +390,7 @@ class _ExampleNorm:
 
     def _membership(self, dtype: jnp.dtype) -> Array:
         """`(channels, groups)`: 1 where this device's channel belongs to the group."""
-        first = lax.axis_index(self.channels) * self.local_channels
+        first = lax.axis_index(self.channel_axes) * self.local_channels
         channels = (first + jnp.arange(self.local_channels))[:, None]
         return (channels // self.per_group == jnp.arange(self.groups)).astype(dtype)
 
@@ -401,5 +401,5 @@ class _ExampleNorm:
         and not for each channel.
         """
         across = tuple(axis for axes in self.space for axis in axes) if self.pixels else ()
-        axes = (*across, *(() if self.whole_groups else self.channels))
+        axes = (*across, *(() if self.whole_groups else self.channel_axes))
         return lax.pcast(lax.psum(sums, axes), axes, to="varying") if axes else sums

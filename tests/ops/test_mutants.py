@@ -280,7 +280,7 @@ def permutes_in_mesh_order(patch):
 
 
 def straddling_groups_shifted(patch):
-    """Filters of groups that lie on two devices are put one output channel too far."""
+    """Filters of groups on two devices are put one output channel too far."""
     module = importlib.import_module("shardtrain.ops.conv")
     right = module._among
 
