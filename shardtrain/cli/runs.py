@@ -86,7 +86,8 @@ def read(place: Path, folder: Path) -> Run:
     first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     mesh = result.get("mesh") or first.get("mesh")
     scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
-    speeds = [s for row in rows if (s := _number(row.get("images_per_second"))) is not None]
+    rates = [row[key] for row in rows for key in row if key.endswith("_per_second")]
+    speeds = [speed for rate in rates if (speed := _number(rate)) is not None]
     times = [_time(place / name) for name in ("metrics.jsonl", "events.jsonl", "result.json")]
     steps = rows[-1]["step"] if rows else result.get("steps")
     return Run(
@@ -121,7 +122,7 @@ def table(runs: Sequence[Run]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name, least in (("run", 16), ("model", 7), ("mesh", 12)):
         shown.add_column(name, overflow="fold", min_width=least)
-    for name in ("steps", "loss", "score", "images/s"):
+    for name in ("steps", "loss", "score", "examples/s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for name in ("state", "when"):
         shown.add_column(name, no_wrap=True)

@@ -1,4 +1,4 @@
-"""A batch on the mesh, made of host arrays: each process brings the rows that its devices hold."""
+"""Batches on the mesh, made of host arrays: each process brings the rows of its own devices."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ Cuts = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on the mesh.
+    """A batch as global arrays on the mesh.
 
     Attributes:
         inputs: for the model; pixels are padded to whole blocks, see `extents`.
@@ -43,7 +43,7 @@ class Batch:
         return jax.tree.leaves(self.inputs)[0].shape[0]
 
     def cropped(self) -> tuple[Any, Any]:
-        """Inputs and targets in their true extents. The crop moves nothing: XLA itself tiles so."""
+        """Returns inputs and targets in their true extents; the crop moves no data, as XLA pads so itself."""
         leaves, tree = jax.tree.flatten((self.inputs, self.targets))
         whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
         return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
@@ -94,7 +94,7 @@ class InputDimensions:
 
 
 def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
-    """The rows of a global batch that this process's devices hold, and so must load.
+    """Returns the rows of a global batch that the devices of this process store, which it must load.
 
     Raises:
         UserError: a batch that does not divide by the axes that cut it, or rows that are not contiguous.
@@ -122,7 +122,7 @@ def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
 def place_batch(
     inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, dimensions: InputDimensions
 ) -> Batch:
-    """A host batch as global arrays: rows filled up to `batch_size`, pixels to whole blocks.
+    """Returns a host batch as global arrays: rows are padded to `batch_size`, pixels to equal shards.
 
     Args:
         inputs: arrays whose first dimension is the batch, this process's rows.
@@ -148,7 +148,7 @@ def place_batch(
 
     def put(x: Any, cut: Cuts) -> jax.Array:
         x = np.asarray(x)
-        sharding, extents = _lies(x.shape, cut, mesh)
+        sharding, extents = _sharding_and_extents(x.shape, cut, mesh)
         widths = [
             (0, len(share) - x.shape[0]),
             *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
@@ -171,7 +171,7 @@ def place_batch(
 
 
 def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, dimensions: InputDimensions) -> Batch:
-    """What `place` returns for a batch as large as these, as shapes that say where arrays would lie.
+    """Returns what `place_batch` returns for a batch of these shapes, as shapes with shardings.
 
     Args:
         inputs, targets: as for `place`, of the global batch; only their shapes and dtypes are read.
@@ -179,7 +179,7 @@ def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, dimensio
     """
 
     def put(x: Any, cut: Cuts) -> jax.ShapeDtypeStruct:
-        sharding, extents = _lies(x.shape, cut, mesh)
+        sharding, extents = _sharding_and_extents(x.shape, cut, mesh)
         return jax.ShapeDtypeStruct((x.shape[0], *extents), x.dtype, sharding=sharding)
 
     rows = jax.tree.leaves(inputs)[0].shape[0]
@@ -189,7 +189,7 @@ def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, dimensio
 
 
 def with_limit(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
-    """The batch with the loss above which its update is left out, or with the shape of that."""
+    """Returns the batch with the loss above which its update is skipped, or with the shape of that number."""
     where = NamedSharding(mesh, P())
     if limit is None:
         return dataclasses.replace(batch, limit=jax.ShapeDtypeStruct((), np.float32, sharding=where))
@@ -197,12 +197,12 @@ def with_limit(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
 
 
 def scalar(value: np.generic | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """A number on every device of a mesh, which all processes know."""
+    """Returns a number that all processes know as an array on every device of a mesh."""
     return jax.make_array_from_callback((), where, lambda _: np.asarray(value))
 
 
-def _lies(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
-    """Where an array lies that is cut so, and its extents after the batch, filled up to whole blocks."""
+def _sharding_and_extents(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
+    """Returns the sharding of an array with this cut, and its extents (but the batch) in equal shards."""
     return NamedSharding(mesh, spec(cut)), [
         round_up(n, c, mesh) for n, c in zip(shape[1:], cut[1:], strict=True)
     ]
@@ -217,7 +217,7 @@ def _batch(
     dimensions: InputDimensions,
     put: Callable[[Any, Cuts], Any],
 ) -> Batch:
-    """A batch whose arrays `put(array, cut)` places."""
+    """Returns a batch of arrays, each of which `put(array, cut)` places on the mesh."""
     cut_of_batch = layout.cut("batch", mesh)
 
     def put_input(x: Any, names: Dimensions) -> Any:
@@ -256,7 +256,7 @@ def _dense(
 
 
 def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) -> Any:
-    """This process's first `rows` rows of global outputs, as numpy arrays."""
+    """Returns the first `rows` rows of this process's part of global outputs, as numpy arrays."""
     start = local_rows(mesh, layout, batch_size).start
     whole = NamedSharding(mesh, P())
 
@@ -268,7 +268,7 @@ def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) 
 
 
 def rows_of(inputs: Any) -> int:
-    """Rows of a host batch."""
+    """Returns the number of rows of a host batch."""
     leaves = jax.tree.leaves(inputs)
     if not leaves or not np.ndim(leaves[0]):
         raise UserError("a batch has no rows; give arrays whose leading dimension is the batch")
@@ -276,14 +276,14 @@ def rows_of(inputs: Any) -> int:
 
 
 def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
-    """Size of the global batch of which this process brings `rows`, rounded up to what the mesh divides."""
+    """Returns the size of the global batch of which this process brings `rows`, rounded up to whole shards."""
     shards = size(mesh, layout.cut("batch", mesh))
     mine = len(local_rows(mesh, layout, shards))
     return max(1, math.ceil(rows / mine)) * shards
 
 
 def indivisible(rows: int, size: int | float, mesh: Mesh, shards: int, parts: int) -> UserError:
-    """What to say of a batch of `rows`, `size` over all processes, that `shards * parts` does not divide."""
+    """Returns the error for a batch of `rows`, `size` in all processes, that does not divide."""
     near = max(1, round(size / (shards * parts))) * shards * parts
     times = f" times {parts} microbatches" if parts > 1 else ""
     return UserError(

@@ -15,7 +15,7 @@ from shardtrain.guard.health import NONE
 from shardtrain.layout import Layout
 from shardtrain.nn.variables import Variables
 from shardtrain.train.extra import POSITION, Extra, extra_specs, initial_extra
-from shardtrain.train.state import TrainState, is_shapes, lying, owners, shardings
+from shardtrain.train.state import TrainState, is_shapes, owners, shardings, with_shardings
 
 
 def state_specs(
@@ -62,7 +62,7 @@ def initial_state(
     if is_shapes(params):
         step = jax.ShapeDtypeStruct((), jnp.int32)
         shapes = TrainState(step, params, model_state, *jax.eval_shape(rest, params))
-        shapes = shapes if staged else lying(shapes, shardings(mesh, specs))
+        shapes = shapes if staged else with_shardings(shapes, shardings(mesh, specs))
         return shapes.replace(extra={**shapes.extra, **position})
     if staged:
         params, model_state = jax.tree.map(np.array, (params, model_state))

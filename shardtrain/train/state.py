@@ -1,4 +1,4 @@
-"""The state of a run in one tree of named arrays, and where each lies on the mesh."""
+"""The state of a run as one tree of named arrays, and how the arrays are sharded."""
 
 import dataclasses
 from collections import Counter
@@ -39,9 +39,9 @@ class TrainState:
 
 
 def owners(opt_state: Any, params: Collection[str]) -> Any:
-    """The name of the parameter that each leaf of an optimizer's state belongs to, `""` for none.
+    """Returns for each leaf of an optimizer's state the name of the parameter that it belongs to, or `""`.
 
-    Optimizers keep what belongs to a parameter under its name, alone, in a group of names or masked.
+    Optimizers store what belongs to a parameter under the parameter's name, possibly in groups or masked.
     """
 
     def owner(path: tuple, _: Any) -> str:
@@ -52,33 +52,33 @@ def owners(opt_state: Any, params: Collection[str]) -> Any:
 
 
 def by_field(state: TrainState) -> dict[str, Any]:
-    """A state as a dictionary, one level deep."""
+    """Returns the fields of a state as a dictionary."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """What arrays take on the device, of this process, that has most of them."""
-    held: Counter[Any] = Counter()
+    """Returns the bytes of the arrays on that device of this process which stores the most."""
+    stored: Counter[Any] = Counter()
     for x in jax.tree.leaves(tree):
-        held.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
-    return max(held.values())
+        stored.update({shard.device: shard.data.nbytes for shard in x.addressable_shards})
+    return max(stored.values())
 
 
 def one_replica(values: Any, shapes: Any, number: int) -> Any:
-    """A tree of arrays of `shapes`, of which those that have one more dimension give one replica's."""
+    """Returns the arrays of one replica; those with one dimension more than their shape are of all replicas."""
     return jax.tree.map(lambda x, s: x[number] if x.ndim > len(s.shape) else x, values, shapes)
 
 
 def is_shapes(tree: Any) -> bool:
-    """Whether a tree holds shapes in the arrays' places."""
+    """Returns whether the leaves of a tree are shapes in place of arrays."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def lying(shapes: Any, where: Any) -> Any:
-    """Shapes that also say where the arrays are to lie."""
+def with_shardings(shapes: Any, where: Any) -> Any:
+    """Returns shapes that also carry the shardings of their arrays."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """The tree of PartitionSpecs as NamedShardings."""
+    """Returns a tree of PartitionSpecs as NamedShardings on a mesh."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))

@@ -91,7 +91,7 @@ class Program:
         )
 
     def _policy(self) -> Callable[..., bool] | None:
-        """What the backward pass may keep of the forward pass."""
+        """Returns the policy for what the backward pass may keep of the forward pass."""
         policies = jax.checkpoint_policies
         if callable(self.remat):
             return self.remat
@@ -116,13 +116,13 @@ class Program:
         return sums["loss"], (sums, Variables.state_of(model))
 
     def _gradients(self, params: dict, *args: Any) -> Any:
-        """Gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
+        """Returns the gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
         policy = self._policy()
         function = self.microbatch if policy is None else jax.checkpoint(self.microbatch, policy=policy)
         return jax.grad(function, has_aux=True)(params, *args)
 
     def before(self, model_state: dict[str, Array]) -> dict[str, Array]:
-        """The model's other variables as the first microbatch finds them."""
+        """Returns the model's other variables as the first microbatch receives them."""
         if self.deferred is None:
             return model_state
         sums = {f"{path}.{which}" for path in self.deferred for which in ("mean", "var")}
@@ -160,7 +160,7 @@ class Program:
     def _with_statistics(
         self, before: Mapping[str, Array], moved: Mapping[str, Array], count: Array
     ) -> dict[str, Array]:
-        """The model's variables after a batch, running statistics moved by those of the whole batch."""
+        """Returns the model's variables after a batch; running statistics move by the whole batch's."""
         after = dict(moved)
         for path, momentum in (self.deferred or {}).items():
             mean = moved[f"{path}.mean"] / count
@@ -196,7 +196,7 @@ class Program:
         return self.finish(state, grads, model_state, sums)
 
     def _accumulated(self, state: TrainState, whole: Any) -> tuple[dict, dict[str, Any], dict[str, Array]]:
-        """Gradients and sums added over the microbatches, and the model's other variables afterwards."""
+        """Returns gradients and sums over the microbatches, and the model's other variables afterwards."""
         parts = self.accumulate
         split = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), whole

@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shardtrain.guard.health import Row
 from shardtrain.train.callbacks.base import Callback, Run
 
-SHOWN = ("loss", "accuracy")
+SHOWN = 3
+"""Numbers of a row that are shown: the loss and the first metrics."""
 
 
 class Terminal(Callback):
@@ -47,6 +48,8 @@ class Terminal(Callback):
 
 
 def shown(row: Mapping[str, Any], unit: str) -> str:
-    """The loss, the accuracy and the speed of a row on one line."""
-    parts = [f"{key} {row[key]:.4f}" for key in row if key in SHOWN]
+    """Returns the loss, the first metrics and the speed of a row on one line."""
+    keys = list(row)
+    names = keys[: keys.index("grad_norm")] if "grad_norm" in row else keys
+    parts = [f"{key} {row[key]:.4f}" for key in names[:SHOWN] if isinstance(row[key], float)]
     return "  ".join([*parts, f"{row[f'{unit}_per_second']:,.0f} {unit}/s"])

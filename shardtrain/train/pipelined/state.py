@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardtrain.pipeline.localize.evaluate import Cut
 from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
-from shardtrain.train.state import TrainState, is_shapes, lying, owners, shardings
+from shardtrain.train.state import TrainState, is_shapes, owners, shardings, with_shardings
 
 GROUPS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "step")
 """The fields of a state that are trees of arrays, in their order."""
@@ -76,7 +76,7 @@ class StatePacking:
         """Returns a state of ordinary arrays in packed form; of shapes, the shapes of that."""
         if is_shapes(state):
             shapes = self._state(state.step, lambda group, arrays: arrays.packed_shapes)
-            return lying(shapes, shardings(self.mesh, self.specs))
+            return with_shardings(shapes, shardings(self.mesh, self.specs))
         step = jax.device_put(state.step, jax.NamedSharding(self.mesh, P()))
         return self._state(step, lambda group, arrays: arrays.pack(jax.tree.leaves(getattr(state, group))))
 
