@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from forked_process import ForkedProcess
-from recipe_process import ROOT
 
 from shardtrain import UserError
 from shardtrain.launch import detect, local
@@ -36,10 +35,13 @@ def launch(capfd, program, processes, **more):
     return status, out, err
 
 
+COMMAND = Path(__file__).with_name("shardtrain_command.py")
+
+
 class Launcher(ForkedProcess):
     """`shardtrain launch local` in a forked process, whose output comes through pipes."""
 
-    def __init__(self, folder, *arguments, program=ROOT / "shardtrain" / "__main__.py"):
+    def __init__(self, folder, *arguments, program=COMMAND):
         streams = [folder / name for name in ("launcher.out", "launcher.err")]
         for stream in streams:
             os.mkfifo(stream)
@@ -170,9 +172,7 @@ def test_failures_follow_each_other_at_once(capfd, monkeypatch):
     assert found == []
 
 
-LONG_PAUSE = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+LONG_PAUSE = """
 from shardtrain.cli.command import main
 from shardtrain.launch import local
 local.FIRST_PAUSE_SECONDS = 8.0
