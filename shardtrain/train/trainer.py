@@ -20,7 +20,7 @@ from shardtrain import pipeline
 from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
-from shardtrain.guard.health import NONE, Row
+from shardtrain.guard.health import NO_LOSSES, Row
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
 from shardtrain.nn import partition
@@ -149,7 +149,7 @@ class Trainer:
             self._variables, optimizer, self.mesh, self._specs, staged=self._plan is not None
         )
         self.examples = 0
-        self.recent = NONE
+        self.recent = NO_LOSSES
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state)
 
     def _state_specs(self, model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
@@ -388,7 +388,7 @@ class Trainer:
         checkpoints = folder if isinstance(folder, Checkpoints) else Checkpoints(folder)
         several = (size(self.mesh, REPLICA),) if REPLICA in self.mesh.shape else ()
         like = self._arrays() if self.pipeline is None else self.pipeline.spread_shapes
-        about = {"examples": np.int64(0), "recent": NONE}
+        about = {"examples": np.int64(0), "recent": NO_LOSSES}
         _, tree = checkpoints.restore(by_field(like) | about, several, step)
         self.examples, self.recent = int(tree.pop("examples")), tree.pop("recent")
         named = TrainState(**tree)
