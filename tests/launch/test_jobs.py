@@ -109,7 +109,7 @@ def test_a_wrong_coordinator_name(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
-    """A coordinator that is dead, and a coordinator that waits for one that is."""
+    """Rank 1 without a coordinator, and the coordinator without rank 1."""
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", *SENTENCE_2, "--process-id", str(rank)]
     start = time.monotonic()
     done = run_forked([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
@@ -147,7 +147,7 @@ def test_a_mesh_that_processes_cannot_share(tmp_path, capfd):
 
 @pytest.mark.parametrize("there", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
 def test_processes_with_different_folders_are_refused(tmp_path, there):
-    """As two hosts are whose --out is the same path on disks of their own."""
+    """Like two hosts whose --out is the same path on different disks."""
     outs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for rank in there:
         outs[rank].mkdir(parents=True)
@@ -232,7 +232,7 @@ def test_doctor_where_a_folder_may_not_be_looked_into(monkeypatch):
 
 
 def begin(tmp_path, *flags, steps):
-    """A supervised run of 3 processes, and its log."""
+    """A run of 3 processes under `launch local`, its folder and its log."""
     out = tmp_path / "run"
     recipe = [*RECIPE, "--mesh", "data=-1", "--batch-size", "24", "--checkpoint-every", "10", "--x64"]
     with (tmp_path / "log").open("wb") as log:
@@ -247,7 +247,7 @@ def begin(tmp_path, *flags, steps):
 
 
 def processes_of(job):
-    """The processes that a supervisor has started, by number."""
+    """The process ids of the processes that a launcher has started, by rank."""
     found = {}
     for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
         try:
@@ -318,7 +318,7 @@ def unfinished(out):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(tmp_path):
-    """Of any process, also while one saves: every run ends, with the losses of the undisturbed one."""
+    """Kills of any process, also in a save: the run completes, with the losses of an undisturbed one."""
     random = np.random.default_rng(0)
     losses = reference(tmp_path, 500)
     job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=500)
