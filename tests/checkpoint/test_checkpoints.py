@@ -434,6 +434,7 @@ def job(processes, mesh, folder, steps):
     port = free_port()
     outs = [folder.with_name(f"out{rank}") for rank in range(processes)]
     errors = [folder.with_name(f"err{rank}") for rank in range(processes)]
+    folder.parent.mkdir(exist_ok=True)
     jobs = [
         ForkedProcess(
             WORKER,
