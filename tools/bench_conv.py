@@ -2,8 +2,8 @@
 
     python tools/bench_conv.py --markdown --plot docs/conv_window_sizes.png
 
-Layers of AlexNet, VGG-16 and ResNet-50, and windows from 3 to 31 pixels; float32. PyTorch stands beside ours
-where it is installed. `auto` runs the same program as the algorithm that it chooses. Scalar loops, one
+Layers of AlexNet, VGG-16 and ResNet-50, and windows from 3 to 31 pixels; float32. PyTorch is timed,
+too, if it is installed. `auto` runs the same program as the algorithm that it chooses. Scalar loops, one
 multiplication and addition at a time, are timed on one layer: in Python, jitted, and in C where there is a
 compiler.
 """
@@ -254,7 +254,7 @@ def measured(layer: Layer, rounds: int) -> dict[str, list[float]]:
 
 
 def over(a: list[float], b: list[float]) -> float:
-    """Median over the rounds of a ratio: other work on the machine hits both alike."""
+    """Returns the median ratio over the rounds, since other work on the machine slows both sides equally."""
     return statistics.median(p / q for p, q in zip(a, b, strict=True))
 
 

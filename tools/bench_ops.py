@@ -1,10 +1,10 @@
-"""Times operators: ours beside jax's own on one device, and cut beside XLA's own partitioner.
+"""Times operators: ours against jax's on one device, and partitioned against XLA's partitioner.
 
     python tools/bench_ops.py --markdown
 
 Forward and backward pass, float32, in turns; the ratio is the median over the rounds of our time over
-theirs, so other work on the machine hits both alike. Rows where XLA's result is wrong are left out of the
-cut ones: see `tools/census_ops.py`.
+theirs, so other work on the machine slows both equally. Partitioned rows where XLA's result is wrong are left
+out: see `tools/census_ops.py`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Times pipeline schedules on two devices, over the ideal that their bubbles leave, and beside PyTorch's.
+"""Times pipeline schedules on two devices against the ideal that their bubbles allow, and PyTorch's.
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
@@ -9,8 +9,8 @@ microbatches, alone and held to one core, takes T, the ideal is T / (devices * (
 schedule's bubble if F, I and W take equally long and messages no time. Two such runs at once, one on each
 device, show what cores take from each other, whatever they do.
 
-Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
-every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, for all alike, too: with
+Freed memory stays in the process, on all sides: on GPUs an allocator keeps it, here it would go back, and
+every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, on all sides, too: with
 YNNPACK, its default on CPUs (`--ynnpack`), steps take longer, those of pipelines most. All that is compared
 takes turns, one step each, an unpipelined one before and after each pipelined one: a machine may be fast in
 one minute and slow in the next. Ratios are medians over the rounds. A step during which other processes took

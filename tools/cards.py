@@ -1,4 +1,4 @@
-"""GPUs to compile for without having one: what XLA must know of a card, and devices that are not here."""
+"""GPUs to compile for without having one: what XLA must know of a GPU, and devices of a topology."""
 
 import sys
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a cut convolution sends, forward and backward: our operator beside XLA's own partitioner.
+"""Counts the bytes of partitioned convolutions, forward and backward: our operator and XLA's partitioner.
 
     python tools/census_conv.py --markdown
 

@@ -1,4 +1,4 @@
-"""What every cut operator sends, forward and backward: ours beside XLA's own partitioner.
+"""Counts the bytes of all partitioned operators, forward and backward: ours and XLA's partitioner.
 
     python tools/census_ops.py --markdown
 

@@ -1,4 +1,4 @@
-"""What the compiler says of every GPU kernel, without a GPU.
+"""Reports what the compiler makes of every GPU kernel, without a GPU.
 
     make gpu-compiler
     python tools/gpu_evidence.py --markdown
@@ -6,12 +6,12 @@
 
 Every kernel is lowered and compiled for the card, its PTX assembled by ptxas and disassembled: registers,
 spills, shared memory, tensor core instructions. Bytes are what it moves to and from memory if the cache holds
-what is read again, beside the least that operands without padding need; loads count a tile of an operand as
-often as it is needed. `model` is the roofline time by the card's data sheet, with a cache of 1.6 times the
-memory's rate (an assumption), and no measurement; direct convolution's is that of a perfect one. Budgets
-are checked: no spills, shared memory within the card's limit, tensor core instructions in every product.
-Training steps of a small convolutional network on meshes of 8 and 16 cards follow, with the collectives of
-the compiled program and its peak of memory.
+what is read again, and next to them the least that operands without padding need; loads count a tile of an
+operand as often as it is needed. `model` is the roofline time by the card's data sheet, with a cache of 1.6
+times the memory's rate (an assumption), and no measurement; direct convolution's is that of a perfect one.
+Budgets are checked: no spills, shared memory within the card's limit, tensor core instructions in every
+product. Training steps of a small convolutional network on meshes of 8 and 16 cards follow, with the
+collectives of the compiled program and its peak of memory.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TENSOR = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b")
 
 @dataclass(frozen=True)
 class KernelEvidence:
-    """What the compiler says of a kernel; times in microseconds are the model's."""
+    """What the compiler made of one kernel; times are in microseconds, by the model."""
 
     kernel: str
     config: str
@@ -136,9 +136,10 @@ def roofline(card: cards.TargetCard, case: Case) -> float:
 
 
 def against_direct(rows: Sequence[KernelEvidence]) -> list[list[str]]:
-    """Forward passes by the model, beside direct convolution's: the better of both ways through the kernels.
+    """Returns forward passes by the model, and direct convolution's: the better of both ways through the
+    kernels.
 
-    Products of three TF32 stand beside direct convolution in float32 proper: there is none in TF32x3.
+    Products of three TF32 are compared with direct convolution in float32: there is none in TF32x3.
     """
     found = []
     for target, config in dict.fromkeys((row.target, row.config) for row in rows):

@@ -7,8 +7,8 @@
 
 The step is the trainer's own (momentum, loss, metrics, the norm of the gradient), compiled from shapes: no
 array is made. Memory is the compiler's plan for one device; what cuDNN takes for its work comes on top. What
-is sent stands beside its closed form; a difference ends the tool with an error, unless it is that XLA sends
-once what a stage sends twice out of the same operands.
+is sent is compared with its closed form; a difference ends the tool with an error, unless it is that XLA
+sends once what a stage sends twice out of the same operands.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
 from shardtrain.cli.start import (
     check_out,
-    held,
+    lock_folder,
     open_run,
     refuse_no_devices,
     refuse_other_folders,
@@ -94,7 +94,7 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     meet("all have looked at the folder", guards.patience(flags))
     if first_process:
         with writing(out):
-            folder.enter_context(held(out, flags.start_limit if restarts(os.environ) else 0.0))
+            folder.enter_context(lock_folder(out, flags.start_limit if restarts(os.environ) else 0.0))
             open_run(out, resume=goes_on)
     meet("the folder is open", guards.patience(flags))
     done = int(experiment.trainer.state.step)

@@ -225,7 +225,7 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
 
 
 @contextmanager
-def held(folder: Path, wait: float) -> Iterator[None]:
+def lock_folder(folder: Path, wait: float) -> Iterator[None]:
     """Locks a run's folder against other runs while the context lasts; creates the folder if necessary.
 
     The operating system releases the lock when the process ends, however it ends. On a file system without
@@ -239,7 +239,7 @@ def held(folder: Path, wait: float) -> Iterator[None]:
         StartError: if another run writes there.
 
     Example:
-        >>> with held(tmp / "run", wait=0.0):
+        >>> with lock_folder(tmp / "run", wait=0.0):
         ...     open_run(tmp / "run", resume=False)
     """
     folder.mkdir(parents=True, exist_ok=True)

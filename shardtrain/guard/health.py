@@ -21,7 +21,7 @@ WINDOW_STEPS = 32
 LEAST_STEPS = 8
 """With fewer steps there is no median yet, and no spike."""
 
-NONE = np.full(WINDOW_STEPS, np.nan)
+NO_LOSSES = np.full(WINDOW_STEPS, np.nan)
 """`Health.losses` of a run without steps."""
 
 
@@ -55,7 +55,7 @@ class Health:
     @property
     def losses(self) -> Float64[np.ndarray, "losses"]:
         """The losses of the window, oldest first, filled up with NaN: as they are stored in a checkpoint."""
-        return np.array([*self._losses, *NONE[len(self._losses) :]])
+        return np.array([*self._losses, *NO_LOSSES[len(self._losses) :]])
 
     @property
     def limit(self) -> float:

@@ -85,7 +85,7 @@ def lines(
         >>> model = st.models.LeNet(10, (16, 16, 1), rngs=nnx.Rngs(0))
         >>> first, *_ = lines(model, st.make_mesh("data=2,height=4"), (64, 16, 16, 1))
         >>> first.kind, first.shape, first.cut[:2]
-        ('Conv', (64, 16, 16, 6), (('data',), ('height',)))
+        ('Conv', (64, 16, 16, 8), (('data',), ('height',)))
     """
     if not isinstance(model, nnx.Module) or not isinstance(mesh, Mesh):
         raise UserError(

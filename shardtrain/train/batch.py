@@ -276,7 +276,7 @@ def rows_of(inputs: Any) -> int:
 
 
 def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
-    """Returns the size of the global batch of which this process brings `rows`, rounded up to whole shards."""
+    """Returns the size of the global batch of which this process brings `rows`, in whole shards."""
     shards = size(mesh, layout.cut("batch", mesh))
     mine = len(local_rows(mesh, layout, shards))
     return max(1, math.ceil(rows / mine)) * shards

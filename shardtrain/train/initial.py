@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardtrain.guard.health import NONE
+from shardtrain.guard.health import NO_LOSSES
 from shardtrain.layout import Layout
 from shardtrain.nn.variables import Variables
 from shardtrain.train.extra import POSITION, Extra, extra_specs, initial_extra
@@ -54,7 +54,7 @@ def initial_state(
             batch is seen, and until then all arrays are on the host.
     """
     params, model_state = variables.values()
-    position = {POSITION: {"examples": np.int64(0), "recent": NONE}}
+    position = {POSITION: {"examples": np.int64(0), "recent": NO_LOSSES}}
 
     def rest(params: Any) -> tuple[Any, Any]:
         return optimizer.init(params), {n: initial_extra(one, params, mesh) for n, one in extra.items()}

@@ -65,7 +65,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def one_replica(values: Any, shapes: Any, number: int) -> Any:
-    """Returns the arrays of one replica; those with one dimension more than their shape are of all replicas."""
+    """Returns the arrays of one replica; those with one more dimension are of all replicas."""
     return jax.tree.map(lambda x, s: x[number] if x.ndim > len(s.shape) else x, values, shapes)
 
 

@@ -1,4 +1,4 @@
-"""A run is taken up anywhere as if it had never stopped, and damage is seen before it is restored."""
+"""A run resumes on any mesh as if it had not stopped, and damage is found before anything is restored."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def make(mesh):
 
 
 def go_on(one, steps, **kwargs):
-    """Losses of so many steps from where a run stands in the data."""
+    """The losses of more steps, from the run's position in the data."""
     feed = st.data.train_batches(ARRAYS, BATCH, seed=3, start=one.examples // BATCH)
     rows = one.fit(feed, steps=int(one.state.step) + steps, progress=False, **kwargs)
     return [row["loss"] for row in rows]
@@ -92,7 +92,7 @@ def other():
 
 @pytest.mark.parametrize("forgotten", ["examples", "opt_state", "model_state", "params", "nothing"])
 def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved, other, monkeypatch):
-    """Every part of the tree matters: a restore that leaves one at its start gives another run."""
+    """Every part of the tree matters: a restore that leaves out one part gives other losses."""
     fresh = make("data=2")
     start = {key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")}
     start["examples"] = fresh.state.extra
@@ -110,7 +110,7 @@ def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(other, tmp_path):
-    """What is written is the state as it was, though the next step takes its memory."""
+    """The state is written as it was, although the next step reuses its memory."""
     go_on(other, 1)
     before = whole(other)
     examples = other.examples
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
 
 
 def test_orbax_alone_restores_a_flipped_bit(tmp_path, monkeypatch):
-    """Why there are checksums; when this fails, Orbax has its own and ours may go."""
+    """The reason for checksums; when this test fails, Orbax has its own and ours are not needed."""
     state = {"x": np.arange(100_000.0)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
@@ -434,6 +434,7 @@ def job(processes, mesh, folder, steps):
     port = free_port()
     outs = [folder.with_name(f"out{rank}") for rank in range(processes)]
     errors = [folder.with_name(f"err{rank}") for rank in range(processes)]
+    folder.parent.mkdir(exist_ok=True)
     jobs = [
         ForkedProcess(
             WORKER,

@@ -1,4 +1,4 @@
-"""A folder in which no checkpoint can be begun is a sentence, and the process ends with it."""
+"""A folder that cannot take a checkpoint is one sentence, after which the process ends."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What the watch over one real process does with its signals and its limits; its main thread only waits."""
+"""The watch over one real process whose main thread only waits: signals and time limits."""
 
 import re
 import signal
@@ -84,7 +84,7 @@ SECONDS = 0.4
 
 
 def test_slow_parts_have_more_time_and_an_end(begin):
-    """Each takes twice what a step may; the last one never ends."""
+    """Each phase takes twice the limit of a step; the last one never ends."""
     *parts, last = SLOW_PHASES
     job = begin(f"""
 import time

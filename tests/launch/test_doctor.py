@@ -1,4 +1,4 @@
-"""What each check of the doctor says of a host that has what it looks for."""
+"""Each check of the doctor, on a host that has the defect it looks for."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def bad(findings):
 
 
 def install(monkeypatch, **versions):
-    """These packages are the ones for GPUs, beside jaxlib 0.10.2."""
+    """Pretends that these packages for GPUs are installed, with jaxlib 0.10.2."""
     found = {"jax": "0.10.2", "jaxlib": "0.10.2"} | {k.replace("_", "-"): v for k, v in versions.items()}
     dist = namedtuple("Distribution", "metadata")
     every = [dist({"Name": name.replace("-", "_")}) for name in found]
@@ -54,7 +54,7 @@ def test_a_plugin_beside_another_jaxlib(monkeypatch):
 
 
 def identities(*others):
-    """Those of process 0 on host a and of others, with what differs in them."""
+    """The identities of process 0 on host a, and of others with these differences."""
     first = own_identity() | {"host": "a", "skew": 0.0}
     return [first] + [
         first | {"host": "b", "versions": first["versions"] | more.pop("versions", {})} | more
@@ -122,8 +122,8 @@ def test_gpus_that_jax_does_not_use(monkeypatch, platforms, fix):
     if platforms:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    ((check, found, said),) = bad(doctor.devices(None))
-    assert (check, said) == ("devices", fix)
+    ((check, found, proposal),) = bad(doctor.devices(None))
+    assert (check, proposal) == ("devices", fix)
     assert found.endswith("but the host has 2 NVIDIA GPUs")
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from forked_process import ForkedProcess
-from recipe_process import ROOT
 
 from shardtrain import UserError
 from shardtrain.launch import detect, local
@@ -36,10 +35,13 @@ def launch(capfd, program, processes, **more):
     return status, out, err
 
 
+COMMAND = Path(__file__).with_name("shardtrain_command.py")
+
+
 class Launcher(ForkedProcess):
     """`shardtrain launch local` in a forked process, whose output comes through pipes."""
 
-    def __init__(self, folder, *arguments, program=ROOT / "shardtrain" / "__main__.py"):
+    def __init__(self, folder, *arguments, program=COMMAND):
         streams = [folder / name for name in ("launcher.out", "launcher.err")]
         for stream in streams:
             os.mkfifo(stream)
@@ -47,7 +49,7 @@ class Launcher(ForkedProcess):
         self.stdout, self.stderr = (stream.open() for stream in streams)
 
     def communicate(self, timeout=None):
-        """What it has written since, when it has ended."""
+        """Waits for its end, and returns the rest of its output."""
         self.wait(timeout)
         with self.stdout, self.stderr:
             return self.stdout.read(), self.stderr.read()
@@ -170,9 +172,7 @@ def test_failures_follow_each_other_at_once(capfd, monkeypatch):
     assert found == []
 
 
-LONG_PAUSE = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+LONG_PAUSE = """
 from shardtrain.cli.command import main
 from shardtrain.launch import local
 local.FIRST_PAUSE_SECONDS = 8.0
@@ -217,7 +217,7 @@ def test_75_passes_where_nothing_restarts(capfd):
 
 
 def test_who_leaves_with_75_is_given_time(capfd):
-    """All save together; the last of them is still busy when the first one has ended."""
+    """All processes save; the last is still saving when the first has ended."""
     program = (
         "print(restart, processes); time.sleep(0 if rank == 0 else 3); sys.exit(75 if restart == 0 else 0)"
     )
@@ -228,7 +228,7 @@ def test_who_leaves_with_75_is_given_time(capfd):
 
 
 def test_who_never_ends_after_75_is_killed(capfd):
-    """Of those that save together one hangs."""
+    """One of the processes that save hangs."""
     start = time.monotonic()
     status, _, err = launch(capfd, "time.sleep(0 if rank == 0 else 60); sys.exit(75)", 2, grace=1.0)
     assert status == 75, err
@@ -300,7 +300,7 @@ time.sleep(60) if restart == 0 else sys.exit(2)
 
 
 def test_2_of_a_run_that_had_begun_is_the_end(capfd):
-    """A loss that is not finite, a full disk: it is not the number of processes that was refused."""
+    """After a bad loss or a full disk, it is not the number of processes that was refused."""
     program = """
 if rank == 0: print(restart, processes, flush=True)
 if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
@@ -343,7 +343,7 @@ sys.exit(75 if restart == 1 else 0)
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_ends_nothing(tmp_path, closed):
-    """As in `launch local ... | head -1`: more comes after it than pipes hold."""
+    """As in `launch local ... | head -1`, with more output than a pipe takes."""
     program = f"import sys\nfor k in range(20000): print('line', k, file=sys.{closed})\nsys.exit(3)"
     job = Launcher(tmp_path, "-n", "2", "--", sys.executable, "-c", program)
     getattr(job, closed).readline()
@@ -404,7 +404,7 @@ def test_the_grace_has_an_end(tmp_path):
 
 
 def test_the_grace_is_counted_from_the_signal(tmp_path):
-    """And not from the end of the first of those that save."""
+    """It is not counted from the end of the first process that has saved."""
     program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(75)) if rank == 0 else None)"
     job = start(tmp_path, f"{program}\nfor _ in range(60): time.sleep(1)", "--grace", "4")
     begin = time.monotonic()
