@@ -4,13 +4,13 @@
 
 (8 simulated devices, about a minute on 2 cores, at least 98 % test accuracy on digits, enlarged to 64x64.)
 The convolutions do most of the work and have few weights, the linear layers have most of the weights: each
-device has its own examples in the first, and its own features in the last, where all devices need all
-examples. --scheme says how these get there: all at once (gather), one device's after the other (turns), or
-some of each device's in each of as many rounds (spread). The numbers are the same.
+device has its own examples in the convolutions, and its own features in the linear layers, where all devices
+need all examples. --scheme chooses how these are sent: all at once (gather), those of one device after the
+other (turns), or a part of each device's in each of as many rounds (spread). The numbers are the same.
 
 With --bytes the run also compiles the step for every scheme, for pure data parallelism and for pure model
-parallelism, and says what each device sends, holds and needs: for this network, and for the AlexNet of 61
-million parameters on 1024 images of 224x224 (a minute on 2 cores).
+parallelism, and reports the bytes that each device sends, stores and needs: for this network, and for the
+AlexNet of 61 million parameters on 1024 images of 224x224 (a minute on 2 cores).
 
 Writes to --out: result.json, metrics.jsonl, curve.png, checkpoints/ and tensorboard/.
 """
@@ -39,10 +39,10 @@ from shardtrain.nn.rounds import Scheme
 LEAST = 63  # pixels that AlexNet needs in height and width
 EXAMPLES = {"batch": ("data", "channel"), "channels": ()}
 HYBRID = dict.fromkeys(("", "convs.*", "pools.*", "shrink", "flatten", "rounds"), EXAMPLES)
-"""Up to the linear layers every device has its own examples; the default cuts the features that follow."""
+"""Before the linear layers every device has its own examples; after them the default shards the features."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train on, how examples travel, and where to write it."""
 
@@ -70,13 +70,13 @@ class Flags(cli.RunFlags):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut the network.
+    """One way to partition the network.
 
     Attributes:
-        name: of the row.
-        data: devices on the data axis.
-        channel: devices on the channel axis.
-        scheme, recompute: of the hybrid, None where all layers are cut the same way.
+        name: name of the row in the table.
+        data: number of devices on the data axis.
+        channel: number of devices on the channel axis.
+        scheme, recompute: as the flags, for hybrids; None if all layers are partitioned the same way.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Variant:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What is cut otherwise than by default."""
+        """The layers that are partitioned differently from the default."""
         return HYBRID if self.scheme else {}
 
     def mesh(self) -> Mesh:
@@ -97,13 +97,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Network:
-    """What the bytes depend on.
+    """The sizes that determine the bytes.
 
     Attributes:
-        image, classes, width, hidden: sizes.
-        batch, microbatches: examples of a step, and into how many parts they are cut.
-        dtype: of the parameters.
-        sent_as: the dtype of what is sent.
+        image, classes, width, hidden: sizes of the network.
+        batch, microbatches: examples of a step, and the number of parts that they are divided into.
+        dtype: dtype of the parameters.
+        sent_as: dtype in which arrays are sent.
     """
 
     image: tuple[int, int, int]
@@ -128,11 +128,11 @@ class Network:
         )
 
     def features(self) -> list[int]:
-        """Of the input and every convolution."""
+        """Features of the input and of every convolution."""
         return [self.image[-1], *(self.width * n for n in (1, 3, 6, 4, 4))]
 
     def pixels(self) -> list[int]:
-        """Of the output of every convolution."""
+        """Pixels of the output of every convolution."""
         first = [(n + 4 - 11) // 4 + 1 for n in self.image[:2]]
         second = [(n - 3) // 2 + 1 for n in first]
         others = [(n - 3) // 2 + 1 for n in second]
@@ -144,7 +144,7 @@ class Network:
 
 
 def closed_form(net: Network, plan: Variant) -> dict[str, int]:
-    """Bytes that each device sends in a step, by what they are for; labels and a few scalars are left out.
+    """Returns the bytes that each device sends in a step, by purpose, without labels and a few scalars.
 
     With D devices on data, K on channel, P = D*K: weights that n devices share send 2(n-1)/n of their bytes
     in every microbatch, and an exchange among K devices (K-1)/K of what all of them end up with, in each
@@ -193,7 +193,7 @@ def closed_form(net: Network, plan: Variant) -> dict[str, int]:
 
 
 def measured(net: Network, plan: Variant) -> dict[str, Any]:
-    """What the compiled step sends, holds and needs on each device; nothing is run."""
+    """Returns the bytes that the compiled step sends, stores and needs on each device, without running it."""
     rounds = partial(st.nn.Rounds, plan.scheme or "gather", remat=plan.recompute)
     model = nnx.eval_shape(lambda: net.make(nnx.Rngs(0), rounds))
     mesh = plan.mesh()
@@ -218,7 +218,7 @@ def measured(net: Network, plan: Variant) -> dict[str, Any]:
 
 
 def plans(data: int, channel: int) -> list[Variant]:
-    """The hybrids on a mesh, and what they are compared with on as many devices."""
+    """Returns the hybrids on a mesh, and the other ways on as many devices that they are compared with."""
     hybrids = [Variant(f"hybrid {s}", data, channel, s) for s in ("gather", "turns", "spread")]
     again = [Variant(f"{s}, recompute", data, channel, s, recompute=True) for s in ("turns", "spread")]
     devices = data * channel
@@ -226,7 +226,7 @@ def plans(data: int, channel: int) -> list[Variant]:
 
 
 def comparison(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The plans for a terminal."""
+    """Returns the plans as a table for the terminal."""
     table = Table(title=f"{title}: MiB on each device, and sent by it in a step")
     kinds = [kind for kind in st.census.KINDS if any(kind in row["by_kind"] for row in rows)]
     for column in ("plan", "sent", "formula", *(k.replace("-", "-\n") for k in kinds), "weights", "temp."):
@@ -239,12 +239,12 @@ def comparison(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def mib(amount: int) -> str:
-    """MiB with about three digits."""
+    """Returns bytes as MiB with about three digits."""
     return f"{amount / 2**20:,.{0 if amount >= 100 * 2**20 else 2}f}"
 
 
 def sent_as(flags: Flags) -> Any:
-    """The dtype of what is sent: that of the computation, though XLA on CPUs sends bfloat16 as float32."""
+    """Returns the dtype that arrays are sent in: the compute dtype, but float32 for bfloat16 on CPUs."""
     if flags.x64:
         return jnp.float64
     return jnp.float32 if flags.dtype == "bfloat16" and jax.default_backend() == "cpu" else flags.dtype

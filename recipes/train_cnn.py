@@ -21,7 +21,7 @@ from shardtrain import cli
 MODELS = ("resnet8", "resnet18", "resnet34", "resnet50", "lenet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, on what, and where to write it."""
 
@@ -35,6 +35,7 @@ class Flags(cli.RunFlags):
 def make_task(flags: Flags) -> cli.Task:
     """The network that --model names, and the data set that --data names."""
     dataset = st.data.load(flags.data)
+    train_set, validation = cli.with_validation(flags, dataset.train)
     image = dataset.train.images.shape[1:]
 
     def make() -> nnx.Module:
@@ -47,8 +48,9 @@ def make_task(flags: Flags) -> cli.Task:
     return cli.Task(
         name=flags.model,
         make=make,
-        train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
+        train=partial(st.data.train_batches, train_set, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
+        validation=validation,
     )
 
 

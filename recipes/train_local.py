@@ -1,10 +1,10 @@
-"""Train a locally connected network, whose filters differ from pixel to pixel, cut on height, width, channel.
+"""Train a locally connected network, whose filters differ at every pixel, sharded over pixels and channels.
 
     python recipes/train_local.py --compare --out runs/local
 
-(8 simulated devices, about a minute on 2 cores, at least 95 % test accuracy on digits.) The filters live
-where their pixels live: each device holds its share of them, and no gradient of theirs crosses the cut (where
-their rows divide by it), which the closing table counts in the compiled program.
+(8 simulated devices, about a minute on 2 cores, at least 95 % test accuracy on digits.) The filters
+are sharded like their pixels: each device stores those of its own pixels, and no gradient of them is summed
+over devices if their rows divide evenly. The closing table counts this in the compiled program.
 
 Writes to --out: result.json, metrics.jsonl, curve.png, predictions.png, checkpoints/ and tensorboard/.
 """
@@ -21,10 +21,10 @@ import shardtrain as st
 from shardtrain import cli
 
 SUMS = ("all-reduce", "reduce-scatter")
-FIRST, WRONG, COLUMNS = 24, 8, 8  # the picture: images from the first on, then wrong ones, so many a row
+FIRST, WRONG, COLUMNS = 24, 8, 8  # the picture: first images, wrong ones after them, images in a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train on, and where to write it."""
 
@@ -42,6 +42,7 @@ class Flags(cli.RunFlags):
 def make_task(flags: Flags) -> cli.Task:
     """The network and the data set that --data names."""
     dataset = st.data.load(flags.data)
+    train_set, validation = cli.with_validation(flags, dataset.train)
     image = dataset.train.images.shape[1:]
 
     def make() -> nnx.Module:
@@ -56,19 +57,20 @@ def make_task(flags: Flags) -> cli.Task:
     return cli.Task(
         name="LocalNet",
         make=make,
-        train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
+        train=partial(st.data.train_batches, train_set, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
+        validation=validation,
         report=report,
     )
 
 
 def weights(trainer: st.Trainer, picture: Path) -> cli.Report:
-    """What each device holds of the pixels' weights, and what their gradients send across the pixels."""
+    """Reports how much of the pixels' weights each device stores, and the bytes of their gradients' sums."""
     local = [x for name, x in trainer.state.params.items() if name.startswith("layers.")]
     whole = sum(x.nbytes for x in local)
     share = sum(x.addressable_shards[0].data.nbytes for x in local)
-    # Numbers without a dimension are parts of the gradient's norm, not of a gradient.
-    # Gathered are those of filters whose rows do not divide, and activations, which end otherwise.
+    # A scalar is a part of the gradient's norm and not of a gradient. Filters whose rows do not divide evenly
+    # are gathered; activations are, too, but their shapes end differently.
     ends = tuple(f"{x.shape[-2]},{x.shape[-1]}]" for x in local)
     crossing = sum(
         c.bytes
@@ -94,7 +96,7 @@ def weights(trainer: st.Trainer, picture: Path) -> cli.Report:
 
 
 def draw(images: np.ndarray, labels: np.ndarray, found: np.ndarray, path: Path) -> None:
-    """Draws the first images with their predictions, then those of the others that are wrong, in red."""
+    """Draws the first images with their predictions, and then the wrong predictions of others, in red."""
     wrong = [k for k in range(len(images)) if labels[k] != found[k]]
     shown = [*range(min(FIRST, len(images))), *[k for k in wrong if k >= FIRST][:WRONG]]
     rows = math.ceil(len(shown) / COLUMNS)
@@ -104,8 +106,8 @@ def draw(images: np.ndarray, labels: np.ndarray, found: np.ndarray, path: Path) 
         for axis, k in zip(axes.flat, shown, strict=False):
             axis.imshow(images[k] if images.shape[-1] == 3 else images[k][..., 0], cmap="gray_r")
             right = labels[k] == found[k]
-            says = f"{found[k]}" if right else f"{found[k]}, is {labels[k]}"
-            axis.set_title(says, fontsize=9, color="black" if right else "tab:red")
+            title = f"{found[k]}" if right else f"{found[k]}, is {labels[k]}"
+            axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
         figure.suptitle(f"predictions for test images, {len(wrong)} of {len(images)} wrong", fontsize=10)
 
 

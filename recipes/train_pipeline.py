@@ -2,15 +2,15 @@
 
     python recipes/train_pipeline.py --mesh data=2,pipe=4 --schedule zb-h1 --compare --out runs/pipeline
 
-(8 simulated devices, about 3 minutes on 2 cores, at least 96 % test accuracy on digits.) The mesh's pipe axis
-says how many ranks there are; --schedule which of them does what when. --schedule none trains the same model
-on the same microbatches without a pipeline, by accumulating gradients: the losses are the same.
+(8 simulated devices, about 3 minutes on 2 cores, at least 96 % test accuracy on digits.) The pipe axis of the
+mesh says how many ranks there are, --schedule which of them does what in which order. --schedule none trains
+the same model on the same microbatches without a pipeline, by accumulating gradients: the losses are equal.
 
 Writes to --out: result.json, metrics.jsonl, curve.png, timeline.png, checkpoints/ and tensorboard/.
-In result.json, `bubble` is the idle share of `schedule`, the one asked for, in the classical model: each rank
-waits only for what it needs, F = I = W. The one that runs is `runs_as`, such as "1f1b split"; `ticks`,
-`lockstep_bubble` (its idle share by the counted costs of the stages) and `peak_in_flight` (a number for each
-stage) are those of it.
+In result.json, `schedule` is the one asked for, and `bubble` its idle share in the classical model: each rank
+waits only for what it needs, F = I = W. `runs_as` is the form of it that is run, such as "1f1b split"; its
+`ticks`, its idle share by the counted costs of the stages (`lockstep_bubble`) and its `peak_in_flight` (a
+number for each stage) are there, too.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from shardtrain.mesh import parse, size
 MODELS = ("resnet8", "resnet18", "resnet34", "lenet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
     """What to train, in which stages, and where to write it."""
 
@@ -42,16 +42,16 @@ class Flags(cli.RunFlags):
     schedule: str = "1f1b"
     """none, gpipe, 1f1b, interleaved, zb-h1, zb-v, or a .csv file of actions."""
     microbatches: int = 8
-    """Into which each batch is cut."""
+    """How many microbatches each batch is cut into."""
     stages: str | None = None
-    """Layers of each stage, such as 'stem,norm,blocks.0|blocks.1,...'; of equal cost by default."""
+    """The layers of each stage, such as 'stem,norm,blocks.0|blocks.1,...'; of equal cost by default."""
     in_flight: int | None = None
-    """Activations (of one microbatch in one stage) that a rank may hold at most."""
+    """The most activations (of one microbatch in one stage) that a rank may keep at a time."""
     overlap: bool = False
-    """What a stage sends travels while the next tick computes, and is used one tick later."""
+    """Messages between stages travel while the next tick computes, and are used one tick later."""
     statistics: Literal["microbatch", "batch"] = "microbatch"
-    """What moves running statistics of batch norms: each microbatch, in the order of the schedule's forwards,
-    or the whole batch, once."""
+    """What updates the running statistics of batch norms: each microbatch, in the order of the schedule's
+    forwards, or the whole batch, once."""
 
     free = frozenset({"schedule", "microbatches", "stages", "in_flight", "overlap"})
 
@@ -63,6 +63,7 @@ def make_task(flags: Flags) -> cli.Task:
             f"--mesh {flags.mesh} leaves one device to pipe; use for example pipe=2, or more --devices"
         )
     dataset = st.data.load(flags.data)
+    train_set, validation = cli.with_validation(flags, dataset.train)
     image = dataset.train.images.shape[1:]
 
     def make() -> nnx.Module:
@@ -73,25 +74,25 @@ def make_task(flags: Flags) -> cli.Task:
 
     trainer: dict[str, Any] = {"statistics": flags.statistics}
     if flags.schedule != "none":
-        trainer |= {"schedule": flags.schedule, "stages": flags.stages, "in_flight": flags.in_flight}
-        trainer["overlap"] = flags.overlap
+        trainer["pipeline"] = st.Pipeline(flags.schedule, flags.stages, flags.in_flight, flags.overlap)
     return cli.Task(
         name=flags.model,
         make=make,
-        train=partial(st.data.train_batches, dataset.train, flags.batch_size, seed=flags.seed),
+        train=partial(st.data.train_batches, train_set, flags.batch_size, seed=flags.seed),
         test=lambda rows: st.data.eval_batches(dataset.test, flags.batch_size, rows=rows),
+        validation=validation,
         trainer=trainer,
         report=report,
     )
 
 
 def report(trainer: st.Trainer, out: Path) -> cli.Report:
-    """The pipeline in numbers and as a picture."""
-    held = trainer.parameter_bytes
+    """Returns figures of the pipeline, and draws its timeline."""
+    weights = trainer.parameter_bytes
     if trainer.pipeline is None:
         m = trainer.accumulate
         numbers: dict[str, Any] = {"schedule": "none", "bubble": 0.0, "runs_as": "none", "ticks": 2 * m}
-        numbers |= {"lockstep_bubble": 0.0, "peak_in_flight": [1], "parameter_bytes_per_device": held}
+        numbers |= {"lockstep_bubble": 0.0, "peak_in_flight": [1], "parameter_bytes_per_device": weights}
         return cli.Report(numbers)
     pipe = trainer.pipeline
     cli.draw(pipe.schedule, out / "timeline.png", pipe.costs)
@@ -102,14 +103,14 @@ def report(trainer: st.Trainer, out: Path) -> cli.Report:
         "ticks": len(pipe.ticks.table),
         "lockstep_bubble": float(pipe.ticks.idle),
         "peak_in_flight": list(pipe.ticks.peak_of_stage),
-        "parameter_bytes_per_device": held,
+        "parameter_bytes_per_device": weights,
     }
     rows = {
         "runs as": f"{numbers['runs_as']}, {numbers['ticks']} ticks for {trainer.accumulate} microbatches",
         "idle": f"{numbers['schedule']}: {100 * numbers['bubble']:.1f} % in the classical model; "
         f"as it runs: {100 * numbers['lockstep_bubble']:.1f} % in lockstep",
         "in flight, by stage": " ".join(map(str, numbers["peak_in_flight"])),
-        "parameters on a device": f"{held / 1024:,.0f} KiB",
+        "parameters on a device": f"{weights / 1024:,.0f} KiB",
         "timeline": str(out / "timeline.png"),
     }
     return cli.Report(numbers, rows, [pipe.table()])

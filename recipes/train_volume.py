@@ -1,4 +1,4 @@
-"""Train a 3-D U-Net to label every voxel of a brain, cut on depth and height.
+"""Train a 3-D U-Net to label every voxel of a brain, sharded over depth and height.
 
     pip install 'shardtrain[volumes]'
     python recipes/train_volume.py --out runs/volume
@@ -6,13 +6,13 @@
 (8 simulated devices, about 2 minutes on 2 cores, a Dice coefficient of about 0.83.) Input is the T1 image of
 the MNI152 template, 3 mm a voxel; the labels are other, grey matter and white matter. Each example is a box
 cut out at a random place, and each device holds its block of the box and the halo that a convolution needs.
-With --memory the run also says what the compiler reserves on each of 1, 2, 4, ... devices for a step on the
-same box at 1 mm.
+With --memory the run also reports the memory that the compiler reserves on each of 1, 2, 4, ... devices for a
+step on the same box at 1 mm.
 
 There is one brain, the mean of 152, and its left half is the mirror image of the right one: a test on the
-other half would be a test on the training data. So the net learns from the back 60 % and is tested on the
-front 40 %, other voxels of the same brain. The Dice coefficient says how well it finds tissue that it has
-not seen, not how well it would do on another person's scan.
+other half would be a test on the training data. Therefore the network is trained on the back 60 % and
+tested on the front 40 %, other voxels of the same brain. The Dice coefficient says how well it finds tissue
+that it has not seen, and not how well it would do on the scan of another person.
 
 Writes to --out: result.json, metrics.jsonl, curve.png, predictions.png, checkpoints/, tensorboard/, and with
 --memory memory.png.
@@ -40,9 +40,9 @@ MEMORY_MESHES = ("data=1", "depth=2", "depth=2,height=2", "depth=4,height=2")
 COLORS = ("black", "tab:orange", "white")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(cli.RunFlags):
-    """What to train, on what boxes, and where to write it."""
+    """The network, the boxes to train on, and where to write the run."""
 
     mesh: str = "depth=4,height=2"
     """Axes and sizes: data cuts the batch, depth, height and width the voxels, channel the features.
@@ -106,15 +106,15 @@ def make_task(flags: Flags) -> cli.Task:
 
 
 def memory(flags: Flags, task: cli.Task, shape: Sequence[int]) -> list[dict[str, Any]]:
-    """Bytes that each device needs for a training step, from the compiler; nothing is run.
+    """Returns the bytes that each device needs for a training step, from the compiler, without running it.
 
     Args:
-        flags, task: of the run.
-        shape: of the images of a batch; one example at least must fit the host.
+        flags, task: flags and task of the run.
+        shape: shape of the images of a batch; at least one example must fit into the memory of the host.
 
     Returns:
         For each of `MEMORY_MESHES` that there are devices for: `mesh`, `devices`, and the bytes of one
-        device: `arguments` (state and batch), `temporaries`, `outputs` (those that do not take the place of
+        device: `arguments` (state and batch), `temporaries`, `outputs` (those that do not reuse the memory of
         arguments), and `bytes`, the three together.
     """
     batch = np.zeros(shape, np.float32), np.zeros(shape[:-1], np.int32)
@@ -124,7 +124,7 @@ def memory(flags: Flags, task: cli.Task, shape: Sequence[int]) -> list[dict[str,
         if devices > jax.device_count():
             break
         trainer = cli.make_trainer(flags, task, st.make_mesh(name, devices=jax.devices()[:devices]))
-        found = trainer.compiled_step(trainer.place(*batch)).memory_analysis()
+        found = trainer.prepare(*batch).memory_analysis()
         parts = {
             "arguments": found.argument_size_in_bytes,
             "temporaries": found.temp_size_in_bytes,
@@ -135,7 +135,7 @@ def memory(flags: Flags, task: cli.Task, shape: Sequence[int]) -> list[dict[str,
 
 
 def memory_table(needs: Sequence[Mapping[str, Any]], extents: Sequence[int]) -> Table:
-    """The memory for a terminal."""
+    """Returns the memory as a table for the terminal."""
     by = "x".join(map(str, extents))
     table = Table(title=f"MiB on each device for a training step on {by} voxels, from the compiler")
     for column in ("mesh", "devices", "arguments", "temporaries", "together", "of one device's"):
@@ -148,7 +148,7 @@ def memory_table(needs: Sequence[Mapping[str, Any]], extents: Sequence[int]) -> 
 
 
 def plot_memory(needs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws memory against devices, and a line of what no halo and nothing replicated would leave."""
+    """Draws memory over devices, and the line that it would follow without halos and replicated arrays."""
     devices, sizes = ([row[key] for row in needs] for key in ("devices", "bytes"))
     with cli.picture(path, 1, 1, (5, 3.6)) as (figure, axes):
         axis = axes[0, 0]

@@ -6,7 +6,7 @@ trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0
 trainer.fit(batches, steps=500)
 """
 
-from shardtrain import data, launch, nn, ops, pipeline, plan
+from shardtrain import data, experiments, launch, metrics, nn, ops, pipeline, plan
 from shardtrain.checkpoint import Checkpoints, export_state, import_state
 from shardtrain.data import volumes
 from shardtrain.errors import UserError
@@ -16,23 +16,29 @@ from shardtrain.mesh import describe, make_mesh
 from shardtrain.nn import models
 from shardtrain.plan import census
 from shardtrain.plan.summary import summary
-from shardtrain.train import Trainer, TrainState, losses
+from shardtrain.train import EMA, Extra, Pipeline, Trainer, TrainState, callbacks, losses
 
 __all__ = [
+    "EMA",
     "Checkpoints",
+    "Extra",
     "Guard",
     "Layout",
+    "Pipeline",
     "TrainState",
     "Trainer",
     "UserError",
+    "callbacks",
     "census",
     "data",
     "describe",
+    "experiments",
     "export_state",
     "import_state",
     "launch",
     "losses",
     "make_mesh",
+    "metrics",
     "models",
     "nn",
     "ops",

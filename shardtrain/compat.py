@@ -11,27 +11,30 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
 def auto_mesh(devices: np.ndarray, names: Sequence[str]) -> Mesh:
-    """A mesh whose axes are all `Auto`: `jax.make_mesh` gives `Explicit` ones by default, under which
-    pooling gradients and convolutions with sharded kernels have gaps (jax 0.10 to 0.12)."""
+    """Returns a mesh whose axes are all `Auto`.
+
+    `jax.make_mesh` makes `Explicit` ones by default, under which gradients of pooling and convolutions with
+    sharded kernels have gaps (jax 0.10 to 0.12).
+    """
     return Mesh(devices, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
 def manual_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
-    """The axes over which an enclosing `shard_map` is manual."""
+    """Returns the axes over which an enclosing `shard_map` is manual."""
     return frozenset(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Manual)
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
-    """The axes of sharding-in-types, which our islands do not take."""
+    """Returns the axes of sharding-in-types, which our islands do not take."""
     return frozenset(
         n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
     )
 
 
 def ppermute(x: Array, axes: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Array:
-    """`lax.ppermute` that numbers devices by `axes` as they are given, as `lax.axis_index` does.
+    """Permutes as `lax.ppermute`, with devices numbered by `axes` in their given order, as `axis_index` does.
 
-    jax 0.10 numbers them in the order of the mesh here, whatever the order of `axes`; 0.12 refuses another.
+    In `lax.ppermute`, jax 0.10 numbers them in the order of the mesh, and jax 0.12 refuses any other order.
     """
     names = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a in axes)
     sizes = {a: lax.axis_size(a) for a in axes}
@@ -41,10 +44,10 @@ def ppermute(x: Array, axes: Sequence[str], pairs: Sequence[tuple[int, int]]) ->
 
 
 def match_varying(*arrays: Array) -> list[Array]:
-    """Arrays that may differ over all axes of an enclosing `shard_map` over which any of them does.
+    """Returns arrays that all vary over the mesh axes over which any of them does.
 
-    Their gradients are summed over the axes over which they do not; jax does so by itself between two
-    operands, but not around a `custom_vjp`.
+    Gradients of an array are then summed over the axes over which it did not vary. jax does so by itself for
+    two operands of an operation, but not around a `custom_vjp`.
     """
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = frozenset().union(*varying)
@@ -55,12 +58,12 @@ def match_varying(*arrays: Array) -> list[Array]:
 
 
 def default_precision() -> str | None:
-    """What `jax.default_matmul_precision` says."""
+    """Returns the value of `jax.default_matmul_precision`."""
     return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
 def device_kind() -> str:
-    """Kind of the devices that a program is traced for: those of the mesh around it, or jax's default one."""
+    """Returns the kind of the devices of the mesh that a program is traced under, or of jax's default one."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     device = described or getattr(jax.config, "jax_default_device", None)
     if device is None or isinstance(device, str):
@@ -73,20 +76,20 @@ IN_HASTE: dict[str, bool | int] = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-"""XLA's options for CPUs with which compiling takes least, and running most."""
+"""Options of XLA for CPUs with which compiling is fastest, and the program slowest."""
 if jax.__version_info__ < (0, 11):
-    IN_HASTE["xla_cpu_use_fusion_emitters"] = False  # the others set MLIR up anew for each of their kernels
+    IN_HASTE["xla_cpu_use_fusion_emitters"] = False  # these emitters set up MLIR for each kernel
 
 
 def in_haste() -> dict[str, bool | int] | None:
-    """Compiler options for a program that runs once: on CPUs its machine code is left as it comes."""
+    """Returns compiler options for a program that runs once: on CPUs it is hardly optimized."""
     return IN_HASTE if jax.default_backend() == "cpu" else None
 
 
 def coordination_client() -> Any:
-    """This process's client of the job's key-value store, None in a job of one process.
+    """Returns this process's client of the job's key-value store, None in a job of one process.
 
-    `key_value_set(key, value, allow_overwrite)` and `key_value_dir_get(prefix)` are what we use of it.
+    We use its `key_value_set(key, value, allow_overwrite)` and `key_value_dir_get(prefix)`.
     """
     from jax._src import distributed  # the public API has no name for it
 
@@ -94,21 +97,21 @@ def coordination_client() -> Any:
 
 
 def process_rank() -> int:
-    """`jax.process_index()` that does not start jax's back end, before which a job must be joined."""
+    """Returns `jax.process_index()` without starting jax's back end, before which a job must be joined."""
     from jax._src import distributed
 
     return int(distributed.global_state.process_id or 0)
 
 
 def process_count() -> int:
-    """`jax.process_count()` that does not start jax's back end."""
+    """Returns `jax.process_count()` without starting jax's back end."""
     from jax._src import distributed
 
     return int(distributed.global_state.num_processes or 1)
 
 
 def mosaic_interpreter() -> Any:
-    """Parameters by which Mosaic GPU runs a kernel in its interpreter, which looks for races."""
+    """Returns parameters by which Mosaic GPU runs a kernel in its interpreter, and looks for races."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if hasattr(plgpu, "InterpretGPUParams"):
@@ -119,9 +122,9 @@ def mosaic_interpreter() -> Any:
 
 
 def bind(equation: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
-    """Binds the primitive of a jaxpr's equation to other operands and parameters.
+    """Binds the primitive of an equation to other operands and parameters, and returns its results.
 
-    jax 0.10 hands functions among the parameters over apart from the others, 0.12 does not.
+    jax 0.10 passes functions among the parameters separately from the others, jax 0.12 does not.
     """
     found = equation.primitive.get_bind_params(params)
     functions, params = found if isinstance(found, tuple) else ((), found)
@@ -133,7 +136,7 @@ INTERPRETS_TRANSPOSED = jax.__version_info__ >= (0, 11)
 
 
 def transposed(ref: Any) -> Any:
-    """A tile in shared memory, read the other way round."""
+    """Returns a view of a tile in shared memory with its two dimensions swapped."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 12) else plgpu.transpose_ref(ref, (1, 0))
@@ -149,13 +152,13 @@ def mosaic_races() -> bool:
 
 
 def with_manual(mesh: Mesh | AbstractMesh, manual: Collection[str]) -> AbstractMesh:
-    """The mesh as it is inside a `shard_map` that is manual over the axes `manual` and no others."""
+    """Returns the mesh as it is inside a `shard_map` that is manual over the axes `manual` alone."""
     types = tuple(AxisType.Manual if name in manual else AxisType.Auto for name in mesh.axis_names)
     return mesh.abstract_mesh.update(axis_types=types)
 
 
 def scan_extents(params: Any) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried, by its parameters."""
+    """Returns how many operands of a scan are constants and how many are carried, from its parameters."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carried, _ = params["ft_in"].unpack()  # since jax 0.12

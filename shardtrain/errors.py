@@ -1,14 +1,14 @@
-"""The exceptions that a user is meant to read, and the exit statuses that mean: run me again."""
+"""Exceptions whose message is for the user, and the exit statuses that ask for a restart."""
 
 REQUEUE = 75
-"""Exit status (EX_TEMPFAIL) of a run that was told to stop: to be run again, as often as that happens."""
+"""Exit status (EX_TEMPFAIL) of a run that was told to stop. It should be started again, however often."""
 
 FAULT = 76
-"""Exit status of a run that hung, lost a process or could not start: to be run again, so many times."""
+"""Exit status of a run that hung, lost a process or could not start. A limited number of restarts helps."""
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """The first line of an exception's message, of `most` characters at most; its type where it has none.
+    """Returns the first line of an exception's message, cut to `most` characters; its type if it has none.
 
     Example:
         >>> first_line(OSError("no space" + chr(10) + "at all")), first_line(ValueError())
@@ -18,10 +18,10 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 class UserError(ValueError):
-    """What was asked cannot be done; the message says what is possible instead.
+    """Raised when what the user asked for is impossible; the message says what is possible instead.
 
-    One sentence that names the numbers involved and what to type. Recipes print it on stderr and
-    exit with `status`; a traceback would tell the user nothing more.
+    The message is one sentence that names the numbers involved and what to type. Recipes print it on stderr,
+    without a traceback, and exit with `status`.
 
     Example:
         >>> raise UserError("mesh 'data=3' needs 3 devices, there are 2; data=2 would fit")
@@ -30,16 +30,16 @@ class UserError(ValueError):
     """
 
     status = 2
-    """To exit with: what is refused now is refused again."""
+    """Exit status. It does not ask for a restart, since what is refused now is refused again."""
 
 
 class StartError(UserError):
-    """The processes of a job did not find each other, for a reason that may be gone the next time."""
+    """Raised when the processes of a job do not find each other; a restart may succeed."""
 
     status = FAULT
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Whether an error may only say that another process is gone: runtimes have no type for it."""
+    """Whether an error may be due to another process that is gone, judged by its message."""
     words = ("Gloo", "NCCL", "coordination", "collective", "Connection closed", "Connection reset", "barrier")
     return not isinstance(error, UserError) and any(word in str(error) for word in words)

@@ -1,4 +1,4 @@
-"""The text of a compiled program (optimized HLO), read as computations that call each other."""
+"""Reads the text of a compiled program (optimized HLO) as computations that call each other."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-"""The collectives that are looked for; on GPUs they are pairs of a `-start` and a `-done`."""
+"""The collectives; on GPUs each is a pair of a `-start` and a `-done`."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Call:
     Attributes:
         role: such as `"body"`, `"condition"`, `"branch_computations"`, `"calls"`.
         name: of the computation.
-        runs: how often, for one run of the instruction; 1 for what it may also leave out, None for a loop
-            whose length XLA does not know.
+        runs: how often, for one run of the instruction: at most once for a branch, which counts as 1; None
+            for a loop whose length XLA does not know.
     """
 
     role: str
@@ -34,11 +34,11 @@ class Instruction:
 
     Attributes:
         name: without the `%`.
-        op: its opcode, `"all-reduce-start"`.
+        op: its opcode, such as `"all-reduce-start"`.
         shape: of its result, as text.
-        code: all behind the `=`, with all strings empty: a name in the metadata must not look like code.
-        line: all of it.
-        once: whether it is a loop that each run leaves after at most one turn.
+        code: the text behind the `=`, with all strings empty, so that no metadata looks like code.
+        line: the whole line.
+        at_most_once: whether it is a loop of which each run makes at most one turn.
     """
 
     name: str
@@ -46,43 +46,43 @@ class Instruction:
     shape: str
     code: str
     line: str
-    once: bool = False
+    at_most_once: bool = False
 
     @property
     def collective(self) -> str | None:
-        """The kind of collective that it begins."""
+        """The kind of collective that it starts, None for none."""
         kind = self.op.removesuffix("-start")
         return kind if kind in KINDS else None
 
     @property
     def calls(self) -> Iterator[Call]:
-        """What it runs; what its `-start` runs is not named once more."""
+        """Yields the computations that it runs; a `-done` does not name those of its `-start` again."""
         if self.collective or self.op.endswith(("-done", "-update")):
             return
-        trips = self.trips if self.op == "while" and not self.once else 1
+        trips = self.trips if self.op == "while" and not self.at_most_once else 1
         for role, names in _CALLS.findall(self.code):
-            # a loop asks its condition once more than it runs its body
+            # A loop evaluates its condition once more than its body.
             runs = trips + 1 if role == "condition" and trips is not None else trips
             yield from (Call(role, name, runs) for name in re.findall(r"[\w.\-]+", names))
 
     def called(self, role: str) -> str:
-        """The computation that it runs in a role of which it has one."""
+        """Returns the computation that it runs in a role that just one has."""
         return next(call.name for call in self.calls if call.role == role)
 
     @property
     def trips(self) -> int | None:
-        """Turns of a loop; None if XLA does not know them."""
+        """The number of turns of a loop; None if XLA does not know it."""
         known = _TRIPS.search(self.line)
         return int(known[1]) if known else None
 
     @property
     def divergent(self) -> bool:
-        """Whether devices may differ in what they run of it: a conditional, a loop of unknown length."""
+        """Whether devices may run different parts of it: a conditional, or a loop of unknown length."""
         return self.op == "conditional" or (self.op == "while" and self.trips is None)
 
     @property
     def operands(self) -> list[str]:
-        """Names of what it is computed from."""
+        """The names of its operands."""
         inner = next(pieces(self.code[len(self.shape) + 1 + len(self.op) :], ","))[1:-1]
         words = [re.sub(r"/\*.*?\*/", "", piece).split() for piece in pieces(inner, ",")]
         return [word[-1].removeprefix("%") for word in words if word]
@@ -107,7 +107,7 @@ _CALLS = re.compile(
 
 
 def parse(text: str) -> tuple[str, Computations]:
-    """Name of the entry, and the instructions of every computation."""
+    """Returns the name of the entry, and the instructions of each computation."""
     entry, current = "", list[Instruction]()
     computations: Computations = {}
     for line in text.splitlines():
@@ -120,12 +120,12 @@ def parse(text: str) -> tuple[str, Computations]:
             op = code[len(shape) + 1 :].partition("(")[0]
             current.append(Instruction(found[1], op, shape, code, line))
     for body in computations.values():
-        body[:] = [replace(i, once=True) if _once(i, computations) else i for i in body]
+        body[:] = [replace(i, at_most_once=True) if _runs_at_most_once(i, computations) else i for i in body]
     return entry, computations
 
 
-def _once(loop: Instruction, computations: Computations) -> bool:
-    """Whether a loop asks for one of the values it carries, which its body makes false."""
+def _runs_at_most_once(loop: Instruction, computations: Computations) -> bool:
+    """Whether a loop runs while one of its carried values is true, which its body makes false."""
     if not (loop.op == "while" and loop.divergent):
         return False
     body = computations[loop.called("body")]
@@ -140,12 +140,12 @@ def _once(loop: Instruction, computations: Computations) -> bool:
 
 
 def root(computation: Iterable[Instruction]) -> Instruction:
-    """The instruction whose value a computation returns."""
+    """Returns the instruction whose value a computation returns."""
     return next(i for i in computation if i.line.lstrip().startswith("ROOT "))
 
 
 def index(element: Instruction) -> int:
-    """Which element of its tuple a `get-tuple-element` is."""
+    """Returns the number of the element that a `get-tuple-element` reads."""
     found = re.search(r"\bindex=(\d+)", element.code)
     if not found:
         raise ValueError(f"not an element of a tuple: {element.line}")
@@ -153,20 +153,20 @@ def index(element: Instruction) -> int:
 
 
 def devices(text: str) -> int:
-    """How many devices the program is for."""
+    """Returns the number of devices that a program is for."""
     head = text.strip().partition("\n")[0]
     return math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head))
 
 
 def groups(instruction: Instruction, devices: int) -> list[list[int]]:
-    """The devices that meet in a collective: groups of more than one, of a permute the pairs."""
+    """Returns the groups of devices of a collective that have more than one; of a permute the pairs."""
     if instruction.collective == "collective-permute":
         return [pair for pair in _lists(instruction.code, "source_target_pairs") if pair[0] != pair[1]]
     return [group for group in _groups(instruction.code, devices) if len(group) > 1]
 
 
 def _groups(code: str, devices: int) -> list[list[int]]:
-    """The replica groups; XLA writes them as lists, as a reshaped iota, or as axes of a mesh of its own."""
+    """Returns the replica groups, written as lists, as a reshaped iota or as axes of a mesh of XLA's."""
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", code):
         return _iota(iota[2]).reshape(ints(iota[1])).tolist()
     if own := re.search(r"replica_groups=mesh\[(.+?)\](?:, device_ids=\((.+?)\))? \{(.*?)\}", code):
@@ -176,7 +176,7 @@ def _groups(code: str, devices: int) -> list[list[int]]:
         coords = np.indices(shape).reshape(len(shape), -1)
         for name, before, part in re.findall(r"([^,:]+)(?::\((\d+)\)(\d+))?", own[3]):
             k = names.index(name)
-            # 'a':(2)4 is the part of size 4 that has parts of 2 in all before it
+            # 'a':(2)4 is the part of size 4 of the axis a that comes after parts of size 2 in all.
             size = int(part or shape[k])
             stride = shape[k] // (int(before or 1) * size)
             coords[k] -= coords[k] // stride % size * stride
@@ -184,17 +184,17 @@ def _groups(code: str, devices: int) -> list[list[int]]:
         return [ids[same == key].tolist() for key in np.unique(same)]
     if "replica_groups=" in code and not re.search(r"replica_groups=\{[{}]", code):
         raise ValueError(f"replica_groups in an unknown form: {code}")
-    return _lists(code, "replica_groups") or [list(range(devices))]  # {} means all
+    return _lists(code, "replica_groups") or [list(range(devices))]  # {} stands for all devices
 
 
 def _lists(code: str, attribute: str) -> list[list[int]]:
-    """`attribute={{0,1},{2,3}}` as lists."""
+    """Returns `attribute={{0,1},{2,3}}` as lists."""
     found = re.search(attribute + r"=\{((?:\{[\d,]*\},?)*)\}", code)
     return [ints(group) for group in re.findall(r"\{([\d,]*)\}", found[1])] if found else []
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0 to 7 as 4x2, transposed, flat; or the plain numbers `3,1,0,2`."""
+    """Returns the numbers of `[4,2]T(1,0)` (0 to 7 as 4x2, transposed, flat), or those of `3,1,0,2`."""
     form = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not form:
         return np.array(ints(text))
@@ -204,7 +204,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def crossed(groups: Iterable[list[int]], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes that groups of devices span, in mesh order; device i is `mesh.devices.flat[i]`."""
+    """Returns the mesh axes that groups span, in mesh order; device i is `mesh.devices.flat[i]`."""
     shape = tuple(mesh.shape.values())
     spans = np.zeros(len(shape), bool)
     for group in groups:
@@ -217,22 +217,22 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\]")
 
 
 def arrays(shape: str) -> list[tuple[str, int]]:
-    """The arrays of a shape, as `"f32[2,4]"` and bytes."""
+    """Returns the arrays of a shape, each as `"f32[2,4]"` and its bytes."""
     return [(f"{dtype}[{dims}]", _size(dtype, dims)) for dtype, dims in _ARRAY.findall(shape)]
 
 
 def _size(dtype: str, dims: str) -> int:
-    bits = re.search(r"\d+", "pred8" if dtype == "pred" else dtype)  # bf16, f8e4m3fn, c64: the first number
+    bits = re.search(r"\d+", "pred8" if dtype == "pred" else dtype)  # the first number of bf16, f8e4m3fn, c64
     return -(-int(bits[0] if bits else 0) * math.prod(ints(dims.replace("<=", ""))) // 8)
 
 
 def ints(text: str) -> list[int]:
-    """`"1,2"` as numbers."""
+    """Returns `"1,2"` as numbers."""
     return [int(number) for number in text.split(",") if number]
 
 
 def pieces(text: str, at: str) -> Iterator[str]:
-    """Pieces of `text` between those `at` that are outside all brackets."""
+    """Yields the pieces of `text` between those `at` that are outside of all brackets."""
     depth = begin = 0
     for i, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")

@@ -1,6 +1,6 @@
 """Reading jaxprs, and running parts of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,13 +8,46 @@ import jax
 from shardtrain import compat
 
 
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    """Returns the variables among the operands of an equation, without the literals."""
+    from jax.extend.core import Var
+
+    return [a for a in atoms if isinstance(a, Var)]
+
+
+def makers(equations: Sequence[Any]) -> dict[Any, int]:
+    """Returns, for each variable that some equation computes, the number of that equation."""
+    return {v: i for i, e in enumerate(equations) for v in e.outvars}
+
+
+def behind(
+    equations: Sequence[Any], maker_of: Mapping[Any, int], roots: Iterable[Any], known: Collection[Any] = ()
+) -> set[int]:
+    """Returns the numbers of the equations that must run to compute `roots`.
+
+    Args:
+        equations: of one jaxpr.
+        maker_of: from `makers`.
+        roots: variables to compute; literals among them need nothing.
+        known: variables that need not be computed, for instance because they are given.
+    """
+    found: set[int] = set()
+    todo = [v for v in variables(roots) if v not in known]
+    while todo:
+        i = maker_of.get(todo.pop())
+        if i is not None and i not in found:
+            found.add(i)
+            todo += [v for v in variables(equations[i].invars) if v not in known]
+    return found
+
+
 def inner_jaxpr(value: Any) -> Any:
-    """An open or closed jaxpr as an open one."""
+    """Returns an open or closed jaxpr as an open one."""
     return getattr(value, "jaxpr", value)
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs that an equation runs."""
+    """Yields the jaxprs that an equation runs, such as the body of a loop, as open ones."""
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             inner = inner_jaxpr(part)
@@ -23,7 +56,7 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def closed_jaxprs(equation: Any) -> Iterator[Any]:
-    """As `inner_jaxprs`, closed."""
+    """Yields the jaxprs that an equation runs as closed ones, see `inner_jaxprs`."""
     from jax.extend.core import ClosedJaxpr
 
     for value in equation.params.values():
@@ -33,7 +66,7 @@ def closed_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def where(equation: Any) -> str:
-    """`file:line` of the user's code that made a jaxpr equation."""
+    """Returns `file:line` of the user's code that an equation was traced from."""
     from jax._src import source_info_util  # the public API has no name for it
 
     frames = list(source_info_util.user_frames(equation.source_info.traceback))
@@ -42,17 +75,20 @@ def where(equation: Any) -> str:
 
 
 def island_parts(equation: Any) -> tuple[Any, Sequence[Any], Sequence[Any]]:
-    """Of a `shard_map` in a jaxpr: its body, and the PartitionSpecs of its inputs and outputs."""
+    """Returns the body of a `shard_map` equation and the PartitionSpecs of its inputs and outputs."""
     p = equation.params
     return inner_jaxpr(p["jaxpr"]), p["in_specs"], p["out_specs"]
 
 
 def rebind(equation: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
-    """Runs an equation of a jaxpr on other operands, with some of its parameters changed."""
-    from jax._src import source_info_util  # names of scopes and the user's line stay with it
+    """Runs an equation on other operands, with some of its parameters changed.
+
+    The new operation keeps the scope names and the line of the user's code of the old one.
+    """
+    from jax._src import source_info_util  # the public API has no name for it
 
     stack = source_info_util.current_name_stack() + equation.source_info.name_stack
-    # Shardings name the mesh that the equation was traced under, which is not the one it runs under now.
+    # A sharding names the mesh under which the equation was traced, which differs from the mesh of this call.
     shardings = {key: None for key in ("sharding", "out_sharding") if key in equation.params}
     params = {**equation.params, **shardings, **_combiner(equation.params), **changed}
     with source_info_util.user_context(equation.source_info.traceback, name_stack=stack):
@@ -61,10 +97,11 @@ def rebind(equation: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 
 def _combiner(params: dict[str, Any]) -> dict[str, Any]:
-    """What a scatter combines by, traced under the mesh of now.
+    """Returns the function by which a scatter combines two numbers, traced again under the current mesh.
 
-    Under one that is manual over some axes only, jax lowers the sum of two numbers with a sharding of its
-    own, a custom call, which XLA's compiler for GPUs fails to evaluate ("unhandled HLO ops").
+    If it was traced under a mesh that is manual over some axes only, jax lowers the sum of the two numbers
+    with a sharding of its own, a custom call, which XLA's compiler for GPUs fails to evaluate
+    ("unhandled HLO ops").
     """
     old = params.get("update_jaxpr")
     if old is None or params["update_consts"]:
@@ -86,7 +123,7 @@ def _combiner(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def subprogram(closed: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Any:
-    """Some of a closed jaxpr's equations as a closed jaxpr of their own."""
+    """Returns some equations of a closed jaxpr as a closed jaxpr with its own arguments and results."""
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
     whole = closed.jaxpr

@@ -1,7 +1,7 @@
-"""Which mesh axes cut which dimension of an array.
+"""Layouts: which mesh axes cut which dimension of an array.
 
-The names match by default: the `data` axis cuts the batch, `height` the rows, `channel` the features. A
-`Layout` other than the default on some layers is what the field calls hybrid parallelism.
+The names match by default: the axis `data` cuts the batch, `height` the rows, `channel` the features. Layers
+with other layouts than the default are what the field calls hybrid parallelism.
 """
 
 import dataclasses
@@ -29,28 +29,32 @@ _UNCUT = {
     "replica": "replicas have parameters of their own, which may differ",
     "any": "the axes pipe and replica cut no array: they divide layers and models among devices",
 }
-"""Why some axes of a mesh cut no dimension."""
+"""Why an axis, as a value of `Layout.parameters` or of any field, cuts no dimension."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh axes that cut each dimension of a layer's activations, and how its parameters are kept.
+    """The mesh axes that cut each dimension of a layer's activations and parameters.
 
     Every field takes one axis name or several. An axis that the mesh does not have, or has with size 1,
     cuts nothing, so one layout serves every mesh.
 
     Attributes:
-        batch, depth, height, width: axes that cut this dimension of inputs and outputs, even or not.
-        channels: axes that cut the features of inputs, outputs and kernels. Features are cut evenly or,
-            where the number does not divide, kept whole (`partition_table` shows it).
-        parameters: axes over which parameters and optimizer state are spread at rest: gathered when used,
-            gradients reduce-scattered (ZeRO-3, fully sharded data parallel).
+        batch: axes that cut the batch of inputs and outputs.
+        depth: axes that cut the depth of volumes, whether it divides by them or not.
+        height: axes that cut the height of images and volumes, likewise.
+        width: axes that cut the width of signals, images and volumes, likewise.
+        channels: axes that cut the features of inputs, outputs and kernels. Where their number does not
+            divide by the axes they are not cut (`nn.partition_table` shows it).
+        parameters: axes over which parameters and optimizer state are sharded between their uses. Parameters
+            are gathered when they are used, and gradients reduce-scattered (ZeRO-3, fully sharded data
+            parallelism).
 
     Raises:
         UserError: an unknown axis, one that cuts no array, or one axis for two dimensions.
 
     Example:
-        >>> Layout(batch=("data", "height"), height=()).batch
+        >>> st.Layout(batch=("data", "height"), height=()).batch
         ('data', 'height')
     """
 
@@ -82,7 +86,7 @@ class Layout:
                         f"layout: {field.name}={axis!r}, but {what}; use for example 'data', or ()"
                     )
                 rival = owner.get(axis)
-                # Parameters may well be spread over the axis that cuts the batch: they are gathered first.
+                # Parameters may be sharded over the axis that cuts the batch, since they are gathered first.
                 if rival and not (field.name == "parameters" and rival != "channels"):
                     raise UserError(
                         f"layout: the axis {axis!r} is asked to cut both {rival} and {field.name}; "
@@ -91,35 +95,35 @@ class Layout:
                 owner[axis] = field.name
 
     def cut(self, dimension: str, mesh: AnyMesh | None) -> Axes:
-        """The axes of `mesh` that really cut `dimension` (those larger than 1)."""
+        """The axes of `mesh` that cut `dimension`: those that it has, with sizes larger than 1."""
         if mesh is None:
             return ()
         return tuple(axis for axis in axes_of(getattr(self, dimension)) if size(mesh, axis) > 1)
 
     def channel_cut(self, features: int, mesh: AnyMesh | None) -> Axes:
-        """The axes that cut `features` channels: none where they do not divide."""
+        """The axes that cut `features` channels; none if they do not divide."""
         axes = self.cut("channels", mesh)
         return axes if axes and features % size(mesh, axes) == 0 else ()  # type: ignore[arg-type]
 
     def activation(self, shape: Sequence[int], mesh: AnyMesh | None) -> P:
-        """How an activation `(batch, *spatial, channels)` lies on `mesh`."""
+        """The PartitionSpec of an activation `(batch, *spatial, channels)` on `mesh`."""
         dims = ("batch", *spatial_names(len(shape) - 2), "channels")
         cuts = [self.cut(dim, mesh) for dim in dims[:-1]] + [self.channel_cut(shape[-1], mesh)]
         return spec(cuts)
 
     def parameter(self, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None, space: int = 0) -> P:
-        """How a parameter lies on `mesh` at rest.
+        """The PartitionSpec with which a parameter is stored on `mesh`.
 
         Args:
             shape: the parameter's shape.
-            channel: the dimension that goes with the cut channels, None if there is none.
+            channel: the dimension of the channels that `channels` cuts, None if there is none.
             mesh: the mesh.
             space: how many leading dimensions are pixels, each with parameters of its own.
 
         Returns:
-            Pixels cut as activations are and the channel dimension by `channels`, where they divide, and
-            the largest other dimension that divides cut by `parameters`. A parameter with no such
-            dimension stays whole, which `partition_table` shows.
+            Where they divide, pixels are cut as those of activations, the channel dimension by `channels`,
+            and the largest other dimension by `parameters`. A parameter without a dimension that divides is
+            replicated, which `nn.partition_table` shows.
         """
         cuts: list[Axes] = [()] * len(shape)
         taken = {axis for name in spatial_names(space) for axis in self.cut(name, mesh)}
@@ -129,19 +133,142 @@ class Layout:
         if channel is not None:
             cuts[channel] = self.channel_cut(shape[channel], mesh)
         taken |= {axis for axes in cuts for axis in axes}
-        spread = tuple(axis for axis in self.cut("parameters", mesh) if axis not in taken)
-        if spread and mesh is not None:
-            shards = size(mesh, spread)
+        free = tuple(axis for axis in self.cut("parameters", mesh) if axis not in taken)
+        if free and mesh is not None:
+            shards = size(mesh, free)
             left = [extent // size(mesh, cut) for extent, cut in zip(shape, cuts, strict=True)]
             fits = [d for d in range(space, len(shape)) if left[d] % shards == 0 and left[d]]
             if fits:
                 best = max(fits, key=lambda d: (not cuts[d], left[d]))
-                cuts[best] = cuts[best] + spread
+                cuts[best] = cuts[best] + free
         return spec(cuts)
 
 
+SYNONYMS = {"features": "channels"}
+"""Other words for the dimensions that a layout can cut."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The names of an input's dimensions, in order: they say which of them a layout may cut.
+
+    `batch`, `depth`, `height`, `width` and `channels` (or `features`) are cut as the layout says. Any other
+    name, such as `time`, is a dimension that is never cut; `_` is one without a name, of which there may be
+    several.
+
+    Attributes:
+        names: one for every dimension, the first of them `batch`.
+
+    Raises:
+        UserError: words that are no names, another first dimension than the batch, or a name given twice.
+
+    Example:
+        >>> from shardtrain.layout import Dimensions
+        >>> mesh = st.make_mesh("data=2,width=4")
+        >>> Dimensions.parse("batch time features").cut((8, 20, 3), st.Layout(), mesh, pixels=True)
+        (('data',), (), ())
+        >>> Dimensions.parse("batch width channels").cut((8, 20, 3), st.Layout(), mesh, pixels=True)
+        (('data',), ('width',), ())
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = tuple(SYNONYMS.get(name, name) for name in self.names)
+        object.__setattr__(self, "names", known)
+        possible = (
+            f"write for example 'batch time features' or 'batch height width channels'; "
+            f"{', '.join(DIMENSIONS)} are cut by the mesh, dimensions of other names are not"
+        )
+        if odd := [name for name in known if not name.isidentifier()]:
+            raise UserError(f"dimensions {str(self)!r}: {odd[0]!r} is no name; {possible}")
+        if known[:1] != ("batch",):
+            raise UserError(f"dimensions {str(self)!r}: the first must be 'batch'; {possible}")
+        if twice := [name for i, name in enumerate(known) if name != "_" and name in known[:i]]:
+            raise UserError(f"dimensions {str(self)!r}: {twice[0]!r} is there twice; {possible}")
+
+    @classmethod
+    def parse(cls, text: Any) -> "Dimensions":
+        """The dimensions named in a string, separated by spaces: `"batch depth height width channels"`.
+
+        Raises:
+            UserError: as the class.
+
+        Example:
+            >>> from shardtrain.layout import Dimensions
+            >>> Dimensions.parse("batch time features").names
+            ('batch', 'time', 'channels')
+        """
+        if not isinstance(text, str):
+            raise UserError(f"dimensions {text!r}; give names in a string, such as 'batch time features'")
+        return cls(tuple(text.split()))
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return " ".join(self.names)
+
+    def cut(
+        self, shape: Sequence[int], layout: Layout, mesh: AnyMesh | None, *, pixels: bool
+    ) -> tuple[Axes, ...]:
+        """The mesh axes that cut each dimension of an input.
+
+        Args:
+            shape: of the input.
+            layout: which mesh axes cut what.
+            mesh: the mesh; None cuts nothing.
+            pixels: whether pixels and channels are cut too, or the batch alone.
+
+        Returns:
+            For every dimension the axes that cut it: none for channels that do not divide by their axes, and
+            none for dimensions that a layout does not name. Batch and pixels are cut whether they divide or
+            not.
+
+        Raises:
+            UserError: an input with another number of dimensions.
+        """
+        if len(shape) != len(self.names):
+            raise UserError(
+                f"an input of shape {tuple(shape)} has {len(shape)} dimensions, and {str(self)!r} names "
+                f"{len(self.names)}; name every dimension, or reshape the input"
+            )
+        return tuple(
+            self._axes(name, extent, layout, mesh, pixels)
+            for name, extent in zip(self.names, shape, strict=True)
+        )
+
+    @staticmethod
+    def _axes(name: str, extent: int, layout: Layout, mesh: AnyMesh | None, pixels: bool) -> Axes:
+        if name == "batch":
+            return layout.cut("batch", mesh)
+        if not pixels or name not in DIMENSIONS:
+            return ()
+        return layout.channel_cut(extent, mesh) if name == "channels" else layout.cut(name, mesh)
+
+
+def default_dimensions(rank: int) -> Dimensions:
+    """The names of an input of `rank` dimensions that declares none.
+
+    Returns:
+        An image's names, `(batch, *spatial, channels)`, for 3 to 5 dimensions; otherwise the batch and
+        dimensions without names, which are never cut.
+
+    Raises:
+        UserError: `rank` below 1, an input without a batch.
+
+    Example:
+        >>> from shardtrain.layout import default_dimensions
+        >>> str(default_dimensions(4)), str(default_dimensions(2))
+        ('batch height width channels', 'batch _')
+    """
+    if rank < 1:
+        raise UserError(f"an input of {rank} dimensions has no batch; give arrays (batch, ...)")
+    if 3 <= rank <= 5:
+        return Dimensions(("batch", *spatial_names(rank - 2), "channels"))
+    return Dimensions(("batch", *["_"] * (rank - 1)))
+
+
 def chosen(layout: Any) -> Layout:
-    """The layout that an operator was given, the default one without.
+    """The layout given to an operator, or the default one for None.
 
     Raises:
         UserError: for anything else.
@@ -159,17 +286,17 @@ def spatial_names(rank: int) -> tuple[str, ...]:
 
 
 def spec(cuts: Iterable[Axes]) -> P:
-    """A PartitionSpec from the axes of every dimension."""
+    """The PartitionSpec with these axes for every dimension."""
     return P(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in cuts))
 
 
 def axes_of(entry: str | Axes | None) -> Axes:
-    """One entry of a PartitionSpec as a tuple of axes."""
+    """An entry of a PartitionSpec as a tuple of axes."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh of the enclosing `jax.set_mesh`, None without one or if nothing on it is cut.
+    """The mesh of the enclosing `jax.set_mesh`; None without one, or if it has a single device.
 
     Raises:
         UserError: for a mesh with `Explicit` axes.
@@ -188,12 +315,12 @@ def active_mesh() -> AbstractMesh | None:
 def resolve(
     default: Layout, table: Mapping[str, Layout | Mapping[str, str | Axes]], paths: Sequence[str]
 ) -> dict[str, Layout]:
-    """The layout of every module path: `default`, changed by the last pattern that matches.
+    """The layout of every module path: `default`, or what the last pattern that matches says.
 
     Args:
         default: for paths that no pattern matches.
-        table: shell patterns on module paths (`"stages.2.*"`, `"head"`) to a `Layout`, or to the fields
-            that differ from the default (`{"height": (), "batch": ("data", "height")}`). Only `""` itself
+        table: shell patterns on module paths (`"stages.2.*"`, `"head"`) -> a `Layout`, or the fields that
+            differ from the default (`{"height": (), "batch": ("data", "height")}`). Only the pattern `""`
             matches the path `""`.
         paths: all module paths of the model.
 

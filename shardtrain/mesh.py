@@ -1,14 +1,14 @@
-"""Named axes to a `jax.sharding.Mesh`, on one host or many.
+"""Makes a `jax.sharding.Mesh` of named axes, on one host or many.
 
-A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, because they say what is cut:
-`data` the batch, `depth`/`height`/`width` the pixels, `channel` the features, `pipe` the layers,
-`replica` nothing (copies of the weights that may disagree).
+A mesh is written `"data=2,height=2,channel=2"`. The axis names are fixed, because they say what each axis
+cuts: `data` the batch, `depth`, `height` and `width` the pixels, `channel` the features, `pipe` the layers.
+`replica` numbers copies of the weights that may disagree.
 """
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,24 +22,25 @@ from shardtrain.errors import UserError
 log = logging.getLogger(__name__)
 
 REPLICA = "replica"
-"""The mesh axis of the copies of the weights: each copy sees examples of its own."""
+"""The mesh axis of copies of the weights; each copy has examples of its own."""
 
 PIPE = "pipe"
 """The mesh axis of the pipeline's ranks."""
 
 AXES = (REPLICA, PIPE, "data", "depth", "height", "width", "channel")
-"""Slowest first. Devices are laid out in this order, host by host, so that the axes that talk most
-(channel and space, many times a layer) are neighbours inside a host, and `data`, `pipe` and `replica`,
-which talk once a step or a microbatch, go across hosts."""
+"""Axis names, in the order of a mesh's dimensions. Devices are taken host by host, so that the axes that
+communicate in every layer (`channel` and pixels) stay within a host, and `data`, `pipe` and `replica`, which
+communicate once a step or a microbatch, cross hosts."""
 
 SPATIAL = ("depth", "height", "width")
+"""The axes that cut pixels."""
 
 
 def parse(spec: str) -> dict[str, int]:
     """Reads `"data=2,height=-1"` into `{"data": 2, "height": -1}`.
 
     Raises:
-        UserError: for a part that is not `axis=number`, an unknown or repeated axis, a size of 0.
+        UserError: for a part that is not `axis=number`, or a repeated axis.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in spec.split(","))):
@@ -55,7 +56,7 @@ def parse(spec: str) -> dict[str, int]:
 
 
 def _fit(sizes: dict[str, int], available: int) -> str:
-    """The asked mesh shrunk until it fits: its largest axis is halved (or dropped to 1) again and again."""
+    """A mesh like the requested one that fits: its largest axis is halved, or set to 1, until it does."""
     fit = {name: abs(size) if size != -1 else 1 for name, size in sizes.items()}
     while math.prod(fit.values()) > available:
         name = max(fit, key=lambda n: fit[n])
@@ -70,65 +71,88 @@ def make_mesh(spec: str = "", /, *, devices: Sequence[Any] | None = None, **axes
     """A mesh of named axes over the devices of this job.
 
     Args:
-        spec: `"data=2,height=2,channel=2"`; one size may be -1 and takes the devices that are left.
+        spec: sizes by axis, such as `"data=2,height=2,channel=2"`; one size may be -1, for all devices that
+            are left.
         devices: the devices to use; all of the job by default.
-        **axes: the same as keywords, `make_mesh(data=2, height=-1)`.
+        **axes: sizes as keywords, such as `make_mesh(data=2, height=-1)`.
 
     Returns:
-        A `jax.sharding.Mesh` with just the named axes, in the order of `AXES`, all of them `Auto`. Devices
-        are taken host by host, so the axes that stand last in `AXES` stay inside a host where they fit.
+        A `jax.sharding.Mesh` with the named axes only, in the order of `AXES`, all of them `Auto`. Devices
+        are taken host by host, so the last axes stay within a host where they fit.
 
     Raises:
-        UserError: unknown axes, sizes that are not positive, more devices than there are, or a `-1` that
-            does not come out even; the message names the numbers and a mesh that would fit.
+        UserError: unknown axes, sizes that are not positive, more devices than there are, or a size of -1 for
+            a number of devices that does not divide; the message names a mesh that would fit.
 
     Example:
-        >>> mesh = make_mesh("data=2,height=2,channel=2")
+        >>> mesh = st.make_mesh("data=2,height=2,channel=2")
         >>> dict(mesh.shape)
         {'data': 2, 'height': 2, 'channel': 2}
     """
+    sizes = _asked(spec, axes)
+    text = _written(sizes)
+    pool = sorted(devices if devices is not None else jax.devices(), key=lambda d: (d.process_index, d.id))
+    sizes = _with_the_rest(text, sizes, len(pool))
+    used = pool[: math.prod(sizes.values())]
+    if len(used) < len(pool):
+        _check_idle(text, sizes, used, pool)
+    names = [name for name in AXES if name in sizes] or ["data"]
+    shape = [sizes.get(name, 1) for name in names]
+    _warn_across_hosts(names, shape, used)
+    return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
+
+
+def _asked(spec: str, axes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by axis of the text and the keywords together, -1 for the axis that takes the rest.
+
+    Raises:
+        UserError: unknown axes, an axis given twice, sizes that are not positive.
+    """
     sizes = parse(spec)
-    for name, size in axes.items():
-        if name in sizes:
-            raise UserError(f"the axis {name!r} is given both in {spec!r} and as a keyword; give it once")
-        sizes[name] = size
-    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    if twice := [name for name in axes if name in sizes]:
+        raise UserError(f"the axis {twice[0]!r} is given both in {spec!r} and as a keyword; give it once")
+    sizes |= axes
+    text = _written(sizes)
     for name, size in sizes.items():
         if name not in AXES:
             raise UserError(f"mesh {text!r}: there is no axis {name!r}; the axes are {', '.join(AXES)}")
         if size < 1 and size != -1:
             raise UserError(f"mesh {text!r}: {name}={size} is no size; use 1 or more, or -1 for the rest")
-    pool = sorted(devices if devices is not None else jax.devices(), key=lambda d: (d.process_index, d.id))
+    return sizes
+
+
+def _with_the_rest(text: str, sizes: dict[str, int], available: int) -> dict[str, int]:
+    """The sizes, with the number of devices that are left in place of -1.
+
+    Raises:
+        UserError: several sizes of -1, one that does not come out even, or too few devices.
+    """
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
         raise UserError(f"mesh {text!r} has {len(free)} sizes of -1; only one axis can take the rest")
-    if free:
-        if fixed > len(pool) or len(pool) % fixed:
-            raise UserError(
-                f"mesh {text!r}: {len(pool)} devices do not divide by {fixed}, so {free[0]}=-1 has no size; "
-                f"{_fit(sizes, len(pool))} would fit"
-            )
-        sizes[free[0]] = len(pool) // fixed
-        fixed = len(pool)
-    if fixed > len(pool):
+    if free and (fixed > available or available % fixed):
         raise UserError(
-            f"mesh {text!r} needs {fixed} devices, there are {len(pool)}; {_fit(sizes, len(pool))} would fit"
+            f"mesh {text!r}: {available} devices do not divide by {fixed}, so {free[0]}=-1 has no size; "
+            f"{_fit(sizes, available)} would fit"
         )
-    used = pool[:fixed]
-    if fixed < len(pool):
-        idle = {d.process_index for d in pool} - {d.process_index for d in used}
-        if idle:
-            raise UserError(
-                f"mesh {text!r} uses {fixed} of {len(pool)} devices and leaves the processes "
-                f"{sorted(idle)} without any; {_fit(sizes | {'data': -1}, len(pool))} would fit, "
-                f"or start fewer processes"
-            )
-        log.warning("mesh %s uses %d of %d devices", text or "data=1", fixed, len(pool))
-    names = [name for name in AXES if name in sizes] or ["data"]
-    shape = [sizes.get(name, 1) for name in names]
-    _warn_across_hosts(names, shape, used)
-    return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
+    if fixed > available:
+        raise UserError(
+            f"mesh {text!r} needs {fixed} devices, there are {available}; {_fit(sizes, available)} would fit"
+        )
+    return sizes | dict.fromkeys(free, available // fixed)
+
+
+def _check_idle(text: str, sizes: dict[str, int], used: Sequence[Any], pool: Sequence[Any]) -> None:
+    """Warns of devices that the mesh leaves out, and refuses to leave out all devices of a process."""
+    idle = {d.process_index for d in pool} - {d.process_index for d in used}
+    if idle:
+        raise UserError(
+            f"mesh {text!r} uses {len(used)} of {len(pool)} devices and leaves the processes "
+            f"{sorted(idle)} without any; {_fit(sizes | {'data': -1}, len(pool))} would fit, "
+            f"or start fewer processes"
+        )
+    log.warning("mesh %s uses %d of %d devices", text or "data=1", len(used), len(pool))
 
 
 def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequence[Any]) -> None:
@@ -142,13 +166,13 @@ def _warn_across_hosts(names: Sequence[str], shape: Sequence[int], used: Sequenc
 
 
 def size(mesh: Mesh | AbstractMesh, axes: str | Sequence[str]) -> int:
-    """Number of shards that `axes` cut together; axes the mesh does not have count as 1."""
+    """The number of shards that `axes` make together; an axis that the mesh does not have counts as 1."""
     names = (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def without(mesh: Mesh, axis: str) -> Mesh:
-    """The first slice of a mesh along `axis`: the devices of one pipeline stage, say."""
+    """The first slice of a mesh along `axis`, such as the devices of the first pipeline rank."""
     if axis not in mesh.axis_names:
         return mesh
     position = mesh.axis_names.index(axis)
@@ -159,14 +183,23 @@ def without(mesh: Mesh, axis: str) -> Mesh:
 
 def text(mesh: Mesh) -> str:
     """The mesh as a user writes it: `"data=2,height=2"`."""
-    return ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return _written(mesh.shape)
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def describe(mesh: Mesh) -> Table:
-    """A table of which device holds which coordinates, with its host (process) number.
+    """A table of the mesh's devices with their hosts (process numbers) and coordinates.
+
+    Returns:
+        A table for `rich.print`.
 
     Example:
-        >>> rich.print(describe(make_mesh("data=2,height=2")))  # doctest: +SKIP
+        >>> table = st.describe(st.make_mesh("data=2,height=4"))
+        >>> table.row_count, [column.header for column in table.columns]
+        (8, ['device', 'host', 'data', 'height'])
     """
     table = Table(title=f"mesh {text(mesh)}")
     for column in ("device", "host", *mesh.axis_names):

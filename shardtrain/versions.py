@@ -1,4 +1,4 @@
-"""Versions of Python and of packages, and the git revision of the running program."""
+"""Finds the versions of Python and of packages, and the git revision of the running program."""
 
 import contextlib
 import functools
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+RUN_PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run is made of."""
-    return {"python": platform.python_version()} | installed(PACKAGES)
+    """Returns the versions of Python and of the packages that a run depends on."""
+    return {"python": platform.python_version()} | installed(RUN_PACKAGES)
 
 
 def installed(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """Returns the versions of those of the packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -28,14 +28,17 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
 
 
 def revision(folder: Path | None = None) -> str | None:
-    """The git revision of the program, with `-dirty` where files were changed since; None outside of git.
+    """Returns the git revision of the program, with `-dirty` if files were changed since.
 
     Args:
-        folder: anywhere in the repository; that of the script which Python was started with by default.
+        folder: a folder in the repository; by default that of the script that Python was started with.
+
+    Returns:
+        The revision; None outside of a repository.
 
     Example:
-        >>> revision()  # doctest: +SKIP
-        '4f0c6dd0f5e7f4f2a3c8ac1ce1f8d7a1f5f9e1aa-dirty'
+        >>> revision(tmp) is None
+        True
     """
     where = folder or Path(sys.argv[0]).resolve().parent
     command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,6 +1,7 @@
 """Eight simulated devices, float64, and shapes checked at run time."""
 
 import ast
+import hashlib
 import os
 from pathlib import Path
 
@@ -53,7 +54,7 @@ LONGEST = [
     "pipeline/runtime/test_parity.py",
     "checkpoint/test_checkpoints.py",
     "pipeline/cut/test_split.py",
-    "pipeline/runtime/test_tables.py",
+    "pipeline/runtime/test_tick_loop.py",
     "launch/test_local.py",
     "train/test_trainer.py",
     "pipeline/localize/test_evaluate.py",
@@ -68,8 +69,27 @@ def _turn(item: pytest.Item) -> int:
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-share",
+        metavar="K/N/SEED",
+        help="of the slow tests only the K-th of N shares, which are dealt anew for every SEED such as a commit",
+    )
+
+
+def in_share(name: str, share: str) -> bool:
+    """Whether a test is in one of the shares that the slow tests are dealt into."""
+    number, count, seed = share.split("/", 2)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % int(count) == int(number) % int(count)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
+    if share := config.getoption("slow_share"):
+        left_out = [i for i in items if not (i.get_closest_marker("slow") and in_share(i.nodeid, share))]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -70,11 +70,12 @@ def batches(size=16, count=48, make=images):
 
 
 def trainer(mesh, optimizer=None, model=None, **kwargs):
-    options = {"accumulate": MICROBATCHES} | kwargs
+    asked = {key: kwargs.pop(key) for key in ("schedule", "stages", "in_flight", "overlap") if key in kwargs}
+    options = {"accumulate": MICROBATCHES, "pipeline": st.Pipeline(**asked)} | kwargs
     optimizer = optimizer or optax.sgd(0.1, momentum=0.9)
     one = st.Trainer(model or wide(Small()), optimizer, mesh=st.make_mesh(mesh), **options)
     if one._plan is not None:  # nothing that was never written may be read
-        one._plan = dataclasses.replace(one._plan, bubble=float("nan"))
+        one._plan = dataclasses.replace(one._plan, filler=float("nan"))
     return one
 
 

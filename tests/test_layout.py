@@ -2,7 +2,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, resolve
+from shardtrain.layout import Dimensions, Layout, default_dimensions, resolve, spec
 from shardtrain.mesh import make_mesh
 
 MESH = make_mesh("data=2,height=2,channel=2")
@@ -58,3 +58,91 @@ def test_patterns():
     assert resolve(Layout(), {"": whole}, ["", "head"]) == {"": Layout(height=()), "head": Layout()}
     with pytest.raises(UserError, match=r"matches no layer; the layers are head$"):
         resolve(Layout(), {"tail": whole}, ["", "head"])
+
+
+ALL = make_mesh("data=2,depth=1,height=2,width=2,channel=1")
+DATA, HEIGHT, WIDTH, CHANNEL, NONE = ("data",), ("height",), ("width",), ("channel",), ()
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "mesh", "expected"),
+    [
+        ("batch", (8,), MESH, (DATA,)),
+        ("batch features", (8, 6), MESH, (DATA, CHANNEL)),
+        ("batch time features", (8, 20, 6), MESH, (DATA, NONE, CHANNEL)),
+        ("batch time features", (8, 20, 6), make_mesh("data=2,width=4"), (DATA, NONE, NONE)),
+        ("batch width channels", (8, 20, 6), make_mesh("data=2,width=4"), (DATA, WIDTH, NONE)),
+        ("batch height width channels", (8, 7, 5, 6), ALL, (DATA, HEIGHT, WIDTH, NONE)),
+        ("batch depth height width channels", (8, 3, 7, 5, 6), ALL, (DATA, NONE, HEIGHT, WIDTH, NONE)),
+        ("batch time height width channels", (8, 9, 7, 5, 6), MESH, (DATA, NONE, HEIGHT, NONE, CHANNEL)),
+        ("batch channels height width", (8, 6, 7, 5), MESH, (DATA, CHANNEL, HEIGHT, NONE)),
+        ("batch width channels", (8, 5, 7), MESH, (DATA, NONE, NONE)),  # 7 channels do not divide by 2
+        ("batch band features", (8, 4, 6), MESH, (DATA, NONE, CHANNEL)),
+        ("batch _ _", (8, 4, 6), MESH, (DATA, NONE, NONE)),
+        ("batch height width channels", (8, 7, 5, 6), None, (NONE, NONE, NONE, NONE)),
+    ],
+)
+def test_an_input_is_cut_by_the_names_of_its_dimensions(names, shape, mesh, expected):
+    dimensions = Dimensions.parse(names)
+    assert dimensions.cut(shape, Layout(), mesh, pixels=True) == expected
+    alone = (expected[0], *[()] * (len(shape) - 1))
+    assert dimensions.cut(shape, Layout(), mesh, pixels=False) == alone
+
+
+def test_an_input_is_cut_as_its_layout_says():
+    layout = Layout(batch=("data", "height"), height=(), channels=())
+    images = Dimensions.parse("batch height width channels")
+    expected = ("data", "height"), (), ("width",), ()
+    assert images.cut((8, 8, 8, 8), layout, ALL, pixels=True) == expected
+    sequence = Dimensions.parse("batch time features")
+    assert sequence.cut((8, 8, 8), layout, ALL, pixels=True) == (("data", "height"), (), ())
+
+
+def test_dimensions_read_as_they_print():
+    assert Dimensions.parse(" batch  time features ") == Dimensions(("batch", "time", "channels"))
+    assert str(Dimensions.parse("batch time features")) == "batch time channels"
+    assert Dimensions.parse(str(default_dimensions(6))) == default_dimensions(6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "names"),
+    [
+        (1, "batch"),
+        (2, "batch _"),
+        (3, "batch width channels"),
+        (4, "batch height width channels"),
+        (5, "batch depth height width channels"),
+        (6, "batch _ _ _ _ _"),
+    ],
+)
+def test_inputs_that_declare_nothing_are_images(rank, names):
+    assert default_dimensions(rank) == Dimensions.parse(names)
+    if 3 <= rank <= 5:
+        shape = (8, *range(5, 3 + rank), 6)
+        cut = default_dimensions(rank).cut(shape, Layout(), MESH, pixels=True)
+        assert Layout().activation(shape, MESH) == spec(cut)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Dimensions.parse(""), "dimensions '': the first must be 'batch'; write for example"),
+        (lambda: Dimensions.parse("height width"), "'height width': the first must be 'batch'"),
+        (lambda: Dimensions.parse("time batch features"), "the first must be 'batch'"),
+        (lambda: Dimensions.parse("batch time batch"), "'batch' is there twice"),
+        (lambda: Dimensions.parse("batch height height"), "'height' is there twice"),
+        (lambda: Dimensions.parse("batch time time"), "'time' is there twice"),
+        (lambda: Dimensions.parse("batch channels features"), "'channels' is there twice"),
+        (lambda: Dimensions.parse("batch, time"), "'batch,' is no name; write for example 'batch time"),
+        (lambda: Dimensions.parse("batch 3 channels"), "'3' is no name; .*dimensions of other names are not"),
+        (lambda: Dimensions.parse(("batch", "time")), "give names in a string"),
+        (lambda: default_dimensions(0), "0 dimensions has no batch"),
+        (
+            lambda: Dimensions.parse("batch time").cut((8, 4, 3), Layout(), MESH, pixels=True),
+            r"shape \(8, 4, 3\) has 3 dimensions, and 'batch time' names 2; name every dimension",
+        ),
+    ],
+)
+def test_dimensions_are_refused_in_one_sentence(call, message):
+    with pytest.raises(UserError, match=message):
+        call()

@@ -14,7 +14,7 @@ import pytest
 import recipe_process
 from recipe_process import ROOT, environment
 
-from shardtrain.cli.start import held
+from shardtrain.cli.start import lock_folder
 from shardtrain.errors import FAULT, StartError
 
 RECIPE = ROOT / "recipes" / "train_cnn.py"
@@ -217,7 +217,7 @@ def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
 def test_a_folder_in_which_another_run_writes_is_left_alone(tmp_path):
     out = tmp_path / "run"
     flags = ("--mesh", "data=1", "--model", "lenet", "--batch-size", 32, "--steps", 2, "--out", out)
-    with held(out, wait=0.0):
+    with lock_folder(out, wait=0.0):
         (out / "metrics.jsonl").write_text("the other's")
         done = run(*flags)
         assert done.returncode == FAULT
@@ -225,7 +225,7 @@ def test_a_folder_in_which_another_run_writes_is_left_alone(tmp_path):
         assert "Traceback" not in done.stderr
         assert (out / "metrics.jsonl").read_text() == "the other's"
         assert not (out / "checkpoints").exists()
-        with pytest.raises(StartError), held(out, wait=0.1):
+        with pytest.raises(StartError), lock_folder(out, wait=0.1):
             pass
     assert run(*flags).returncode == 0
     (out / "metrics.jsonl").unlink()

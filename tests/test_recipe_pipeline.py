@@ -57,7 +57,8 @@ def test_a_run_leaves_what_it_promises(short):
 
 def test_what_the_flags_say_reaches_the_trainer():
     asked = {"schedule": "zb-v", "stages": "stem,...|head", "in_flight": 3, "overlap": True}
-    assert make_task(Flags(**asked, statistics="batch")).trainer == {**asked, "statistics": "batch"}
+    expected = {"pipeline": st.Pipeline(**asked), "statistics": "batch"}
+    assert make_task(Flags(**asked, statistics="batch")).trainer == expected
     assert make_task(Flags(schedule="none")).trainer == {"statistics": "microbatch"}
 
 
@@ -80,7 +81,7 @@ def test_the_report_is_of_the_schedule_that_runs(tmp_path):
     ]
     options = {"accumulate": 4, "schedule": "1f1b", "stages": "layers.0|layers.1,..."}
     one = st.Trainer(nnx.Sequential(*layers), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), **options)
-    one.compiled_step(one.place(np.ones((8, 4)), np.zeros(8, np.int32)))
+    one.prepare(np.ones((8, 4)), np.zeros(8, np.int32))
     said, asked = report(one, tmp_path).result, make("1f1b", 2, 4)
     (runs,) = (way for way in (asked, asked.with_split()) if way.name == said["runs_as"])
     ticks = lockstep(runs, one.pipeline.costs)

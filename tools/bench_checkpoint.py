@@ -1,4 +1,4 @@
-"""What checkpoints cost: steps while one is being written, and saving and restoring beside a plain file copy.
+"""Times checkpoints: steps while one is written, and saving and restoring compared with a file copy.
 
     python tools/bench_checkpoint.py --markdown
     python tools/bench_checkpoint.py --spare --markdown

@@ -2,8 +2,8 @@
 
     python tools/bench_conv.py --markdown --plot docs/conv_window_sizes.png
 
-Layers of AlexNet, VGG-16 and ResNet-50, and windows from 3 to 31 pixels; float32. PyTorch stands beside ours
-where it is installed. `auto` runs the same program as the algorithm that it chooses. Scalar loops, one
+Layers of AlexNet, VGG-16 and ResNet-50, and windows from 3 to 31 pixels; float32. PyTorch is timed,
+too, if it is installed. `auto` runs the same program as the algorithm that it chooses. Scalar loops, one
 multiplication and addition at a time, are timed on one layer: in Python, jitted, and in C where there is a
 compiler.
 """
@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +208,7 @@ def in_c(x: np.ndarray, k: np.ndarray) -> float | None:
 
 
 def loops(rounds: int) -> str:
-    """How long the scalar loops take beside im2col."""
+    """How long the scalar loops take, as multiples of im2col's time."""
     x, k = NEST.arrays()
     gemm = statistics.median(measured(NEST, rounds)["im2col"])
     x = np.pad(x[0], ((NEST.pad,) * 2, (NEST.pad,) * 2, (0, 0)))
@@ -217,9 +217,9 @@ def loops(rounds: int) -> str:
         "jitted (`lax.fori_loop`)": jitted(x, k),
         "in C (`cc -O2`, one core)": in_c(x, k),
     }
-    said = ", ".join(f"{name} {v / gemm:,.0f} times" for name, v in found.items() if v is not None)
+    ratios = ", ".join(f"{name} {v / gemm:,.0f} times" for name, v in found.items() if v is not None)
     return (
-        f"Scalar loops, one multiplication and addition at a time, take {said} as long as im2col "
+        f"Scalar loops, one multiplication and addition at a time, take {ratios} as long as im2col "
         f"({1e3 * gemm:.2f} ms for 28², 64 -> 64, 3²; two cores)."
     )
 
@@ -254,7 +254,7 @@ def measured(layer: Layer, rounds: int) -> dict[str, list[float]]:
 
 
 def over(a: list[float], b: list[float]) -> float:
-    """Median over the rounds of a ratio: other work on the machine hits both alike."""
+    """Returns the median ratio over the rounds, since other work on the machine slows both sides equally."""
     return statistics.median(p / q for p, q in zip(a, b, strict=True))
 
 
@@ -278,6 +278,46 @@ def draw(times: dict[int, dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+@dataclass(frozen=True)
+class Timings:
+    """The table: median seconds of every algorithm for every layer.
+
+    Attributes:
+        medians: seconds by algorithm, for each layer.
+        columns: the algorithms that have a time for at least one layer.
+    """
+
+    medians: Mapping[Layer, Mapping[str, float]]
+    columns: Sequence[str]
+
+    def rows(self, highlight: str) -> Iterator[list[str]]:
+        """Lines of cells; `highlight` formats the cell of the fastest algorithm, such as `"**{}**"`."""
+        for layer, times in self.medians.items():
+            best = min(times[name] for name in ALGORITHMS if name in times)
+            shape = f"{layer.batch}x{layer.extent}²x{layer.channels} -> {layer.filters}, {layer.window}²"
+            cells = [f"{1e3 * times[name]:.2f}" if name in times else "" for name in self.columns]
+            marked = [
+                highlight.format(cell) if times.get(name) == best else cell
+                for name, cell in zip(self.columns, cells, strict=True)
+            ]
+            yield [layer.name, shape, *marked]
+
+    def terminal(self) -> Table:
+        """The table for the terminal."""
+        table = Table(title="forward pass, ms")
+        for name in ("layer", "shape", *self.columns):
+            table.add_column(name, justify="left" if name in ("layer", "shape") else "right")
+        for row in self.rows("[green]{}[/]"):
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> list[str]:
+        """The table as lines of Markdown."""
+        head = "| " + " | ".join(["layer", "shape", *self.columns]) + " |"
+        lines = ["| " + " | ".join(row) + " |" for row in self.rows("**{}**")]
+        return [head, "|---|---|" + "--:|" * len(self.columns), *lines]
+
+
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(
@@ -292,29 +332,15 @@ def main() -> None:
     found = {layer: measured(layer, args.rounds) for layer in progress}
     medians = {layer: {a: statistics.median(t) for a, t in times.items()} for layer, times in found.items()}
     columns = [name for name in (*OURS, "PyTorch") if any(name in times for times in found.values())]
-    table = Table(title="forward pass, ms")
-    lines = []
-    for name in ("layer", "shape", *columns):
-        table.add_column(name, justify="left" if name in ("layer", "shape") else "right")
-    for layer, times in medians.items():
-        best = min(times[name] for name in ALGORITHMS if name in times)
-        shape = f"{layer.batch}x{layer.extent}²x{layer.channels} -> {layer.filters}, {layer.window}²"
-        cells = [f"{1e3 * times[c]:.2f}" if c in times else "" for c in columns]
-        marked = [
-            f"[green]{v}[/]" if times.get(c) == best else v for c, v in zip(columns, cells, strict=True)
-        ]
-        table.add_row(layer.name, shape, *marked)
-        bold = [f"**{v}**" if times.get(c) == best else v for c, v in zip(columns, cells, strict=True)]
-        lines.append("| " + " | ".join([layer.name, shape, *bold]) + " |")
-    Console(width=100).print(table)
-    says = "\n".join([*verdict(found), loops(args.rounds)])
-    print(says)
+    timings = Timings(medians, columns)
+    Console(width=100).print(timings.terminal())
+    conclusions = "\n".join([*verdict(found), loops(args.rounds)])
+    print(conclusions)
     if args.plot:
         draw({layer.window: medians[layer] for layer in SWEEP}, args.plot)
     if args.markdown:
-        head = ["| " + " | ".join(["layer", "shape", *columns]) + " |", "|---|---|" + "--:|" * len(columns)]
         intro = f"Milliseconds, float32, median of {args.rounds} in turns; jax {jax.__version__}, CPU."
-        write_between("bench_conv", "\n".join([intro, "", *head, *lines, "", says]))
+        write_between("bench_conv", "\n".join([intro, "", *timings.markdown(), "", conclusions]))
 
 
 if __name__ == "__main__":

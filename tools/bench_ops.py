@@ -1,10 +1,10 @@
-"""Times operators: ours beside jax's own on one device, and cut beside XLA's own partitioner.
+"""Times operators: ours against jax's on one device, and partitioned against XLA's partitioner.
 
     python tools/bench_ops.py --markdown
 
 Forward and backward pass, float32, in turns; the ratio is the median over the rounds of our time over
-theirs, so other work on the machine hits both alike. Rows where XLA's result is wrong are left out of the
-cut ones: see `tools/census_ops.py`.
+theirs, so other work on the machine slows both equally. Partitioned rows where XLA's result is wrong are left
+out: see `tools/census_ops.py`.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 from census_conv import write_between
-from census_ops import result
+from census_ops import BY_NAME, result
 from jax.sharding import Mesh
-from operator_cases import CASES, Case, compiled, inputs
+from operator_cases import Case, compiled, inputs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -99,8 +99,8 @@ def row(case: Case, cut: str, mesh: Mesh, rounds: int, seconds: float) -> list[s
     ]
 
 
-def main() -> None:
-    """Measures, prints, writes."""
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,37 +109,57 @@ def main() -> None:
     parser.add_argument("--operator", action="append", metavar="NAME", help="only operators of this name")
     parser.add_argument("--markdown", action="store_true", help="write the table into docs/measurements.md")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_x64", True)
-    by_name = {case.name: case for case in CASES}
-    if unknown := set(args.operator or ()) - set(by_name):
-        parser.error(f"--operator {unknown.pop()}: there are {', '.join(map(repr, by_name))}")
+    if unknown := set(args.operator or ()) - set(BY_NAME):
+        parser.error(f"--operator {unknown.pop()}: there are {', '.join(map(repr, BY_NAME))}")
+    return args
+
+
+def measure(args: argparse.Namespace) -> list[list[str]]:
+    """The lines of the table, without those for which XLA's result is wrong."""
     one = st.make_mesh("data=1", devices=jax.devices()[:1])
     todo = [(name, "", one) for name in ALONE] + [(name, cut, st.make_mesh(cut)) for name, cut in CUT]
     todo = [entry for entry in todo if entry[0] in (args.operator or [entry[0]])]
     progress = track(todo, "timing", console=Console(stderr=True), transient=True)
-    found = [row(by_name[name], cut, mesh, args.rounds, args.seconds) for name, cut, mesh in progress]
-    rows = [cells for cells in found if cells is not None]
+    found = [row(BY_NAME[name], cut, mesh, args.rounds, args.seconds) for name, cut, mesh in progress]
+    return [cells for cells in found if cells is not None]
+
+
+def is_slower(cells: Sequence[str]) -> bool:
+    """Whether ours takes longer than jax's in a line of the table, by more than the noise."""
+    return float(cells[4]) > 1.05
+
+
+def markdown(rows: Sequence[Sequence[str]], rounds: int) -> str:
+    """The table and its caption for the document."""
+    lost = [f"{cells[0]} on {cells[1]} ({cells[4]})" for cells in rows if is_slower(cells)]
+    text = [
+        f"Forward and backward pass, float32, {rounds} rounds in turns; jax {jax.__version__}, CPU; "
+        f"the cut ones on 8 simulated devices of one machine.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---|---|--:|--:|--:|--:|",
+        *("| " + " | ".join(cells) + " |" for cells in rows),
+        "",
+        f"Above 1.05: {'; '.join(lost)}." if lost else "No ratio is above 1.05.",
+    ]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    args = arguments()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_enable_x64", True)
+    rows = measure(args)
     table = Table(title="forward and backward, our time over jax's")
     for name in HEADER:
         table.add_column(name, justify="left" if name in HEADER[:2] else "right")
     for cells in rows:
-        table.add_row(*cells, style="yellow" if float(cells[4]) > 1.05 else None)
+        table.add_row(*cells, style="yellow" if is_slower(cells) else None)
     Console(width=100).print(table)
     if args.markdown:
-        lost = [f"{cells[0]} on {cells[1]} ({cells[4]})" for cells in rows if float(cells[4]) > 1.05]
-        text = [
-            f"Forward and backward pass, float32, {args.rounds} rounds in turns; jax {jax.__version__}, CPU; "
-            f"the cut ones on 8 simulated devices of one machine.",
-            "",
-            "| " + " | ".join(HEADER) + " |",
-            "|---|---|--:|--:|--:|--:|",
-            *("| " + " | ".join(cells) + " |" for cells in rows),
-            "",
-            f"Above 1.05: {'; '.join(lost)}." if lost else "No ratio is above 1.05.",
-        ]
-        write_between("bench_ops", "\n".join(text))
+        write_between("bench_ops", markdown(rows, args.rounds))
 
 
 if __name__ == "__main__":

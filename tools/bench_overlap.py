@@ -1,4 +1,4 @@
-"""Times a cut convolution that computes its interior while halos travel, beside the one that we have.
+"""Times a partitioned convolution that computes its interior while halos travel, against the one we have.
 
     python tools/bench_overlap.py --markdown
 

@@ -1,4 +1,4 @@
-"""Times pipeline schedules on two devices, over the ideal that their bubbles leave, and beside PyTorch's.
+"""Times pipeline schedules on two devices against the ideal that their bubbles allow, and PyTorch's.
 
     python tools/bench_pipeline.py --markdown --torch-python venv-with-torch/bin/python
 
@@ -9,8 +9,8 @@ microbatches, alone and held to one core, takes T, the ideal is T / (devices * (
 schedule's bubble if F, I and W take equally long and messages no time. Two such runs at once, one on each
 device, show what cores take from each other, whatever they do.
 
-Freed memory stays in the process, for all alike: on GPUs an allocator keeps it, here it would go back, and
-every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, for all alike, too: with
+Freed memory stays in the process, on all sides: on GPUs an allocator keeps it, here it would go back, and
+every step would begin with a hundred thousand page faults. XLA multiplies by Eigen, on all sides, too: with
 YNNPACK, its default on CPUs (`--ynnpack`), steps take longer, those of pipelines most. All that is compared
 takes turns, one step each, an unpipelined one before and after each pipelined one: a machine may be fast in
 one minute and slow in the next. Ratios are medians over the rounds. A step during which other processes took
@@ -185,13 +185,18 @@ class Ours:
         import shardtrain as st
 
         self.trainer = st.Trainer(
-            model(network), optax.sgd(RATE), mesh=mesh, accumulate=microbatches, schedule=schedule
+            model(network),
+            optax.sgd(RATE),
+            mesh=mesh,
+            accumulate=microbatches,
+            pipeline=st.Pipeline(schedule=schedule),
         )
-        self.batch = self.trainer.place(*batch_of(network, microbatches))
-        self.compiled = self.trainer.compiled_step(self.batch)
+        batch = batch_of(network, microbatches)
+        self.compiled = self.trainer.prepare(*batch)
+        self.batch = self.trainer.place(*batch)
 
     def start(self) -> Any:
-        self.trainer.state, sums = self.compiled(self.trainer.state, self.batch)
+        sums = self.trainer.advance(self.batch)
         return self.trainer.state, sums
 
     def step(self) -> float:
@@ -427,8 +432,8 @@ def torch_caption(network: Network, found: Sequence[Found], version: str) -> str
     return " ".join([text, *lines])
 
 
-def main() -> None:
-    """Measures, prints, writes."""
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -455,32 +460,50 @@ def main() -> None:
     ):
         if min(numbers, default=least) < least:
             parser.error(f"--{flag} {min(numbers)}: use {least} or more")
+    return args
+
+
+def prepare(ynnpack: bool) -> None:
+    """Sets the process up to be timed; starts it again where flags that are read at its start differ."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != EIGEN]
-    asked = {"GLIBC_TUNABLES": KEEPING, "XLA_FLAGS": " ".join(flags + [EIGEN] * (not args.ynnpack))}
-    if asked.items() - os.environ.items():  # read when a process starts, PyTorch's too
+    asked = {"GLIBC_TUNABLES": KEEPING, "XLA_FLAGS": " ".join(flags + [EIGEN] * (not ynnpack))}
+    if asked.items() - os.environ.items():  # PyTorch's processes inherit them
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | asked)
     import jax
-    from census_conv import write_between
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if cores < DEVICES or load > 0.5:
         show(f"{cores} cores, load {load:.1f}: with other work on them, devices do not have a core each")
-    team, watch, network = None, Watch(args.patience), Network(args.features, args.rows)
-    if has_torch(args.torch_python):
-        team = Team(args.torch_python, network)
-        watch.processes += [str(worker.pid) for worker in team.workers]
-    else:
+
+
+@contextlib.contextmanager
+def torch_team(python: str, network: Network, watch: Watch) -> Iterator[Team | None]:
+    """PyTorch's processes while the context lasts; None if that python has no PyTorch."""
+    if not has_torch(python):
         show("PyTorch is not there, so its table is left out; pip install torch numpy or give --torch-python")
-    costs: dict[int, Any] = {}
-    schedules = args.schedule or list(TORCH)
+        yield None
+        return
+    team = Team(python, network)
+    watch.processes += [str(worker.pid) for worker in team.workers]
     try:
-        counts = args.microbatches or (8,)
-        found = [measure(network, schedules, m, args.rounds, team, costs, watch) for m in counts]
+        yield team
     finally:
-        if team:
-            team.stop()
+        team.stop()
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    args = arguments()
+    prepare(args.ynnpack)
+    from census_conv import write_between
+
+    watch, network = Watch(args.patience), Network(args.features, args.rows)
+    costs: dict[int, Any] = {}
+    schedules, counts = args.schedule or list(TORCH), args.microbatches or (8,)
+    with torch_team(args.torch_python, network, watch) as team:
+        found = [measure(network, schedules, m, args.rounds, team, costs, watch) for m in counts]
     caption = our_caption(network, found, costs, watch)
     show_table(f"a training step in a pipeline of {DEVICES}", our_cells(found), caption)
     texts = [markdown(our_cells(found), caption)]

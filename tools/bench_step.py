@@ -1,11 +1,11 @@
-"""Times a training step: `st.Trainer` beside a hand-written jitted step, and beside PyTorch.
+"""Times a training step of `st.Trainer` against a hand-written jitted step, and against PyTorch.
 
     python tools/bench_step.py --markdown --torch-python venv-with-torch/bin/python
 
 The model is ResNet-8 (width 16, 10 classes) in float32 with SGD and momentum, on batches of random images.
 What is compared runs in turns, in blocks of some steps: the ratio is the median over the pairs of blocks,
-so that other work on the machine hits both alike. PyTorch is needed by nothing else; `pip install torch` in
-any environment and name its python, without it that table is left out.
+so that other work on the machine slows both equally. PyTorch is needed by nothing else; `pip install torch`
+in any environment and name its python, without it that table is left out.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""GPUs to compile for without having one: what XLA must know of a card, and devices that are not here."""
+"""GPUs to compile for without having one: what XLA must know of a GPU, and devices of a topology."""
 
 import sys
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ in which the plugin would look for a driver at every start."""
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card, by the figures of openxla/xla's `xla/backends/gpu/target_config/specs`.
+class TargetCard:
+    """A GPU to compile for, by the figures of openxla/xla's `xla/backends/gpu/target_config/specs`.
 
     Attributes:
         kind: jax's `device_kind`.
@@ -82,12 +82,12 @@ class Card:
 CARDS = {
     card.arch: card
     for card in (
-        Card("NVIDIA A100-SXM4-80GB", "sm_80", 8, False, 108, 64, 167936, 166912, 85100068864,
-             2039040000000, 41943040, 1.41),
-        Card("NVIDIA H100 80GB HBM3", "sm_90a", 9, True, 132, 128, 233472, 232448, 84942979072,
-             3352320000000, 52428800, 1.98),
-        Card("NVIDIA B200", "sm_100a", 10, True, 148, 128, 233472, 232448, 191514411008,
-             7672320000000, 132644864, 1.965),
+        TargetCard("NVIDIA A100-SXM4-80GB", "sm_80", 8, False, 108, 64, 167936, 166912, 85100068864,
+                   2039040000000, 41943040, 1.41),
+        TargetCard("NVIDIA H100 80GB HBM3", "sm_90a", 9, True, 132, 128, 233472, 232448, 84942979072,
+                   3352320000000, 52428800, 1.98),
+        TargetCard("NVIDIA B200", "sm_100a", 10, True, 148, 128, 233472, 232448, 191514411008,
+                   7672320000000, 132644864, 1.965),
     )
 }
 # fmt: on
@@ -109,7 +109,7 @@ def prepare() -> None:
         sys.exit("error: jax's CUDA plugin is not installed; run `make gpu-compiler` (no GPU is needed)")
 
 
-def devices(card: Card, *, hosts: int = 1, per_host: int = 1) -> Any:
+def devices(card: TargetCard, *, hosts: int = 1, per_host: int = 1) -> Any:
     """Devices of a topology of such cards: programs are compiled for them, and cannot run."""
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""What a cut convolution sends, forward and backward: our operator beside XLA's own partitioner.
+"""Counts the bytes of partitioned convolutions, forward and backward: our operator and XLA's partitioner.
 
     python tools/census_conv.py --markdown
 
@@ -83,7 +83,7 @@ CONVS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ConvRow:
     """One convolution on one mesh, both sides.
 
     Attributes:
@@ -249,7 +249,7 @@ def result(compiled: jax.stages.Compiled, conv: Conv, specs: Sequence[P], mesh: 
     return f"WRONG {', '.join(wrong)}" if wrong else "right"
 
 
-def measure(conv: Conv, kernel: str, cut: str, mesh: Mesh) -> Row:
+def measure(conv: Conv, kernel: str, cut: str, mesh: Mesh) -> ConvRow:
     """Both sides of one row."""
     full, small = {}, {}
     for name, at in (("full", conv), ("small", conv.small())):
@@ -263,7 +263,7 @@ def measure(conv: Conv, kernel: str, cut: str, mesh: Mesh) -> Row:
             else:
                 small[side] = sends, result(compiled, at, specs, mesh)
     (mine, my_work), (theirs, their_work) = full["ours"], full["xla"]
-    return Row(
+    return ConvRow(
         cut,
         conv.name,
         kernel,
@@ -305,7 +305,7 @@ def by_kind(sent: Mapping[str, int]) -> str:
 HEADER = ("convolution", "ours", "by kind", "XLA", "by kind", "XLA's result", "gathers", "flops")
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ConvRow) -> list[str]:
     """A row as text."""
     mine, theirs = (f"{total / 1024:,.0f}" for total in row.totals)
     gathers = "image" if row.gathers else ""
@@ -322,7 +322,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def terminal(rows: Sequence[Row]) -> Table:
+def terminal(rows: Sequence[ConvRow]) -> Table:
     """All rows for a terminal of 100 columns."""
     table = Table(
         title="KiB that one device sends, forward and backward", caption=LEGEND, padding=(0, 0, 0, 1)
@@ -349,7 +349,7 @@ LEGEND = (
 )
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
+def verdict(rows: Sequence[ConvRow]) -> list[str]:
     """What the table says, in sentences."""
     right = [row for row in rows if row.right]
     lost = [row for row in right if row.totals[0] > row.totals[1]]
@@ -357,7 +357,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     bad = [row.title for row in rows if row.ours_result != "right"]
     unlike = [row.title for row in rows if not row.same_kinds]
 
-    def listed(some: Sequence[Row], theirs: Callable[[Row], int]) -> str:
+    def listed(some: Sequence[ConvRow], theirs: Callable[[ConvRow], int]) -> str:
         return "; ".join(
             f"{r.title} ({r.totals[0] / 1024:,.0f} to {theirs(r) / 1024:,.0f} KiB)" for r in some
         )
@@ -381,7 +381,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ConvRow]) -> str:
     """The table, its caption and the verdict for the document."""
     lines = [
         f"KiB that one device sends, forward and backward, batch {BATCH}, float32; jax {jax.__version__}, "

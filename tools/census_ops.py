@@ -1,4 +1,4 @@
-"""What every cut operator sends, forward and backward: ours beside XLA's own partitioner.
+"""Counts the bytes of all partitioned operators, forward and backward: ours and XLA's partitioner.
 
     python tools/census_ops.py --markdown
 
@@ -49,7 +49,7 @@ LEGEND = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class OperatorRow:
     """One operator on one mesh, both sides: bytes by kind, results, and whether XLA gathers."""
 
     cut: str
@@ -127,17 +127,17 @@ class Workers:
             return {}, "the compiler aborts", False
 
 
-def row(case: Case, cut: str, workers: Workers) -> Row:
+def compare(case: Case, cut: str, workers: Workers) -> OperatorRow:
     """Both sides of one row."""
     ours, right, gathered = measure(case.name, cut, False)
     theirs, verdict, looks = workers.measure(case.name, cut)
-    return Row(cut, case.name, ours, theirs, right, verdict, looks and not gathered)
+    return OperatorRow(cut, case.name, ours, theirs, right, verdict, looks and not gathered)
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
+def verdict(rows: Sequence[OperatorRow]) -> list[str]:
     """What the table says, in sentences."""
 
-    def listed(some: Sequence[Row]) -> str:
+    def listed(some: Sequence[OperatorRow]) -> str:
         return "; ".join(f"{row.name} on {row.cut}" for row in some)
 
     totals = {id(row): (sum(row.ours.values()), sum(row.xla.values())) for row in rows}
@@ -178,7 +178,7 @@ def main() -> None:
     chosen = [case for case in CASES if case.name in (args.operator or [case.name])]
     todo = [(case, cut) for cut, mesh in meshes.items() for case in chosen if case.cut_by(mesh)]
     progress = track(todo, "compiling", console=Console(stderr=True), transient=True)
-    rows = [row(case, cut, workers) for case, cut in progress]
+    rows = [compare(case, cut, workers) for case, cut in progress]
     table = Table(
         title="KiB that one device sends, forward and backward", caption=LEGEND, padding=(0, 0, 0, 1)
     )

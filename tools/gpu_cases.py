@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cards import Card
+from cards import TargetCard
 
 LAYER = 32, 56, 56, 256
 """Batch, rows, columns and channels, in and out, of the layer whose kernels are compiled."""
@@ -162,7 +162,7 @@ def winograd_cases(
         )
 
 
-def cases(card: Card, quick: bool) -> Iterator[Case]:
+def cases(card: TargetCard, quick: bool) -> Iterator[Case]:
     """All kernels for a card, or one of each kind."""
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""What the compiler says of every GPU kernel, without a GPU.
+"""Reports what the compiler makes of every GPU kernel, without a GPU.
 
     make gpu-compiler
     python tools/gpu_evidence.py --markdown
@@ -6,12 +6,12 @@
 
 Every kernel is lowered and compiled for the card, its PTX assembled by ptxas and disassembled: registers,
 spills, shared memory, tensor core instructions. Bytes are what it moves to and from memory if the cache holds
-what is read again, beside the least that operands without padding need; loads count a tile of an operand as
-often as it is needed. `model` is the roofline time by the card's data sheet, with a cache of 1.6 times the
-memory's rate (an assumption), and no measurement; direct convolution's is that of a perfect one. Budgets
-are checked: no spills, shared memory within the card's limit, tensor core instructions in every product.
-Training steps of a small convolutional network on meshes of 8 and 16 cards follow, with the collectives of
-the compiled program and its peak of memory.
+what is read again, and next to them the least that operands without padding need; loads count a tile of an
+operand as often as it is needed. `model` is the roofline time by the card's data sheet, with a cache of 1.6
+times the memory's rate (an assumption), and no measurement; direct convolution's is that of a perfect one.
+Budgets are checked: no spills, shared memory within the card's limit, tensor core instructions in every
+product. Training steps of a small convolutional network on meshes of 8 and 16 cards follow, with the
+collectives of the compiled program and its peak of memory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +41,8 @@ TENSOR = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the compiler says of a kernel; times in microseconds are the model's."""
+class KernelEvidence:
+    """What the compiler made of one kernel; times are in microseconds, by the model."""
 
     kernel: str
     config: str
@@ -57,7 +57,7 @@ class Row:
     model_us: float
 
 
-def compiled(card: cards.Card, case: Case, dump: Path) -> Row:
+def compiled(card: cards.TargetCard, case: Case, dump: Path) -> KernelEvidence:
     """Compiles one kernel and reads what the compiler wrote."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -75,7 +75,7 @@ def compiled(card: cards.Card, case: Case, dump: Path) -> Row:
     if not assembled:
         sys.exit(f"error: {case.kernel}, {case.config}, for {card.arch}: no kernel was compiled")
     registers, spilled, tensor = max(assembled, key=lambda a: a[0])
-    return Row(
+    return KernelEvidence(
         case.kernel,
         case.config,
         card.arch,
@@ -125,7 +125,7 @@ def shared_memory(dump: Path) -> int:
     return max((int(n) for pattern, text in texts for n in re.findall(pattern, text)), default=0)
 
 
-def roofline(card: cards.Card, case: Case) -> float:
+def roofline(card: cards.TargetCard, case: Case) -> float:
     """Seconds by the rates of the data sheet that `algorithm="auto"` uses."""
     from shardtrain.kernels.conv import costs
 
@@ -135,10 +135,11 @@ def roofline(card: cards.Card, case: Case) -> float:
     return max(case.flops / operations, case.bytes / bandwidth, case.loads / (CACHE * bandwidth))
 
 
-def against_direct(rows: list[Row]) -> list[list[str]]:
-    """Forward passes by the model, beside direct convolution's: the better of both ways through the kernels.
+def against_direct(rows: Sequence[KernelEvidence]) -> list[list[str]]:
+    """Returns forward passes by the model, and direct convolution's: the better of both ways through the
+    kernels.
 
-    Products of three TF32 stand beside direct convolution in float32 proper: there is none in TF32x3.
+    Products of three TF32 are compared with direct convolution in float32: there is none in TF32x3.
     """
     found = []
     for target, config in dict.fromkeys((row.target, row.config) for row in rows):
@@ -157,7 +158,7 @@ def against_direct(rows: list[Row]) -> list[list[str]]:
     return found
 
 
-def direct_us(card: cards.Card, dtype: str, taps: int, exact: bool) -> float:
+def direct_us(card: cards.TargetCard, dtype: str, taps: int, exact: bool) -> float:
     """Direct convolution of the layer by the model of `algorithm="auto"`."""
     from shardtrain.kernels.conv import costs
     from shardtrain.kernels.conv.task import parse
@@ -169,7 +170,7 @@ def direct_us(card: cards.Card, dtype: str, taps: int, exact: bool) -> float:
     return 1e6 * costs.seconds(task, "direct", rates.by_pass["forward"]["direct"], 0)
 
 
-def broken(row: Row, card: cards.Card) -> str | None:
+def broken(row: KernelEvidence, card: cards.TargetCard) -> str | None:
     """Which budget a kernel breaks."""
     if row.spill_bytes:
         return f"{row.spill_bytes} bytes of spills"
@@ -181,7 +182,7 @@ def broken(row: Row, card: cards.Card) -> str | None:
 
 
 @dataclass(frozen=True)
-class Program:
+class StepEvidence:
     """A training step compiled for a mesh."""
 
     target: str
@@ -197,7 +198,7 @@ class Program:
         return ", ".join(f"{n} {kind}" for kind, n in self.collectives.items())
 
 
-def program(card: cards.Card, hosts: int, dump: Path) -> Program:
+def program(card: cards.TargetCard, hosts: int, dump: Path) -> StepEvidence:
     """A training step with the kernels inside, cut on batch, height and channels."""
     import jax
     import jax.numpy as jnp
@@ -239,13 +240,13 @@ def program(card: cards.Card, hosts: int, dump: Path) -> Program:
     memory: Any = run.memory_analysis()
     peak = memory.peak_memory_in_bytes
     name = ",".join(f"{axis}={n}" for axis, n in sizes.items())
-    return Program(card.arch, name, hosts, kernels_by, dict(counts), peak)
+    return StepEvidence(card.arch, name, hosts, kernels_by, dict(counts), peak)
 
 
 @contextlib.contextmanager
 def quietly(dump: Path) -> Iterator[None]:
     """Keeps what the compilers print from the terminal."""
-    kept = os.dup(1), os.dup(2)
+    before = os.dup(1), os.dup(2)
     with open(dump / "printed.log", "ab") as file:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -256,16 +257,16 @@ def quietly(dump: Path) -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for fd, was in zip((1, 2), kept, strict=True):
+            for fd, was in zip((1, 2), before, strict=True):
                 os.dup2(was, fd)
                 os.close(was)
 
 
-BESIDE = ("target", "config", "winograd", "direct", "direct / winograd")
+COMPARISON_HEADER = ("target", "config", "winograd", "direct", "direct / winograd")
 HEADER = ("target", "kernel", "config", "regs", "spill", "shared", "tensor", "MB", "least", "model µs")
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: KernelEvidence) -> list[str]:
     """A line of the table."""
     return [
         row.target,
@@ -281,7 +282,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def measured(target: str, quick: bool) -> tuple[list[Row], list[Program]]:
+def measured(target: str, quick: bool) -> tuple[list[KernelEvidence], list[StepEvidence]]:
     """All of one card, in a process of its own: Mosaic keeps what it compiled, for whatever card."""
     with tempfile.TemporaryDirectory(prefix="gpu_evidence_") as folder:
         dump = Path(folder) / "dump"
@@ -299,8 +300,8 @@ def measured(target: str, quick: bool) -> tuple[list[Row], list[Program]]:
         return rows, [program(card, hosts, dump) for hosts in ((1,) if quick else (1, 2))]
 
 
-def main() -> None:
-    """Compiles, prints, checks, writes."""
+def arguments() -> argparse.Namespace:
+    """Parses the command line, and refuses what cannot be right before anything is compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -311,62 +312,77 @@ def main() -> None:
     args = parser.parse_args()
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it is a folder, or there is no folder {args.json.parent}")
+    return args
+
+
+def show(rows: Sequence[KernelEvidence], programs: Sequence[StepEvidence]) -> None:
+    """Prints the tables in the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=100 if not sys.stdout.isatty() else None)
-    rows: list[Row] = []
-    programs: list[Program] = []
-    for target in args.targets:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            kernels, steps = pool.submit(measured, target, args.quick).result()
-        rows += kernels
-        programs += steps
-    complaints = [
-        f"{row.target}, {row.kernel}, {row.config}: {reason}"
-        for row in rows
-        if (reason := broken(row, cards.CARDS[row.target]))
-    ]
-
     table = Table(title="GPU kernels, as compiled", padding=(0, 0, 0, 0))
     for name in HEADER:
         table.add_column(name, justify="left" if name in HEADER[:3] else "right")
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    beside = Table(title="forward pass by the model, µs")
-    for name in BESIDE:
-        beside.add_column(name, justify="left" if name in BESIDE[:2] else "right")
+    comparison = Table(title="forward pass by the model, µs")
+    for name in COMPARISON_HEADER:
+        comparison.add_column(name, justify="left" if name in COMPARISON_HEADER[:2] else "right")
     for line in against_direct(rows):
-        beside.add_row(*line)
-    console.print(beside)
+        comparison.add_row(*line)
+    console.print(comparison)
     for found in programs:
         console.print(
             f"{found.target}: {found.mesh} on {found.hosts} host(s), {found.kernels}: {found.sent}; peak "
             f"{found.peak_bytes / 2**20:.0f} MiB a card"
         )
+
+
+def write_document(rows: Sequence[KernelEvidence], programs: Sequence[StepEvidence]) -> None:
+    """Writes the tables into docs/gpu_evidence.md."""
+    import jax
+    from census_conv import DOCUMENT, write_between
+
+    head = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
+    lines = ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    meshes = ["| target | mesh | hosts | kernels | collectives | peak MiB |", "|---|---|--:|---|---|--:|"]
+    for found in programs:
+        peak = f"{found.peak_bytes / 2**20:.0f}"
+        meshes.append(
+            f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {found.sent} | {peak} |"
+        )
+    ratios = ["| " + " | ".join(COMPARISON_HEADER) + " |", "|---|---|--:|--:|--:|"]
+    ratios += ["| " + " | ".join(line) + " |" for line in against_direct(rows)]
+    caption = f"Layer {LAYER} to {LAYER[-1]} channels; jax {jax.__version__}."
+    write_between(
+        "gpu_evidence",
+        "\n".join([caption, "", *head, *lines, "", *ratios, "", *meshes]),
+        DOCUMENT.with_name("gpu_evidence.md"),
+    )
+
+
+def main() -> None:
+    """Compiles for each card, prints and writes the tables, and fails where a budget is broken."""
+    args = arguments()
+    rows: list[KernelEvidence] = []
+    programs: list[StepEvidence] = []
+    for target in args.targets:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            kernels, steps = pool.submit(measured, target, args.quick).result()
+        rows += kernels
+        programs += steps
+    show(rows, programs)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if args.markdown:
-        import jax
-        from census_conv import DOCUMENT, write_between
-
-        head = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "--:|" * (len(HEADER) - 3)]
-        lines = ["| " + " | ".join(cells(row)) + " |" for row in rows]
-        meshes = ["| target | mesh | hosts | kernels | collectives | peak MiB |", "|---|---|--:|---|---|--:|"]
-        for found in programs:
-            peak = f"{found.peak_bytes / 2**20:.0f}"
-            meshes.append(
-                f"| {found.target} | {found.mesh} | {found.hosts} | {found.kernels} | {found.sent} | {peak} |"
-            )
-        ratios = ["| " + " | ".join(BESIDE) + " |", "|---|---|--:|--:|--:|"]
-        ratios += ["| " + " | ".join(line) + " |" for line in against_direct(rows)]
-        says = f"Layer {LAYER} to {LAYER[-1]} channels; jax {jax.__version__}."
-        write_between(
-            "gpu_evidence",
-            "\n".join([says, "", *head, *lines, "", *ratios, "", *meshes]),
-            DOCUMENT.with_name("gpu_evidence.md"),
-        )
+        write_document(rows, programs)
+    complaints = [
+        f"{row.target}, {row.kernel}, {row.config}: {reason}"
+        for row in rows
+        if (reason := broken(row, cards.CARDS[row.target]))
+    ]
     if complaints:
         sys.exit("error: budgets are broken\n" + "\n".join(complaints))
 

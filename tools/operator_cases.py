@@ -1,4 +1,4 @@
-"""Operators as shardtrain has them beside plain jax, for the tools that count and time both."""
+"""Operators of shardtrain and the same in plain jax, for the tools that count and time both."""
 
 import dataclasses
 import functools
@@ -50,8 +50,8 @@ class Case:
     def specs(self, mesh: Mesh) -> list[P]:
         """How activation, parameters and output lie on the mesh."""
         layout = Layout()
-        kept = [layout.parameter(shape, self.channel, mesh, self.space) for shape in self.parameters]
-        return [layout.activation(self.x, mesh), *kept, layout.activation(self.out(), mesh)]
+        specs = [layout.parameter(shape, self.channel, mesh, self.space) for shape in self.parameters]
+        return [layout.activation(self.x, mesh), *specs, layout.activation(self.out(), mesh)]
 
     def cut_by(self, mesh: Mesh) -> bool:
         """Whether every axis of the mesh cuts the activation, evenly."""

@@ -7,8 +7,8 @@
 
 The step is the trainer's own (momentum, loss, metrics, the norm of the gradient), compiled from shapes: no
 array is made. Memory is the compiler's plan for one device; what cuDNN takes for its work comes on top. What
-is sent stands beside its closed form; a difference ends the tool with an error, unless it is that XLA sends
-once what a stage sends twice out of the same operands.
+is sent is compared with its closed form; a difference ends the tool with an error, unless it is that XLA
+sends once what a stage sends twice out of the same operands.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,11 @@ def step(args: argparse.Namespace) -> tuple["Pipelined", Any]:
             optax.sgd(0.1, momentum=0.9),
             mesh=mesh,
             accumulate=args.microbatches,
-            schedule=args.schedule,
+            pipeline=st.Pipeline(schedule=args.schedule, overlap=args.overlap),
             dtype=args.dtype,
-            overlap=args.overlap,
         )
         images = jax.ShapeDtypeStruct((args.batch, args.image, args.image, 3), jnp.float32)
-        batch = trainer.shapes_of(images, jax.ShapeDtypeStruct((args.batch,), jnp.int32))
-        compiled = trainer.compiled_step(batch)
+        compiled = trainer.prepare(images, jax.ShapeDtypeStruct((args.batch,), jnp.int32))
     except st.UserError as error:
         sys.exit(f"error: {error}")
     assert trainer.pipeline is not None
@@ -93,22 +92,19 @@ def stage_rows(pipeline: "Pipelined") -> Lines:
     def mib(shapes: Any) -> str:
         return f"{sum(s.dtype.itemsize * s.size for s in shapes) / MIB:.4g}"
 
-    named = pipeline.layers.names(pipeline.positions)
+    named = pipeline.layers.names_of_stages(pipeline.starts)
     head = "stage", "rank", "layers", "GFLOP F", "I", "W", "weights MiB", "kept MiB", "in flight", "sends MiB"
     rows: Lines = [head]
+    params = pipeline.packing.arrays["params"]
     for k, p in enumerate(pipeline.programs):
-        weights = sum(
-            pipeline.params.places[i].size
-            * pipeline.named_shapes.params[pipeline.names["params"][i]].dtype.itemsize
-            for i in pipeline.params.at_stage[k]
-        )
+        places = [params.places[i] for i in params.at_stage[k]]
         rows.append(
             (
                 str(k),
                 str(pipeline.schedule.ranks_of[k]),
                 ", ".join(named[k]),
                 *map(giga, (p.forward, p.input_gradient, p.weight_gradient)),
-                f"{weights / MIB:.4g}",
+                mib(places),
                 mib((*p.saved, *p.lasting)),
                 str(pipeline.ticks.peak_of_stage[k]),
                 mib(p.outs) if k < len(pipeline.programs) - 1 else "",
@@ -118,15 +114,15 @@ def stage_rows(pipeline: "Pipelined") -> Lines:
 
 
 def traffic_rows(found: list["Traffic"]) -> Lines:
-    """What is sent."""
+    """What is sent, next to its closed form."""
     rows: Lines = [("what", "collective", "axes", "count", "payload MiB", "closed form")]
     for t in found:
-        said = "" if t.expected is None else f"{t.expected / MIB:.4g}"
+        closed_form = "" if t.expected is None else f"{t.expected / MIB:.4g}"
         if t.payload == t.expected:
-            said = "equal"
+            closed_form = "equal"
         elif t.payload == t.merged:
-            said += ", twice the same merged"
-        rows.append((t.what, t.kind, ",".join(t.axes), str(t.count), f"{t.payload / MIB:.4g}", said))
+            closed_form += ", twice the same merged"
+        rows.append((t.what, t.kind, ",".join(t.axes), str(t.count), f"{t.payload / MIB:.4g}", closed_form))
     return rows
 
 
@@ -152,8 +148,8 @@ def sentences(pipeline: "Pipelined", need: "Memory", copied: "Copies", seconds: 
     ]
 
 
-def main() -> None:
-    """Compiles, prints, checks, writes."""
+def arguments() -> argparse.Namespace:
+    """Parses the command line, and refuses what cannot be right before anything is compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,24 +174,13 @@ def main() -> None:
         parser.error(f"--hlo {args.hlo}: it is a folder, or there is no folder {args.hlo.parent}")
     if args.hosts < 1:
         parser.error(f"--hosts {args.hosts}: use 1 or more")
-    begin = time.perf_counter()
-    pipeline, compiled = step(args)
-    seconds = time.perf_counter() - begin
+    return args
 
+
+def show(title: str, tables: Sequence[Lines], notes: Sequence[str]) -> None:
+    """Prints the tables and sentences in the terminal."""
     from rich.console import Console
     from rich.table import Table
-
-    from shardtrain.plan.pipelined import copies, memory, traffic
-
-    text = compiled.as_text()
-    if args.hlo:
-        args.hlo.write_text(text)
-    found = traffic(pipeline, text)
-    where = "simulated CPU devices" if args.cpu else f"{args.target}, {args.hosts} host(s)"
-    what = f"{args.model}, {args.batch} images of {args.image} x {args.image}, {args.dtype}"
-    title = f"{what}: {args.mesh} on {where}"
-    said = sentences(pipeline, memory(compiled), copies(text), seconds)
-    tables = stage_rows(pipeline), traffic_rows(found)
 
     console = Console(width=100 if not sys.stdout.isatty() else None)
     console.print(title, style="bold")
@@ -208,18 +193,44 @@ def main() -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for line in said:
-        console.print(line, highlight=False)
-    if args.markdown:
-        import jax
-        from census_conv import DOCUMENT, write_between
+    for note in notes:
+        console.print(note, highlight=False)
 
-        parts = [f"{title}; jax {jax.__version__}."]
-        for rows in tables:
-            parts += ["", *("| " + " | ".join(row) + " |" for row in rows)]
-            parts.insert(len(parts) - len(rows) + 1, "|---" * len(rows[0]) + "|")
-        parts += ["", *(f"- {line}" for line in said)]
-        write_between("plan_pipeline", "\n".join(parts), DOCUMENT.with_name("gpu_evidence.md"))
+
+def write_document(title: str, tables: Sequence[Lines], notes: Sequence[str]) -> None:
+    """Writes the tables and sentences into docs/gpu_evidence.md."""
+    import jax
+    from census_conv import DOCUMENT, write_between
+
+    parts = [f"{title}; jax {jax.__version__}."]
+    for header, *rows in tables:
+        parts += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        parts += ["| " + " | ".join(row) + " |" for row in rows]
+    parts += ["", *(f"- {note}" for note in notes)]
+    write_between("plan_pipeline", "\n".join(parts), DOCUMENT.with_name("gpu_evidence.md"))
+
+
+def main() -> None:
+    """Compiles the step, prints and writes its tables, and fails where they differ from the closed forms."""
+    args = arguments()
+    begin = time.perf_counter()
+    pipeline, compiled = step(args)
+    seconds = time.perf_counter() - begin
+
+    from shardtrain.plan.pipelined import copies, memory, traffic
+
+    text = compiled.as_text()
+    if args.hlo:
+        args.hlo.write_text(text)
+    found = traffic(pipeline, text)
+    where = "simulated CPU devices" if args.cpu else f"{args.target}, {args.hosts} host(s)"
+    what = f"{args.model}, {args.batch} images of {args.image} x {args.image}, {args.dtype}"
+    title = f"{what}: {args.mesh} on {where}"
+    notes = sentences(pipeline, memory(compiled), copies(text), seconds)
+    tables = stage_rows(pipeline), traffic_rows(found)
+    show(title, tables, notes)
+    if args.markdown:
+        write_document(title, tables, notes)
     wrong = [t for t in found if not t.right]
     if wrong and not (args.cpu and args.dtype == "bfloat16"):
         sys.exit(

@@ -45,28 +45,46 @@ class Network:
     rows: int
 
 
-def work(rank: int, port: int, features: int, rows: int) -> None:
-    """A rank: `[schedule, microbatches]` comes in on stdin, the seconds of a step go out on stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # gloo prints
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch: Any = importlib.import_module("torch")
-    pipelining: Any = importlib.import_module("torch.distributed.pipelining")
-    nn, functional = torch.nn, torch.nn.functional
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=DEVICES,
-        timeout=timedelta(seconds=60),
-    )
-    print(json.dumps({"version": f"PyTorch {torch.__version__}"}), file=answers, flush=True)
+class Rank:
+    """One process of PyTorch's pipeline: makes training steps, and answers for how long they take.
 
-    def stages(count: int) -> list[Any]:
-        """The network, cut into so many parts."""
-        torch.manual_seed(0)
+    Args:
+        rank: number of this process.
+        port: where the processes meet.
+        network: what is trained.
+    """
+
+    def __init__(self, rank: int, port: int, network: Network) -> None:
+        self.rank, self.network = rank, network
+        self.torch: Any = importlib.import_module("torch")
+        self.torch.set_num_threads(1)
+        self.torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=DEVICES,
+            timeout=timedelta(seconds=60),
+        )
+        self._steps: dict[tuple[str, int], Callable[[], None]] = {}
+
+    def answer(self, name: str, microbatches: int) -> dict[str, Any]:
+        """Does a step of a schedule; returns its seconds, or why it failed."""
+        begun = time.perf_counter()
+        try:
+            if (name, microbatches) not in self._steps:
+                make = self._alone(microbatches) if name == ALONE else self._pipelined(name, microbatches)
+                self._steps[name, microbatches] = make
+            clock = time.perf_counter()
+            self._steps[name, microbatches]()
+            return {"seconds": time.perf_counter() - clock}
+        except Exception as error:  # a schedule that does not work here is a line of the table
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+            return {"error": reason, "after": time.perf_counter() - begun}
+
+    def _stages(self, count: int) -> list[Any]:
+        """The network, cut into `count` parts."""
+        nn, features = self.torch.nn, self.network.features
+        self.torch.manual_seed(0)
         parts: list[list[Any]] = [[] for _ in range(count)]
         parts[0] += [nn.Linear(INPUTS, features), nn.ReLU()]
         for i in range(LAYERS):
@@ -74,35 +92,43 @@ def work(rank: int, port: int, features: int, rows: int) -> None:
         parts[-1] += [nn.Linear(features, CLASSES)]
         return [nn.Sequential(*part) for part in parts]
 
-    def batch(microbatches: int) -> tuple[Any, Any]:
-        return torch.randn(rows * microbatches, INPUTS), torch.randint(0, CLASSES, (rows * microbatches,))
+    def _batch(self, microbatches: int) -> tuple[Any, Any]:
+        rows = self.network.rows * microbatches
+        return self.torch.randn(rows, INPUTS), self.torch.randint(0, CLASSES, (rows,))
 
-    def alone(microbatches: int) -> Callable[[], None]:
-        (whole,) = stages(1)
-        optimizer = torch.optim.SGD(whole.parameters(), lr=RATE)
-        inputs, labels = batch(microbatches)
+    def _alone(self, microbatches: int) -> Callable[[], None]:
+        """A step of the whole network in this process."""
+        cross_entropy = self.torch.nn.functional.cross_entropy
+        (whole,) = self._stages(1)
+        optimizer = self.torch.optim.SGD(whole.parameters(), lr=RATE)
+        inputs, labels = self._batch(microbatches)
         parts = list(zip(inputs.chunk(microbatches), labels.chunk(microbatches), strict=True))
 
         def step() -> None:
             optimizer.zero_grad()
             for x, y in parts:
-                (functional.cross_entropy(whole(x), y) / microbatches).backward()
+                (cross_entropy(whole(x), y) / microbatches).backward()
             optimizer.step()
 
         return step
 
-    def pipelined(name: str, microbatches: int) -> Callable[[], None]:
+    def _pipelined(self, name: str, microbatches: int) -> Callable[[], None]:
+        """A step of this process's stages in PyTorch's schedule of that name."""
+        pipelining: Any = importlib.import_module("torch.distributed.pipelining")
         kind, chunks = TORCH[name]
         count = chunks * DEVICES
-        ours = [rank, count - 1 - rank] if name == "zb-v" else list(range(rank, count, DEVICES))
-        networks = stages(count)
-        held = [pipelining.PipelineStage(networks[s], s, count, torch.device("cpu")) for s in ours]
-        single = name in ("gpipe", "1f1b")
+        ours = list(range(self.rank, count, DEVICES))
+        if name == "zb-v":
+            ours = [self.rank, count - 1 - self.rank]
+        networks = self._stages(count)
+        stages = [pipelining.PipelineStage(networks[s], s, count, self.torch.device("cpu")) for s in ours]
         schedule = getattr(pipelining, kind)(
-            held[0] if single else held, microbatches, loss_fn=functional.cross_entropy
+            stages[0] if name in ("gpipe", "1f1b") else stages,
+            microbatches,
+            loss_fn=self.torch.nn.functional.cross_entropy,
         )
-        optimizer = torch.optim.SGD([p for s in ours for p in networks[s].parameters()], lr=RATE)
-        inputs, labels = batch(microbatches)
+        optimizer = self.torch.optim.SGD([p for s in ours for p in networks[s].parameters()], lr=RATE)
+        inputs, labels = self._batch(microbatches)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -112,21 +138,18 @@ def work(rank: int, port: int, features: int, rows: int) -> None:
 
         return step
 
-    known: dict[tuple[str, int], Callable[[], None]] = {}
+
+def work(rank: int, port: int, features: int, rows: int) -> None:
+    """Runs a rank: `[schedule, microbatches]` comes in on stdin, the seconds of a step go out on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # gloo prints on stdout
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    process = Rank(rank, port, Network(features, rows))
+    version = f"PyTorch {process.torch.__version__}"
+    print(json.dumps({"version": version}), file=answers, flush=True)
     for line in sys.stdin:
-        name, microbatches = json.loads(line)
-        begun = time.perf_counter()
-        try:
-            if (name, microbatches) not in known:
-                make = alone if name == ALONE else lambda m, name=name: pipelined(name, m)
-                known[name, microbatches] = make(microbatches)
-            clock = time.perf_counter()
-            known[name, microbatches]()
-            answer: dict[str, Any] = {"seconds": time.perf_counter() - clock}
-        except Exception as error:  # a schedule that does not work here is a line of the table
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-            answer = {"error": reason, "after": time.perf_counter() - begun}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(process.answer(*json.loads(line))), file=answers, flush=True)
     os._exit(0)  # no shutdown barrier: the other rank ends by itself
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cards import CARDS, Card
+from cards import CARDS, TargetCard
 from gpu_cases import Case, cases
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "gpu_evidence.md"
@@ -93,7 +93,7 @@ class Occupancy:
         return min(found, key=lambda name: found[name])
 
 
-def occupancy(card: Card, launch: Launch, registers: int, shared: int) -> Occupancy:
+def occupancy(card: TargetCard, launch: Launch, registers: int, shared: int) -> Occupancy:
     """How a launch fills a card, by the resources of its programs."""
     of_warp = -(-registers * 32 // UNIT) * UNIT
     return Occupancy(
@@ -127,7 +127,7 @@ def recording() -> Iterator[list[Launch]]:
         yield found
 
 
-def launch_of(case: Case, card: Card) -> Launch:
+def launch_of(case: Case, card: TargetCard) -> Launch:
     """The launch of one kernel, from a trace for this card."""
     import jax
 

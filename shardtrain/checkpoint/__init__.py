@@ -1,4 +1,4 @@
-"""What is on disk: checkpoints of whole runs, and models handed on as files."""
+"""Files of a run: checkpoints of its whole state, and the variables of its model for export."""
 
 from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.checkpoint.export import export_state, import_state

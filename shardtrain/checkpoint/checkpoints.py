@@ -1,4 +1,4 @@
-"""The whole run to disk and back, by name: a checkpoint knows no mesh."""
+"""Saves and restores whole runs. Arrays are stored by name and whole, so any mesh can restore them."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,42 +14,52 @@ import orbax.checkpoint as ocp
 
 from shardtrain import compat
 from shardtrain.checkpoint import manifest
-from shardtrain.checkpoint.storage import Handler, Kept, Save, at_low_priority, read
+from shardtrain.checkpoint.storage import Handler, Retention, Save, at_low_priority, read
 from shardtrain.errors import UserError, first_line
 from shardtrain.guard.processes import everyone, meet
 from shardtrain.versions import versions
 
 log = logging.getLogger(__name__)
 
-LIMIT = 900
-"""Seconds after which a save that is not complete has failed, because a process or the disk hangs."""
+SAVE_LIMIT_SECONDS = 900
+"""A save that is not complete after this time has failed, because a process or the disk hangs."""
 
 UNFINISHED = ".orbax-checkpoint-tmp"
-"""In the name of what Orbax has not completed."""
+"""Part of the names of folders that Orbax has not completed."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, in folders named by their steps.
+    """The checkpoints of a run, in a folder that has one folder for each saved step.
 
-    Saving goes on in the background while steps are made, and a checkpoint gets its name when it is complete:
-    a kill at any moment leaves the earlier ones. In a job of several processes all make the same calls, each
-    writes and reads the arrays of its own devices, and the folder is one that all of them see.
+    A checkpoint is written in the background while training continues. It gets its name only when it is
+    complete, so a process that is killed at any moment leaves the earlier checkpoints as they were. Each has
+    a manifest with the lengths and checksums of its files, which are compared before anything is restored.
+
+    In a job of several processes all of them make the same calls on the same folder. Each process writes and
+    reads the shards of its own devices. A checkpoint can be restored on any mesh and any number of processes.
 
     Args:
-        folder: theirs alone.
-        every: steps from one to the next; by default there is only one, at the end of `Trainer.fit`.
-        keep: how many of the last ones are kept; None keeps all.
-        best: a metric by which the best one is kept, too.
-        mode: "max" or "min", which of that metric is better.
-        manifest: more entries of each checkpoint's `manifest.json`, of JSON's types, such as a run's flags.
+        folder: a folder that is used for nothing else.
+        every: number of steps between two checkpoints. By default `Trainer.fit` saves once, at its end.
+        keep: number of the most recent checkpoints that are kept; None keeps all.
+        best: name of a metric; the checkpoint with the best value of it is kept, too.
+        mode: `"max"` if larger values of that metric are better, or `"min"`.
+        manifest: more entries of each checkpoint's `manifest.json`, which JSON can represent, such as the
+            flags of the run.
 
     Raises:
-        UserError: an `every` or a `keep` below 1.
+        UserError: if `every` or `keep` is below 1, or if `mode` is unknown.
 
     Example:
-        >>> with Checkpoints("runs/mine/checkpoints", every=100, best="accuracy") as checkpoints:
-        ...     trainer.restore(checkpoints)  # where there is one
-        ...     trainer.fit(batches, steps=1000, checkpoints=checkpoints)
+        >>> model = st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(0))
+        >>> trainer = st.Trainer(model, optax.adam(1e-3), mesh=st.make_mesh("data=8"))
+        >>> batches = st.data.train_batches(st.data.load("digits").train, 64, seed=0)
+        >>> with st.Checkpoints(tmp, every=2) as checkpoints:
+        ...     rows = trainer.fit(batches, steps=4, checkpoints=checkpoints, progress=False)
+        >>> checkpoints.steps()
+        [2, 4]
+        >>> trainer.restore(checkpoints)
+        4
     """
 
     def __init__(
@@ -69,11 +79,21 @@ class Checkpoints:
             raise UserError(f"Checkpoints: mode={mode!r}; there are 'max' and 'min'")
         self.folder = Path(folder).expanduser().absolute()
         self.every, self._best = every, best
-        self._kept = Kept(keep, 1 if mode == "max" else -1, {})
+        self._retention = Retention(keep, 1 if mode == "max" else -1, {})
         self._entries = dict(manifest or {})
         self._manager: ocp.CheckpointManager | None = None
         self._saved: int | None = None
-        self._whole: dict[int, dict[str, Any]] = {}  # manifests of those that were read through
+        self._verified: dict[int, dict[str, Any]] = {}  # manifests of checkpoints whose files were compared
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric by which the best checkpoint is kept, too."""
+        return self._best
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Which of that metric is better."""
+        return "max" if self._retention.sign > 0 else "min"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -86,18 +106,19 @@ class Checkpoints:
             return
         try:
             self.close()
-        except Exception as second:  # the first error says more
+        except Exception as second:  # the first error is the cause
             log.error("%s", first_line(second, 500))
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have got their names, whatever is in their files now.
+        """Returns the steps of all complete checkpoints, in order, without reading their files.
 
-        They are those that the first process sees: a network file system may show the others older ones.
+        All processes get the steps that the first process sees: a network file system may show the others an
+        older state of the folder.
         """
         return [int(step) for step in everyone(" ".join(map(str, self._here())))[0].split()]
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after this step."""
+        """Whether `every` asks for a checkpoint after this step."""
         return self.every is not None and step % self.every == 0
 
     def save(
@@ -107,78 +128,80 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Begins to save a state: when this returns, its arrays may be changed, and files are being written.
+        """Begins to save a state, and returns before its files are written.
 
-        It waits for the save before, if that is still going on. Checkpoints that are newer than the one the
-        run was taken up from (damaged, or of another way to go on) are moved into `aside/`.
+        The arrays of the state may be changed or donated afterwards. If the save before is not complete yet,
+        this waits for it. Checkpoints that are newer than the one that the run was restored from, because
+        they are damaged or because the run continues from an earlier one, are moved into the folder `aside/`.
 
         Args:
-            step: that it is of. What was saved already is not saved again.
-            state: a tree of dictionaries, lists and named tuples, with arrays on any mesh or numpy arrays.
-            metrics: of this step; without them it is not among the best.
+            step: step of the state. If it was the last one saved, nothing happens.
+            state: a tree of dictionaries, lists and named tuples of jax arrays, on any mesh, or numpy arrays.
+            metrics: metrics of this step; without them the checkpoint cannot be the best one.
             about: more entries of the manifest.
 
         Returns:
-            The checkpoint's folder, which is there after `wait`.
+            The checkpoint's folder, which is complete after `wait`.
 
         Raises:
-            UserError: a checkpoint, this one or the one before it, that could not be written.
+            UserError: if this checkpoint or the one before it cannot be written, or if `metrics` lacks
+                `best`.
         """
         if step == self._saved:
             return self._path(step)
-        self._whole = {}
+        self._verified = {}
         values = {key: float(value) for key, value in (metrics or {}).items()}
         if self._best is not None and metrics is not None:
             if self._best not in values:
                 raise UserError(
                     f"Checkpoints: there is no metric {self._best!r}; there are {', '.join(values)}"
                 )
-            self._kept.scores[step] = values[self._best]
+            self._retention.scores[step] = values[self._best]
         more = {"metrics": values, "versions": versions(), **(about or {})}
         try:
-            manager = self._opened(step)
+            manager = self._open(step)
             state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), state)
             args = Save(state, entries={"step": step, **self._entries, **more})
             at_low_priority(manager.save, step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            self._tell(error)
+            self._raise_disk_error(error)
             raise
         self._saved = step
         return self._path(step)
 
     def wait(self) -> None:
-        """Waits until what was begun is complete.
+        """Waits until the checkpoint that is being written is complete.
 
         Raises:
-            UserError: a checkpoint that could not be written.
+            UserError: if it cannot be written.
         """
         if self._manager is not None:
             try:
                 self._manager.wait_until_finished()
             except (OSError, ValueError, RuntimeError) as error:
-                self._tell(error)
+                self._raise_disk_error(error)
                 raise
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits for the last save, and ends Orbax's threads."""
         try:
             self.wait()
         finally:
-            manager, self._manager, self._saved, self._whole = self._manager, None, None, {}
+            manager, self._manager, self._saved, self._verified = self._manager, None, None, {}
             if manager is not None:
                 manager.close()
 
     def newest(self, *, own: bool = False) -> tuple[int, dict[str, Any]]:
-        """The step and the manifest of the newest checkpoint whose files are as they were written.
+        """Returns step and manifest of the newest checkpoint whose files are as they were written.
 
-        Every one that is damaged is named in a warning.
+        A warning names every damaged checkpoint.
 
         Args:
-            own: of those up to the one that this run saved, or was taken up from, last: later ones are of
-                another way to go on.
+            own: whether to leave out checkpoints later than the one that this run saved or restored last,
+                which belong to another continuation.
 
         Raises:
-            UserError: there is none, or none that is whole.
+            UserError: if there is no checkpoint, or if all of them are damaged.
         """
         self.wait()
         self._warn_of_unfinished()
@@ -186,7 +209,7 @@ class Checkpoints:
         if own and self._saved is not None:
             found = [step for step in found if step <= self._saved]
         for step in reversed(found):
-            entries, trouble = self._look(step)
+            entries, trouble = self._verify(step)
             if not trouble:
                 return step, entries
             then = "; going back to the one before it" if step != found[0] else ""
@@ -201,45 +224,46 @@ class Checkpoints:
         )
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of one checkpoint, after its files were compared with it.
+        """Returns the manifest of a checkpoint, after comparing the files with it.
 
         Raises:
-            UserError: there is no such checkpoint, or it is damaged.
+            UserError: if there is no checkpoint of this step, or if it is damaged.
         """
         self.wait()
         found = self.steps()
         if step not in found:
             there = ", ".join(map(str, found)) or "none"
             raise UserError(f"there is no checkpoint of step {step} in {self.folder}; there are {there}")
-        entries, trouble = self._look(step)
+        entries, trouble = self._verify(step)
         if trouble:
             raise UserError(f"the checkpoint {self._path(step)} is damaged ({trouble}); name another one")
         return entries
 
     def best(self) -> int | None:
-        """The step of the best checkpoint that is there; None where `best` was not asked for."""
+        """Returns the step of the best checkpoint in the folder; None without `best` or without scores."""
         self._read_scores()
-        return self._kept.best()
+        return self._retention.best()
 
     def restore(self, like: Any, several: tuple[int, ...] = (), step: int | None = None) -> tuple[int, Any]:
-        """The newest whole checkpoint, laid out as `like`.
+        """Restores the newest undamaged checkpoint, with the shardings of `like`.
 
         Args:
-            like: a state of the same names, shapes and dtypes: arrays on any mesh, shapes that say where
-                arrays are to lie, or numpy arrays.
-            several: what may stand before the shapes of numpy arrays in `like`: the number of replicas.
-            step: that one and no other.
+            like: a state of the same names, shapes and dtypes. Its leaves are jax arrays or
+                `jax.ShapeDtypeStruct`s, whose shardings the result has, or numpy arrays.
+            several: leading dimensions that numpy arrays may have in addition to their shapes in `like`: the
+                number of replicas.
+            step: restore the checkpoint of this step instead.
 
         Returns:
-            Its step and the state.
+            The step and the state.
 
         Raises:
-            UserError: no checkpoint, none that is whole, or one of another model or optimizer.
+            UserError: if there is no checkpoint, if all are damaged, or if it does not fit `like`.
         """
         entries: dict[str, Any]
         step, entries = self.newest() if step is None else (step, self.manifest(step))
         state = at_low_priority(read, self._path(step), like, several, entries)
-        self.close()  # what comes next may go another way than the checkpoints after this one
+        self.close()  # the run may continue in another way than the checkpoints after this one
         self._saved = step
         log.info("restored step %d from %s", step, self.folder)
         return step, state
@@ -247,10 +271,10 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def _look(self, step: int) -> tuple[dict[str, Any], str]:
-        """A checkpoint's manifest and what is wrong with it; processes share the reading, and agree."""
-        if step in self._whole:
-            return self._whole[step], ""
+    def _verify(self, step: int) -> tuple[dict[str, Any], str]:
+        """Returns a checkpoint's manifest and what is wrong with it; processes share the reading."""
+        if step in self._verified:
+            return self._verified[step], ""
         folder = self._path(step) / "default"
         entries: dict[str, Any] = {}
         trouble = ""
@@ -262,11 +286,11 @@ class Checkpoints:
         except ValueError as error:
             trouble = str(error)
         if not (trouble := next(filter(None, everyone(trouble)), "")):
-            self._whole[step] = entries
+            self._verified[step] = entries
         return entries, trouble
 
     def _here(self) -> list[int]:
-        if not os.path.isdir(self.folder):  # False, too, where the path is longer than paths can be
+        if not os.path.isdir(self.folder):  # also False if the path is longer than paths can be
             return []
         try:
             return sorted(int(f.name) for f in self.folder.iterdir() if f.is_dir() and f.name.isdecimal())
@@ -280,8 +304,8 @@ class Checkpoints:
             if UNFINISHED in folder.name:
                 log.warning("%s was never finished: its run ended while it was written", folder)
 
-    def _opened(self, step: int) -> ocp.CheckpointManager:
-        """The manager, in a folder that holds nothing newer than what the run was taken up from."""
+    def _open(self, step: int) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, after moving newer checkpoints out of its folder."""
         if self._manager is None:
             since = step if self._saved is None else self._saved + 1
             if jax.process_index() == 0:
@@ -291,11 +315,14 @@ class Checkpoints:
             meet("checkpoints are set aside")
             self._read_scores()
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept,
+                preservation_policy=self._retention,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
-                # Threads that wait for folders which could not be made would hold the process for LIMIT.
-                async_options=ocp.AsyncOptions(timeout_secs=LIMIT, create_directories_asynchronously=False),
+                # Threads that wait for a folder which cannot be created would keep the process alive for
+                # SAVE_LIMIT_SECONDS.
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SAVE_LIMIT_SECONDS, create_directories_asynchronously=False
+                ),
             )
             self._manager = ocp.CheckpointManager(self.folder, item_handlers=Handler(), options=options)
         return self._manager
@@ -312,19 +339,21 @@ class Checkpoints:
         """Adds the scores of checkpoints that an earlier process wrote."""
         if self._best is None:
             return
-        for step in set(self._here()) - set(self._kept.scores):
+        for step in set(self._here()) - set(self._retention.scores):
             try:
                 entries = manifest.read(self._path(step) / "default")
-                self._kept.scores[step] = entries["metrics"][self._best]
+                self._retention.scores[step] = entries["metrics"][self._best]
             except (ValueError, KeyError):
-                continue  # damaged, or saved without the metric: it is none of the best
+                continue  # a damaged checkpoint, or one without the metric, is never the best
         there = set(self._here()) | {self._saved}
-        self._kept.scores = {step: score for step, score in self._kept.scores.items() if step in there}
+        self._retention.scores = {
+            step: score for step, score in self._retention.scores.items() if step in there
+        }
 
-    def _tell(self, error: Exception) -> None:
-        """Raises what a disk said to a save as a sentence; another process that is gone is another thing."""
+    def _raise_disk_error(self, error: Exception) -> None:
+        """Raises a `UserError` if a save failed because of the disk, and not because a process is gone."""
         self._saved = None
-        if (reason := _of_disk(error)) is not None:
+        if (reason := _disk_error(error)) is not None:
             left = ", ".join(map(str, self._here())) or "none"
             raise UserError(
                 f"a checkpoint could not be written to {self.folder} ({reason}); make room there, or name "
@@ -332,16 +361,16 @@ class Checkpoints:
             ) from error
 
 
-def _of_disk(error: Exception) -> str | None:
-    """What a file system said to a save that failed; None for other failures, as of a process that is gone.
+def _disk_error(error: Exception) -> str | None:
+    """Returns the error of the file system that made a save fail; None if the cause is another one.
 
-    Tensorstore raises a ValueError that names many files, then the reason, and the system's number of it.
-    Orbax raises a TimeoutError, which is an OSError, where processes wait in vain for each other.
+    Tensorstore raises a ValueError that names many files, then the reason and its error number.
+    Orbax raises a TimeoutError, which is an OSError, if processes wait in vain for each other.
     """
     if number := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(number[1]))
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     if isinstance(error, TimeoutError) and compat.process_count() == 1:
-        return f"it was not complete after {LIMIT} s"
+        return f"it was not complete after {SAVE_LIMIT_SECONDS} s"
     return None

@@ -1,7 +1,7 @@
-"""A model's variables in one file that numpy reads, and back: to hand weights on, not to resume a run.
+"""Exports a model's variables to one `.npz` file and imports them: to share weights, not to resume a run.
 
-The file is an `.npz`: a zip of plain arrays by name, which any language reads and which holds no code (it is
-read with `allow_pickle=False`). Floats that numpy does not know, such as bfloat16, are stored as their bytes.
+The file is a zip of plain arrays by name, which programs in any language can read. It holds no code and is
+read with `allow_pickle=False`. Floats that numpy does not have, such as bfloat16, are stored as their bytes.
 """
 
 import os
@@ -19,23 +19,26 @@ from shardtrain.nn.variables import fill, flatten
 def export_state(path: str | Path, model: nnx.Module) -> Path:
     """Writes a model's variables (parameters, running statistics, random streams) to an `.npz` file.
 
-    The file is there whole or, after a crash, as it was before. In a job of several processes the first one
-    writes, and every array must be one that it can read whole, as those of `Trainer.model` on one host are.
+    The file is replaced only when the new one is complete. In a job of several processes the first process
+    writes the file. It must be able to read every array as a whole, which is true of `Trainer.model` on one
+    host.
 
     Args:
-        path: of the file; `.npz` is added where it has another ending.
-        model: the variables' paths are the names of the arrays: `"blocks.0.conv1.kernel"`.
+        path: path of the file; `.npz` is added if it has another ending.
+        model: any NNX model. An array is stored under the path of its variable, such as
+            `"blocks.0.conv1.kernel"`.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        UserError: a path that cannot be written.
+        UserError: if the file cannot be written.
 
     Example:
-        >>> export_state("resnet.npz", trainer.model)  # doctest: +SKIP
-        >>> numpy.load("resnet.npz")["head.kernel"].shape  # doctest: +SKIP
-        (512, 10)
+        >>> model = st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(0))
+        >>> path = st.export_state(tmp / "lenet.npz", model)
+        >>> len(np.load(path).files) == len(jax.tree.leaves(nnx.state(model)))
+        True
     """
     path = Path(path).expanduser()
     path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
@@ -57,26 +60,28 @@ def export_state(path: str | Path, model: nnx.Module) -> Path:
 
 
 def import_state(path: str | Path, model: nnx.Module) -> None:
-    """Reads a file that `export_state` wrote into a model of the same variables, in place.
+    """Reads a file of `export_state` into a model that has the same variables, in place.
 
     Args:
-        path: of the file.
-        model: its arrays say where the new ones are to lie; one of shapes, from `nnx.eval_shape`, gets arrays
-            on jax's default device.
+        path: path of the file.
+        model: the model to change. The new arrays have the shardings of its arrays. A model of shapes, from
+            `nnx.eval_shape`, gets arrays on jax's default device.
 
     Raises:
-        UserError: no such file, one that is damaged or holds pickles, or variables of other names, shapes or
-            dtypes; names the first of them.
+        UserError: if there is no such file, if it is damaged or contains pickles, or if its variables have
+            other names, shapes or dtypes than the model's; names the first difference.
 
     Example:
-        >>> model = models.ResNet(18, classes=10, channels=3, rngs=nnx.Rngs(0))
-        >>> import_state("resnet.npz", model)  # doctest: +SKIP
+        >>> model = st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(0))
+        >>> path = st.export_state(tmp / "lenet.npz", model)
+        >>> other = nnx.eval_shape(lambda: st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(1)))
+        >>> st.import_state(path, other)
     """
     path = Path(path).expanduser()
     state = nnx.state(model)
     variables = flatten(state)
     try:
-        # Not np.load, which goes by content: it would take a single array, too.
+        # np.load would accept a single array, too, because it goes by content.
         with zipfile.ZipFile(path) as archive:
             found = {name.removesuffix(".npy"): _read(archive, name) for name in archive.namelist()}
     except Exception as error:  # a damaged file can raise nearly anything
@@ -94,8 +99,10 @@ def import_state(path: str | Path, model: nnx.Module) -> None:
                 f"{path} is of another model: {key} is {theirs.shape} of {theirs.dtype} there and "
                 f"{ours.shape} of {ours.dtype} here"
             )
-    lie = {key: ours.sharding if isinstance(ours, jax.Array) else None for key, ours in variables.items()}
-    nnx.update(model, fill(state, jax.device_put(found, lie)))
+    shardings = {
+        key: ours.sharding if isinstance(ours, jax.Array) else None for key, ours in variables.items()
+    }
+    nnx.update(model, fill(state, jax.device_put(found, shardings)))
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:

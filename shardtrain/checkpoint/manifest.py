@@ -1,10 +1,11 @@
-"""What a checkpoint says of itself: which run made it, with what, and which bytes its files must have.
+"""The manifest of a checkpoint: which run wrote it, with which versions, and the checksums of its files.
 
-Orbax renames a checkpoint into its place when it is complete, so that a killed process leaves the earlier
-ones as they were. It does not show files that were cut short or changed afterwards (a machine that lost its
-power, a copy that broke off, a bad disk): tensorstore checks its index and not the arrays. So the length and
-the CRC-32 of each file stand in the manifest, and are compared before anything is restored. CRC-32 is meant
-for accidents; it comes with Python, runs without its lock, and reads over 1 GB/s on one core.
+Orbax renames a checkpoint into its place when it is complete, so a killed process leaves the earlier ones as
+they were. It does not notice files that were truncated or changed afterwards (by a power failure, an
+incomplete copy, a bad disk), because tensorstore checks its index and not the arrays. Therefore the manifest
+has the length and the CRC-32 of each file, which are compared before anything is restored. CRC-32 protects
+against accidents and not against attackers; it comes with Python, releases its lock, and reads more than 1
+GB/s on one core.
 """
 
 import json
@@ -14,26 +15,27 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
+"""File name of the manifest in the folder of a checkpoint."""
 
 
 def seal(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Writes the manifest: `entries`, and the length and checksum of every file in `folder`.
+    """Writes the manifest of a checkpoint: `entries`, and length and checksum of every file in `folder`.
 
     Args:
-        folder: of a checkpoint that is complete but for this.
-        entries: of JSON's types.
+        folder: folder of a checkpoint whose other files are complete.
+        entries: values that JSON can represent.
     """
     files = {name: [path.stat().st_size, _crc(path)] for name, path in _files(folder).items()}
-    whole = json.loads(json.dumps({**entries, "files": files}))  # as it will be read
+    whole = json.loads(json.dumps({**entries, "files": files}))  # as it is after reading
     text = json.dumps({**whole, "crc32": _own_crc(whole)}, indent=1) + "\n"
     (folder / NAME).write_text(text)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Returns the manifest of a checkpoint.
 
     Raises:
-        ValueError: there is none, or one that is damaged; says which.
+        ValueError: if there is none, or if it is damaged.
     """
     try:
         found = json.loads((folder / NAME).read_text())
@@ -49,15 +51,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, found: Mapping[str, Any], share: slice = slice(None)) -> None:
-    """Reads the files that a manifest names and compares them with it.
+    """Reads the files of a checkpoint and compares them with its manifest.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         found: its manifest.
-        share: of its files, those to read; processes that share the work take `slice(rank, None, count)`.
+        share: which of its files to read; processes that share the work take `slice(rank, None, count)`.
 
     Raises:
-        ValueError: a file that is missing, or not as it was written; names it.
+        ValueError: if a file is missing or not as it was written; names the file.
     """
     for name, (size, crc) in sorted(found["files"].items())[share]:
         path = folder / name

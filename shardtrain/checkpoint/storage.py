@@ -1,4 +1,4 @@
-"""How a run's state lies in a checkpoint: arrays as Orbax writes them, and a manifest beside them."""
+"""The format of a checkpoint: arrays as Orbax writes them, and a manifest next to them."""
 
 import contextlib
 import dataclasses
@@ -21,36 +21,36 @@ from shardtrain.versions import versions
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LEAST = 1 << 20
-"""Bytes: replicas share the writing of an array in parts no smaller, for to cut each costs time."""
+LEAST_PART_BYTES = 1 << 20
+"""Replicas share the writing of an array in parts no smaller than this, because each part costs time."""
 
 
 def at_low_priority(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls in a thread of the lowest priority; threads that it starts (Orbax's, tensorstore's) inherit it.
+    """Calls a function in a thread of the lowest priority, which its own threads (tensorstore's) inherit.
 
     Example:
         >>> at_low_priority(max, 1, 2)
         2
     """
-    with ThreadPoolExecutor(1, "aside", _step_back) as thread:
+    with ThreadPoolExecutor(1, "low priority", _lower_priority) as thread:
         return thread.submit(call, *args, **kwargs).result()
 
 
-def _step_back() -> None:
-    """Lets this thread run only on cores that no other thread of the job wants.
+def _lower_priority() -> None:
+    """Lets this thread run only on cores that no other thread of the job uses.
 
-    A save is not starved by it: the next save, and the end of the run, wait for it, and leave it the cores.
+    This does not starve a save: the next save and the end of the run wait for it, which frees their cores.
     """
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        with contextlib.suppress(OSError):  # a sandbox that allows it to none
+    if sys.platform == "linux":  # elsewhere this would change the whole process
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Handler(ocp.PyTreeCheckpointHandler):
-    """Writes arrays as they are (random bits of floats do not compress) and seals them with a manifest."""
+    """Writes arrays uncompressed, since the bits of floats do not compress, and adds a manifest."""
 
     def __init__(self) -> None:
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_PART_BYTES)
         kinds = (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
         registry = ocp.type_handlers.create_type_handler_registry(*kinds)
         super().__init__(use_compression=False, type_handler_registry=registry)
@@ -61,7 +61,7 @@ class Handler(ocp.PyTreeCheckpointHandler):
         return await super().async_save(directory, args=args)
 
     def finalize(self, directory: Any) -> None:
-        """Called when all arrays are written, before the checkpoint gets its name."""
+        """Called by Orbax when all arrays are written, before the checkpoint gets its name."""
         super().finalize(directory)
         manifest.seal(Path(directory), self._entries)
 
@@ -69,23 +69,25 @@ class Handler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(Handler, for_save=True)
 @dataclasses.dataclass
 class Save(ocp.args.PyTreeSave):
+    """Orbax's arguments of a save, and the entries of the manifest."""
+
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @ocp.args.register_with_handler(Handler, for_restore=True)
 @dataclasses.dataclass
 class Restore(ocp.args.PyTreeRestore):
-    pass
+    """Orbax's arguments of a restore."""
 
 
 @dataclasses.dataclass
-class Kept(PreservationPolicy):
-    """The last ones, and the best one.
+class Retention(PreservationPolicy):
+    """Keeps the last checkpoints and the best one; Orbax deletes the others.
 
     Attributes:
-        last: how many, all where it is None.
-        sign: 1 where more is better, -1 where less is.
-        scores: by step.
+        last: number of the last checkpoints that are kept; None keeps all.
+        sign: 1 if a higher score is better, -1 if a lower one is.
+        scores: the score of each checkpoint that has one, by step.
     """
 
     last: int | None
@@ -93,44 +95,66 @@ class Kept(PreservationPolicy):
     scores: dict[int, float]
 
     def best(self) -> int | None:
-        """The step with the best score, of equals the latest; a NaN is none."""
+        """Returns the step with the best score, the latest of equal ones; NaN does not count."""
         known = {step: self.sign * score for step, score in self.scores.items() if score == score}
         return max(known, key=lambda step: (known[step], step)) if known else None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which of the checkpoints stay."""
+        """Whether each of the checkpoints is kept."""
         steps = sorted(info.step for info in checkpoints)
-        here = dataclasses.replace(self, scores={s: v for s, v in self.scores.items() if s in steps})
-        kept = {*(steps if self.last is None else steps[-self.last :]), here.best()}
-        return [info.step in kept for info in checkpoints]
+        present = dataclasses.replace(self, scores={s: v for s, v in self.scores.items() if s in steps})
+        preserved = {*(steps if self.last is None else steps[-self.last :]), present.best()}
+        return [info.step in preserved for info in checkpoints]
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Stands in a state to be read for copies of an array, of which there may be another number on disk.
+
+    The array is read as numpy, with its copies in the first dimension.
+
+    Attributes:
+        shape, dtype: of one copy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def on_disk(self, found: Any) -> np.ndarray:
+        """Zeros of the shape that is there, or with one copy where that is none of copies."""
+        fits = found is not None and found.shape[1:] == self.shape and len(found.shape) > len(self.shape)
+        return np.zeros(found.shape if fits else (1, *self.shape), self.dtype)
 
 
 def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str, Any]) -> Any:
-    """The state in a checkpoint; it is compared with `like` first, for Orbax would cut and fill up arrays."""
+    """Returns the state in a checkpoint, with the shardings of `like`.
+
+    Names, shapes and dtypes are compared with `like` first, because Orbax would truncate, pad and convert
+    arrays.
+
+    Args:
+        folder: the checkpoint's folder.
+        like, several: as for `Checkpoints.restore`.
+        entries: the checkpoint's manifest.
+
+    Raises:
+        UserError: if the checkpoint does not fit `like`, or cannot be read.
+    """
 
     def wanted(x: Any) -> Any:
         placed = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if placed else np.asarray(x)
 
-    target = jax.tree.map(wanted, like)
     handler = Handler()
-    there = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
-    here = ocp.tree.to_flat_dict(target)
-    trouble = [f"{_name(key)} is not in it" for key in here.keys() - there.keys()]
-    trouble += [f"{_name(key)} is only in it" for key in there.keys() - here.keys()]
-    for key in here.keys() & there.keys():
-        ours, theirs = here[key], there[key]
-        shapes = (
-            [ours.shape] if isinstance(ours, jax.ShapeDtypeStruct) else [ours.shape, (*several, *ours.shape)]
-        )
-        if theirs.shape not in shapes:
-            trouble.append(f"{_name(key)} is {theirs.shape} there and {ours.shape} here")
-        elif theirs.dtype != ours.dtype:
-            trouble.append(f"{_name(key)} is of {theirs.dtype} there and of {ours.dtype} here")
-    if trouble:
+    stored = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
+    like = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.on_disk(stored.get(_keys(path))) if isinstance(x, Copies) else x, like
+    )
+    target = jax.tree.map(wanted, like)
+    if differences := _differences(stored, ocp.tree.to_flat_dict(target), several):
         raise UserError(
-            f"the checkpoint {folder} does not fit this model and optimizer ({min(trouble)}); resume with "
-            f"the flags that it was made with"
+            f"the checkpoint {folder} does not fit this model and optimizer ({min(differences)}); resume "
+            f"with the flags that it was made with"
         )
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
@@ -141,6 +165,27 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
             f"the checkpoint {folder} is whole but cannot be read ({first_line(error)}); it "
             f"was written by orbax-checkpoint {made}, this is {versions()['orbax-checkpoint']}"
         ) from error
+
+
+def _keys(path: Sequence[Any]) -> tuple[str, ...]:
+    """The path of a leaf as Orbax writes it."""
+    return tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+
+
+def _differences(stored: Mapping[Any, Any], wanted: Mapping[Any, Any], several: tuple[int, ...]) -> list[str]:
+    """Returns a clause for each array in which a checkpoint differs from the state that is wanted."""
+    found = [f"{_name(key)} is not in it" for key in wanted.keys() - stored.keys()]
+    found += [f"{_name(key)} is only in it" for key in stored.keys() - wanted.keys()]
+    for key in wanted.keys() & stored.keys():
+        ours, theirs = wanted[key], stored[key]
+        shapes = [ours.shape]
+        if not isinstance(ours, jax.ShapeDtypeStruct):
+            shapes.append((*several, *ours.shape))
+        if theirs.shape not in shapes:
+            found.append(f"{_name(key)} is {theirs.shape} there and {ours.shape} here")
+        elif theirs.dtype != ours.dtype:
+            found.append(f"{_name(key)} is of {theirs.dtype} there and of {ours.dtype} here")
+    return found
 
 
 def _name(key: Sequence[Any]) -> str:

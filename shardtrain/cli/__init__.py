@@ -3,8 +3,9 @@
 from shardtrain.cli.flags import Folder, RunFlags, at_least_1, one_of
 from shardtrain.cli.pictures import picture
 from shardtrain.cli.pipeline import draw
-from shardtrain.cli.run import Report, Task, kinds, make_trainer, run
+from shardtrain.cli.run import kinds, make_trainer, run, with_validation
 from shardtrain.cli.start import main
+from shardtrain.experiments import Report, Task
 
 __all__ = [
     "Folder",
@@ -19,4 +20,5 @@ __all__ = [
     "one_of",
     "picture",
     "run",
+    "with_validation",
 ]

@@ -14,7 +14,7 @@ from shardtrain.cli.runs import Runs
 from shardtrain.cli.start import one_sentence
 from shardtrain.errors import UserError
 
-# A union makes subcommands, and needs two members; what is suppressed is not offered.
+# tyro makes subcommands of a union, which needs two members; a suppressed one is not offered.
 _Nothing = Annotated[None, tyro.conf.Suppress]
 
 
@@ -34,7 +34,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, given after --, in the processes of one job."""
+    """Runs a command, given after --, in the processes of one job."""
 
     command: (
         Annotated[Local, tyro.conf.subcommand("local")]
@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     A `UserError` becomes one sentence on stderr and exit status 2.
 
     Args:
-        args: in place of those of the process; what stands after `--` is a command for `launch`.
+        args: the arguments, by default those of the process; after `--` comes a command for `launch`.
 
     Example:
         >>> main(["pipeline", "show", "--schedule", "1f1b"])  # doctest: +SKIP

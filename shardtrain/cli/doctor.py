@@ -1,4 +1,4 @@
-"""`shardtrain doctor`: what would keep a job from starting, as a table."""
+"""`shardtrain doctor`: shows in a table what would keep a job from starting."""
 
 import os
 import sys
@@ -36,12 +36,12 @@ class Doctor:
     """Seconds to wait for other processes."""
 
     def run(self, rest: Sequence[str]) -> None:
-        """Prints the table, and ends with the status."""
+        """Prints the table, and exits with the status."""
         if rest:
             raise UserError(f"-- {' '.join(rest)}: doctor runs no other command; leave it out")
         refuse_endless("--start-limit", self.start_limit)
         given = (self.coordinator, self.processes, self.process_id)
-        # A coordinator without a job is one to look at before there is one.
+        # A coordinator without the other two is that of a job that has not started yet.
         alone = given[1:] == (None, None) and surrounding(os.environ) is None
         cluster = None if alone else detect(os.environ, *given)
         findings = examine(self.out.expanduser().absolute(), cluster, self.coordinator, self.start_limit)
@@ -56,7 +56,7 @@ class Doctor:
 
 
 def table(findings: Sequence[Finding]) -> Table:
-    """The findings as a table; what many processes found alike is one row."""
+    """Returns the findings as a table; equal findings of several processes share a row."""
     shown = Table(title="doctor")
     for column in ("check", "process", "", "found"):
         shown.add_column(column)

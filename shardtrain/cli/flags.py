@@ -1,69 +1,43 @@
-"""The flags that all recipes have, and what no data and no mesh could make right of them."""
+"""The flags that all recipes have, and checks of them that need neither data nor devices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import tyro
 
 from shardtrain.errors import UserError
+from shardtrain.experiments import OPTIMIZERS, Config
 from shardtrain.launch.rendezvous import refuse_endless
 from shardtrain.mesh import parse
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "lamb")
-
-MOST = 2**31 - 1
-"""Updates that a run can count, and examples of a batch."""
+LARGEST_COUNT = 2**31 - 1
+"""The largest number of steps of a run, and of examples of a batch."""
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
-@dataclass(frozen=True)
-class RunFlags:
-    """The flags of every recipe, which says its defaults for the first three and may add its own.
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(Config):
+    """The flags of every recipe. A recipe gives defaults for mesh, data and out, and may add flags.
+
+    What an experiment computes is in `Config`; the flags here say what is around it.
 
     Example:
-        >>> @dataclass(frozen=True)
-        ... class Flags(RunFlags):
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Flags(cli.RunFlags):
         ...     mesh: str = "data=2,height=2"
         ...     data: str = "digits"
-        ...     out: Folder = Path("runs/mine")
+        ...     out: cli.Folder = Path("runs/mine")
     """
 
     mesh: str
-    """Axes and sizes: data cuts the batch, height and width the pixels, channel the features; pipe the
-    layers, into stages. One size may be -1 and takes the devices that are left."""
     data: str
     """digits (in scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), or a folder of idx, .npy or
     .npz files."""
     out: Folder
     """Folder of the run. An earlier run in it is moved aside, never overwritten."""
-    steps: int = 200
-    """Updates in all."""
-    batch_size: int = 128
-    """Examples for one update, over all devices."""
-    seed: int = 0
-    """Of initial weights, data order and dropout."""
-    optimizer: str = "sgd"
-    """sgd (momentum 0.9), adam, adamw, lamb."""
-    lr: float = 0.1
-    """Peak learning rate."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: warm-up over the first tenth of the steps, then down to zero; constant: for runs that are later
-    resumed with more --steps."""
-    weight_decay: float = 5e-4
-    """Decay of kernels, not of biases and norms; decoupled for adamw and lamb, in the gradient for sgd."""
-    clip_norm: float | None = None
-    """Clip gradients to this global norm."""
-    accumulate: int = 1
-    """Microbatches for one update."""
-    parameters: str = ""
-    """Mesh axis to spread parameters and optimizer state over, such as data (ZeRO-3, FSDP)."""
-    remat: Literal["none", "contractions", "nothing"] = "none"
-    """What the backward pass keeps: everything, only outputs of convolutions and linear maps, or nothing."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Compute in it; parameters and optimizer stay in float32."""
     x64: bool = False
     """Everything in float64, to compare meshes to the last bit."""
     devices: int | None = None
@@ -73,17 +47,15 @@ class RunFlags:
     keep: int = 3
     """Last checkpoints that are kept."""
     best: str = ""
-    """Keep the best checkpoint, too: by loss (the lowest) or by another metric of the training rows, such as
-    accuracy (the highest), as it was in the step that was saved."""
+    """Keep the best checkpoint, too: by loss (the lowest) or by another metric (the highest), such as
+    accuracy, of the training rows in the step that was saved; or, with --validate-every, by validation_loss,
+    validation_accuracy and so on, saved whenever an evaluation is the best so far."""
     resume: str = "never"
     """never; auto: go on from the newest whole checkpoint in --out, if there is one, on this or another mesh;
     or a PATH: go on in --out from a checkpoint elsewhere, PATH being a run's folder or one checkpoint's."""
     watchdog: float = 600.0
     """Seconds without a step, after which the run shows where it hangs and ends with status 76, to be run
     again; five times as many for the start, compilations and the evaluation; 0 for no limit."""
-    on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """When a loss or a gradient is not finite: stop, skip the update, or roll back to the last checkpoint and
-    go on behind that batch."""
     spike: float | None = None
     """A loss above this many times the median of the last 32 steps counts as not finite."""
     profile: str = ""
@@ -108,7 +80,10 @@ Flags = TypeVar("Flags", bound=RunFlags)
 
 
 def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
-    """Refuses a value of a flag that is none of the possible ones.
+    """Refuses a value of a flag that is not one of the possible ones.
+
+    Raises:
+        UserError: if it is not.
 
     Example:
         >>> one_of("model", "resnet19", ["resnet8", "resnet18"], "no such model")
@@ -120,7 +95,10 @@ def one_of(flag: str, value: str, possible: Sequence[str], what: str) -> None:
 
 
 def at_least_1(flag: str, *values: int) -> None:
-    """Refuses a flag's values below 1.
+    """Refuses values of a flag below 1.
+
+    Raises:
+        UserError: if there is one.
 
     Example:
         >>> at_least_1("features", 8, 0)
@@ -132,12 +110,13 @@ def at_least_1(flag: str, *values: int) -> None:
 
 
 def check(flags: RunFlags) -> None:
-    """Refuses flags that no data and no mesh could make right."""
+    """Refuses flags that are wrong whatever the data and the devices.
+
+    Raises:
+        UserError: if a flag is out of range, or if two flags contradict each other.
+    """
     one_of("optimizer", flags.optimizer, OPTIMIZERS, "none")
-    for name in ("steps", "batch_size", "accumulate", "keep"):
-        at_least_1(name.replace("_", "-"), value := getattr(flags, name))
-        if value > MOST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {MOST} or less")
+    check_counts(flags)
     if not 0 <= flags.seed < 2**63:
         raise UserError(f"--seed {flags.seed}: use a number from 0 to {2**63 - 1}")
     if not 0 < flags.lr < float("inf"):
@@ -147,9 +126,18 @@ def check(flags: RunFlags) -> None:
     refuse_endless("--start-limit", flags.start_limit)
     if flags.x64 and flags.dtype != "float32":
         raise UserError(f"--x64 computes in float64, --dtype {flags.dtype} does not; give one of them")
-    if flags.checkpoint_every is not None:
-        at_least_1("checkpoint-every", flags.checkpoint_every)
     if flags.resume != "never" and flags.compare:
         raise UserError("--compare repeats a run from its first step; leave out --resume or --compare")
     if flags.parameters and flags.parameters not in parse(flags.mesh):
         raise UserError(f"--parameters {flags.parameters}: --mesh {flags.mesh} has no such axis")
+
+
+def check_counts(flags: RunFlags) -> None:
+    """Refuses numbers of steps, examples and checkpoints below 1, or larger than a run can count."""
+    for name in ("steps", "batch_size", "accumulate", "keep"):
+        at_least_1(name.replace("_", "-"), value := getattr(flags, name))
+        if value > LARGEST_COUNT:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {LARGEST_COUNT} or less")
+    for name in ("checkpoint_every", "validate_every"):
+        if (value := getattr(flags, name)) is not None:
+            at_least_1(name.replace("_", "-"), value)

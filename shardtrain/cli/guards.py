@@ -1,4 +1,4 @@
-"""What a recipe's flags say of guards, and what guards have to say of a run at its end."""
+"""Guards of recipes: their flags, their rows in the closing table, and their log lines."""
 
 import logging
 import math
@@ -11,18 +11,18 @@ from typing import Any, TextIO
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.guard import Guard
-from shardtrain.guard.watch import PATIENCE
+from shardtrain.guard.watch import SLOW_PHASE_FACTOR
 
 
 def guard(flags: Any, out: Path) -> Guard:
-    """The guard of a run in the folder `out`.
+    """Returns the guard of a run.
 
     Args:
-        flags: of a recipe, `RunFlags`.
-        out: the run's folder.
+        flags: flags of a recipe, a `RunFlags`.
+        out: folder of the run.
 
     Raises:
-        UserError: flags that cannot be right.
+        UserError: if a flag is out of range.
     """
     watchdog, spike = flags.watchdog, flags.spike
     if not 0 <= watchdog < float("inf"):
@@ -34,15 +34,19 @@ def guard(flags: Any, out: Path) -> Guard:
 
 
 def patience(flags: Any) -> float:
-    """Seconds that the processes of a run wait for each other where one may be compiling."""
-    return PATIENCE * flags.watchdog or math.inf
+    """Returns how many seconds the processes of a run wait for each other while one may be compiling."""
+    return SLOW_PHASE_FACTOR * flags.watchdog or math.inf
 
 
 def steps_of(text: str, steps: int) -> range:
-    """Reads `"10:20"`, steps 10 to 20.
+    """Returns the steps of a text such as `"10:20"`: steps 10 to 20.
+
+    Args:
+        text: first and last step.
+        steps: number of steps of the run.
 
     Raises:
-        UserError: what is no such range, or begins behind the last step.
+        UserError: if the text is no such range, or if it begins after the last step.
 
     Example:
         >>> steps_of("10:20", steps=100)
@@ -57,11 +61,11 @@ def steps_of(text: str, steps: int) -> range:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:
-    """Rows of the closing table: where the time went, memory, what was left out.
+    """Returns rows of the closing table: where the time went, peak memory, and bad steps.
 
     Args:
-        rows: of `metrics.jsonl`.
-        out: the run's folder.
+        rows: the rows of `metrics.jsonl`.
+        out: folder of the run.
     """
     seconds = {
         key: sum(row.get(f"{key}_seconds", 0.0) for row in rows) for key in ("compute", "data", "checkpoint")
@@ -80,7 +84,7 @@ def summary(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, str]:
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is now: a progress bar takes its place for a while."""
+    """Writes to the current `sys.stderr`, which a progress bar replaces for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -88,7 +92,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr() -> None:
-    """Sends our log lines to stderr, each with the time and the rank."""
+    """Writes the package's log to stderr, each line with the time and the rank."""
 
     class Rank(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -103,9 +107,10 @@ def log_to_stderr() -> None:
 
 
 def hush_late_failures() -> None:
-    """Keeps quiet of what tensorstore tells Orbax after Orbax has failed, and asyncio that nobody asks.
+    """Suppresses errors that tensorstore and asyncio report after a save has already failed.
 
-    Each of the files that a full disk refused is one more, and its traceback would hide our sentence.
+    With a full disk there is one for each file, and their tracebacks would hide the message of the
+    `UserError`.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook

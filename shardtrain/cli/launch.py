@@ -1,4 +1,4 @@
-"""`shardtrain launch`: a command in the processes of a job, here or on a cluster."""
+"""`shardtrain launch`: runs a command in the processes of a job, here or on a cluster."""
 
 import sys
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from shardtrain.launch.local import run_local
 class Local:
     """Runs a command in real processes on this machine: `shardtrain launch local -n 4 -- python train.py`.
 
-    Each line of output carries the number of its process. When one fails, the others are ended, and its last
-    words and exit status are the command's. SIGTERM and Ctrl-C are passed on.
+    Each line of output begins with the number of its process. When one fails, the others are ended, its last
+    lines are shown, and its exit status is that of the command. SIGTERM and Ctrl-C are passed on.
 
     With --restarts the command starts again when a process fails (76: a hang, a lost process), and its recipe
     goes on from its last checkpoint. Exit status 75 ("I was told to stop") is not counted, 2 (flags refused)
@@ -26,20 +26,20 @@ class Local:
     """
 
     processes: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 2
-    """How many."""
+    """Number of processes."""
     devices: int | None = None
-    """Simulated CPU devices of each process."""
+    """Number of simulated CPU devices of each process."""
     restarts: int = 0
-    """Attempts after the first one that failed."""
+    """How often the command is started again after a failure."""
     elastic: bool = False
-    """A restart leaves out as many processes as SIGKILL ended just before (lost hardware, out of memory), and
-    has back those lost earlier; one less again where the command refuses the number (status 2 before training
-    begins). For meshes with a size of -1."""
+    """A restart leaves out as many processes as SIGKILL ended in the attempt before (lost hardware, out of
+    memory); those lost earlier take part again. If the command refuses the number (status 2 before training
+    begins), it is reduced by one. For meshes with a size of -1."""
     grace: float = 30.0
     """Seconds that processes have to save and end after SIGTERM (to end after Ctrl-C), before SIGKILL."""
 
     def run(self, command: Sequence[str]) -> None:
-        """Runs the command, and ends with its status."""
+        """Runs the command, and exits with its status."""
         sys.exit(
             run_local(
                 command,
@@ -99,7 +99,7 @@ class Slurm:
             restarts=self.restarts,
             output=self.log,
         )
-        put(self.out, slurm.script(job, list(command)))
+        write_or_print(self.out, slurm.script(job, list(command)))
         if self.submit:
             print(slurm.submit(self.out))
 
@@ -146,14 +146,14 @@ class Kubernetes:
             restarts=self.restarts,
             grace=self.grace,
         )
-        put(self.out, kubernetes.manifest(job, list(command)))
+        write_or_print(self.out, kubernetes.manifest(job, list(command)))
 
 
-def put(path: Path, text: str) -> None:
-    """Writes a job file, or prints it.
+def write_or_print(path: Path, text: str) -> None:
+    """Writes a job file, or prints it if the path is `-`.
 
     Raises:
-        UserError: a path that cannot be written.
+        UserError: if the path cannot be written.
     """
     if str(path) == "-":
         print(text, end="")

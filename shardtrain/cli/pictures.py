@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a display."""
+"""Draws pictures of a run, without a display."""
 
 import os
 from collections.abc import Iterator
@@ -11,21 +11,23 @@ import numpy as np
 
 @contextmanager
 def picture(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """A figure with a grid of axes, written to `path` as a PNG, whole or not at all, when the block ends.
+    """Provides a figure with a grid of axes, and writes it to a PNG file when the context ends.
+
+    The file is replaced only when the new one is complete.
 
     Args:
-        path: of the file.
-        rows, columns: of the grid.
+        path: path of the file.
+        rows, columns: size of the grid.
         size: width and height in inches.
 
     Returns:
-        The figure and its axes, an array (rows, columns).
+        The figure, and its axes as an array (rows, columns).
 
     Example:
-        >>> with picture(Path("loss.png"), 1, 2, (8, 3)) as (figure, axes):
-        ...     axes[0, 0].plot([3, 2, 1])
+        >>> with picture(tmp / "loss.png", 1, 2, (8, 3)) as (figure, axes):
+        ...     _ = axes[0, 0].plot([3, 2, 1])
     """
-    from matplotlib.figure import Figure  # takes a second to import, and only pictures need it
+    from matplotlib.figure import Figure  # importing it takes a second, and only pictures need it
 
     figure = Figure(figsize=size, layout="constrained")
     axes = np.asarray(figure.subplots(rows, columns, squeeze=False))

@@ -1,4 +1,4 @@
-"""`shardtrain pipeline show`: a schedule in the terminal, as a table in a file, and as a picture."""
+"""`shardtrain pipeline show`: draws a schedule in the terminal, and writes it as CSV or as a picture."""
 
 import math
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from shardtrain.pipeline.schedules.schedule import is_file, validate
 from shardtrain.pipeline.schedules.show import Bar, bars, legend, timeline, title
 
 LONGEST = 10_000
-"""Actions beyond which a timeline is no longer looked at."""
+"""The most actions of a timeline that is drawn."""
 
 PANEL = 64
-"""Columns of a picture's panel."""
+"""The columns of a panel of a picture."""
 
 
 @dataclass(frozen=True)
 class Show:
-    """Draws a schedule, and says how long it takes, how much of that is idle, and what every rank holds."""
+    """Draws a schedule, and says how long it takes, how much of that is idle, and what every rank keeps."""
 
     schedule: str = "1f1b"
     """gpipe, 1f1b, interleaved, zb-h1, zb-v, or a .csv file with a row of actions for each rank."""
@@ -72,14 +72,14 @@ class Show:
 
 
 def read_costs(text: str, schedule: Schedule) -> Costs:
-    """Reads `"1,1,2,1"`: of each stage the time of its `F`, of its `I` and of its `W`.
+    """Returns costs from text such as `"1,1,2,1"`: the time of `F`, `I` and `W` each, for every stage.
 
     Raises:
-        UserError: what is no list of positive numbers, one for each stage.
+        UserError: the text is no list of positive numbers, one for each stage.
     """
     cells = text.split(",")
     try:
-        # As floats first: of 1e99999999 a fraction would write out all digits.
+        # Read as floats first, since the fraction 1e99999999 would have all its digits.
         positive = all(0 < float(n) < math.inf for cell in cells for n in cell.split("/"))
         row = tuple(map(Fraction, cells)) if positive else ()
     except ValueError as error:
@@ -93,13 +93,18 @@ def read_costs(text: str, schedule: Schedule) -> Costs:
 
 
 def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
-    """Writes the timeline to `path` as a PNG, in panels one under the other where it is long.
+    """Writes the timeline of a schedule as a PNG; a long one in panels one below the other.
+
+    Args:
+        schedule: without deadlocks.
+        path: of the file.
+        costs: of its stages, equal by default.
 
     Raises:
-        UserError: a file that cannot be written.
+        UserError: the file cannot be written.
 
     Example:
-        >>> draw(make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))
+        >>> draw(st.pipeline.make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))  # doctest: +SKIP
     """
     if path.is_dir():
         raise UserError(f"--png {path} is a folder; name a file in it")

@@ -1,4 +1,4 @@
-"""Taking up a run: from which checkpoint, and whether the flags are those of the same run."""
+"""Resumes a run: chooses the checkpoint, and compares the flags with those that it was made with."""
 
 import dataclasses
 import json
@@ -15,56 +15,67 @@ from shardtrain.train import Trainer
 
 log = logging.getLogger(__name__)
 
-DECIDE = ("seed", "batch_size", "optimizer", "x64")
-"""Flags of every recipe with another value of which a run is another run."""
+DEFINING_FLAGS = ("seed", "batch_size", "optimizer", "x64")
+"""Flags of every recipe that define a run: with another value it is another run."""
 
-BEND = ("data", "lr", "lr_schedule", "weight_decay", "clip_norm", "accumulate", "microbatches", "dtype")
-"""Flags with another value of which a run goes on, but not as if it had never stopped."""
+CHANGEABLE_FLAGS = (
+    "data",
+    "lr",
+    "lr_schedule",
+    "weight_decay",
+    "clip_norm",
+    "accumulate",
+    "microbatches",
+    "dtype",
+    "validate_every",
+)
+"""Flags that a resumed run may change, but then it differs from a run that was never interrupted."""
 
 
 def as_json(flags: Any) -> dict[str, Any]:
-    """A recipe's flags as a manifest and `result.json` have them."""
+    """Returns a recipe's flags as they are stored in a manifest and in `result.json`."""
     values = {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items()}
     return json.loads(json.dumps(values))
 
 
 def started_again(own: Checkpoints) -> bool:
-    """Whether `launch local`, Slurm or a JobSet has started this job again after it had saved.
+    """Whether this is a restart by `launch local`, Slurm or a JobSet of a job that has saved a checkpoint.
 
-    It goes on from there then, whatever --resume said of its first start. The checkpoints of an earlier job,
-    which lie in --out until this one gets to its first step, are another thing.
+    Such a job continues from that checkpoint, whatever --resume says. Checkpoints of an earlier job, which
+    stay in --out until this job reaches its first step, do not count.
     """
 
-    def is_ours(step: int) -> bool:
+    def is_of_this_job(step: int) -> bool:
         try:
             return own.manifest(step).get("job") == job(os.environ)
-        except UserError:  # a damaged one, of whatever job
+        except UserError:  # it is damaged
             return False
 
-    return restarts(os.environ) > 0 and any(is_ours(step) for step in reversed(own.steps()))
+    return restarts(os.environ) > 0 and any(is_of_this_job(step) for step in reversed(own.steps()))
 
 
 def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | None:
-    """The checkpoints that `--resume` names, and the one of them where it names one.
+    """Returns the checkpoints that `--resume` names, and the step if it names one checkpoint.
 
     Args:
-        resume: "never", "auto", a run's folder, its checkpoints' folder, or the folder of one checkpoint.
-        own: those of `--out`, which "auto" takes if there are any.
+        resume: `"never"`, `"auto"`, or the path of a run's folder, of its `checkpoints` folder, or of one
+            checkpoint.
+        own: the checkpoints in `--out`, which `"auto"` uses if there are any.
 
     Returns:
-        None for a run that starts anew.
+        Checkpoints and step; None for a run that starts from scratch.
 
     Raises:
-        UserError: a path where there is none, or that of `--out` itself.
+        UserError: if there is no checkpoint at the path, or if it is in `--out` itself.
     """
     if resume == "never":
         return None
     if resume == "auto":
         return (own, None) if own.steps() else None
     place, step = Path(resume).expanduser().absolute(), None
-    if os.path.isdir(place / "checkpoints"):  # False, too, where the path is longer than paths can be
+    if os.path.isdir(place / "checkpoints"):  # also False if the path is longer than paths can be
         place = place / "checkpoints"
-    elif place.name.isdecimal():  # a run's folder may have a number for its name, too
+    elif place.name.isdecimal():  # the folder of a run may also be a number, which comes first
         place, step = place.parent, int(place.name)
     if os.path.realpath(place) == os.path.realpath(own.folder):
         raise UserError(
@@ -80,41 +91,43 @@ def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | No
 
 
 def compare(flags: Any, common: type, manifest: Mapping[str, Any], where: Path) -> None:
-    """Refuses to take up another run than the flags ask for, and says what bends this one.
+    """Compares the flags with those of the run to be resumed.
+
+    Flags that define a run must be equal. Other flags that affect the numbers are named in a warning.
 
     Args:
-        flags: of a recipe; those of its own decide what a run is, unless they are in its `free`.
+        flags: flags of a recipe. Those that only this recipe has define a run, unless they are in its `free`.
         common: the class of the flags that every recipe has.
-        manifest: of the checkpoint.
-        where: it is.
+        manifest: manifest of the checkpoint.
+        where: folder of the checkpoint.
 
     Raises:
-        UserError: flags that say another seed, batch size or model; names them.
+        UserError: if a flag that defines the run differs, such as seed, batch size or model; names the flags.
     """
     here, there = as_json(flags), manifest.get("flags")
     if there is None:
         log.warning("the checkpoint in %s was not made by a recipe: its flags are not compared", where)
         return
     shared = {field.name for field in dataclasses.fields(common)}
-    own = [name for name in here if name not in shared and name not in flags.free]
+    of_recipe = [name for name in here if name not in shared and name not in flags.free]
     differ = {name for name in here if name in there and here[name] != there[name]}
-    if wrong := [name for name in (*DECIDE, *own) if name in differ]:
+    if wrong := [name for name in (*DEFINING_FLAGS, *of_recipe) if name in differ]:
         raise UserError(
-            f"--resume: the run in {where} was made with {_said(there, wrong)}, not {_said(here, wrong)}; "
-            f"give the flags that it was made with, or --resume never"
+            f"--resume: the run in {where} was made with {_as_flags(there, wrong)}, not "
+            f"{_as_flags(here, wrong)}; give the flags that it was made with, or --resume never"
         )
-    if "microbatches" in differ:  # by which the pipeline's recipe says how often it accumulates
+    if "microbatches" in differ:  # in the pipeline's recipe it also sets accumulate
         differ -= {"accumulate"}
-    bent = [name for name in BEND if name in differ]
+    changed = [name for name in CHANGEABLE_FLAGS if name in differ]
     if "steps" in differ and here.get("lr_schedule") == "cosine":
-        bent.append("steps")  # the cosine's length
-    if bent:
+        changed.append("steps")  # the length of the cosine
+    if changed:
         log.warning(
             "RESUMED WITH OTHER FLAGS: %s, where the run in %s had %s; it goes on, but not as if it had "
             "never stopped",
-            _said(here, bent),
+            _as_flags(here, changed),
             where,
-            _said(there, bent),
+            _as_flags(there, changed),
         )
 
 
@@ -124,17 +137,18 @@ def take_up(
     """Restores a run.
 
     Args:
-        trainer: of the same run.
-        checkpoints, step: what `source` returned.
-        flags: of a recipe.
-        goes_on: the run stays in its folder, and may have all its steps done: it is evaluated then.
+        trainer: a trainer for the same run.
+        checkpoints, step: the result of `source`.
+        flags: flags of a recipe.
+        goes_on: whether the run stays in its folder. It may then have done all its steps, and is only
+            evaluated.
 
     Returns:
-        The batch that it goes on with.
+        The number of the batch to continue with.
 
     Raises:
-        UserError: no whole checkpoint, one of more steps than are asked for, or one that stands between two
-            batches of `--batch-size`.
+        UserError: if no checkpoint is undamaged, if the run has done more steps than the flags ask for, or if
+            it stopped within a batch of `--batch-size`.
     """
     done = trainer.restore(checkpoints, step)
     if done > flags.steps or (done == flags.steps and not goes_on):
@@ -151,7 +165,9 @@ def take_up(
     return batch
 
 
-def _said(values: Mapping[str, Any], names: list[str]) -> str:
+def _as_flags(values: Mapping[str, Any], names: list[str]) -> str:
+    """Returns values as they are given on the command line."""
+
     def one(name: str) -> str:
         value, flag = values[name], f"--{name.replace('_', '-')}"
         if isinstance(value, bool):

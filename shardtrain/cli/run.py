@@ -1,119 +1,58 @@
-"""What all recipes have in common: the optimizer, and the way from the first step to the files."""
+"""The run of a recipe: from its flags to the files in its folder and the tables in the terminal."""
 
-import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
-from shardtrain import compat
+from shardtrain import data
 from shardtrain.checkpoint import Checkpoints
 from shardtrain.cli import guards, resume
 from shardtrain.cli.flags import Flags, RunFlags, check, one_of
 from shardtrain.cli.start import (
     check_out,
-    held,
+    lock_folder,
     open_run,
     refuse_no_devices,
     refuse_other_folders,
     start_jax,
 )
 from shardtrain.errors import UserError
+from shardtrain.experiments import Experiment, Report, Result, Task
+from shardtrain.experiments.curves import plot_curves
 from shardtrain.guard import Guard
 from shardtrain.guard.processes import meet
 from shardtrain.launch import Limits, connect, job, restarts
-from shardtrain.mesh import make_mesh, size
-from shardtrain.nn import LayoutTable
-from shardtrain.plan import census
-from shardtrain.train import Trainer, losses
-from shardtrain.train.report import Recorder, plot_curves, read_rows, write_whole, writing
-from shardtrain.train.step import PerExample
+from shardtrain.mesh import make_mesh
+from shardtrain.train import Trainer
+from shardtrain.train.callbacks import BestCheckpoint, JsonLines, TensorBoard
+from shardtrain.train.callbacks.files import read_rows, write_whole, writing
 from shardtrain.versions import revision
 
-OF_STAGES = ("schedule", "stages", "in_flight", "overlap")
-"""Arguments of `Trainer` that the same run on one device does without."""
-
-
-@runtime_checkable  # a recipe may be imported where types are checked at run time
-class Batches(Protocol):
-    """The training batches from step `start` on: those `rows` of each that this process holds."""
-
-    def __call__(self, *, start: int, rows: range) -> Iterator[tuple[Any, Any]]: ...
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a recipe has to say of its run besides what every run says.
-
-    Attributes:
-        result: more entries of `result.json`.
-        rows: more rows of the closing table, name and value.
-        tables: more tables to print.
-    """
-
-    result: Mapping[str, Any] = field(default_factory=dict)
-    rows: Mapping[str, str] = field(default_factory=dict)
-    tables: Sequence[Table] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a recipe trains, and on what.
-
-    Attributes:
-        name: of the model, `"resnet8"`.
-        make: makes the network.
-        train: the training batches.
-        test: the test batches, those rows of each that this process holds.
-        loss, metrics: as `Trainer` takes them.
-        score: the metric that the run is judged by.
-        layout: what is cut otherwise than by default, as `Trainer` takes it.
-        trainer: more arguments of `Trainer`.
-        report: called after the evaluation with the trainer and the run's folder, for pictures and numbers
-            of the recipe's own.
-    """
-
-    name: str
-    make: Callable[[], nnx.Module]
-    train: Batches
-    test: Callable[[range], Iterable[tuple[Any, Any]]]
-    loss: PerExample = losses.cross_entropy
-    metrics: Mapping[str, PerExample] | None = None
-    score: str = "accuracy"
-    layout: LayoutTable | None = None
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
-
-    @cached_property
-    def model(self) -> nnx.Module:
-        """The network, its initial values made by one program, which is compiled in haste as it runs once."""
-        kept = []
-
-        def values() -> nnx.State:
-            graph, state = nnx.split(self.make())
-            kept.append(graph)
-            return state
-
-        state = jax.jit(values, compiler_options=compat.in_haste())()
-        return nnx.merge(kept[0], state)
+Validation = Callable[[range], Iterable[tuple[Any, Any]]] | None
 
 
 def kinds(flags: RunFlags) -> dict[str, Any]:
     """The arguments that every model takes: `param_dtype` and `rngs`."""
     return {"param_dtype": jnp.float64 if flags.x64 else jnp.float32, "rngs": nnx.Rngs(flags.seed)}
+
+
+def with_validation(flags: RunFlags, arrays: data.Arrays) -> tuple[data.Arrays, Validation]:
+    """The images to train on, and the batches to validate with where --validate-every asks for them."""
+    if flags.validate_every is None:
+        return arrays, None
+    train, held_out = data.hold_out(arrays, seed=flags.seed)
+    return train, lambda rows: data.eval_batches(held_out, flags.batch_size, rows=rows)
 
 
 def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
@@ -139,65 +78,71 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     refuse_no_devices()
     mesh, out = make_mesh(flags.mesh), check_out(flags.out)
     refuse_other_folders(out, flags.start_limit)
-    first_process = jax.process_index() == 0  # it alone prints and writes; of checkpoints each its shards
+    first_process = jax.process_index() == 0  # it alone prints and writes; all write checkpoints
+    own = own_checkpoints(flags, out)
+    source = resume_from(flags, own)
+    task = make_task(flags)
+    if flags.validate_every is not None and task.validation is None:
+        raise UserError("--validate-every: this recipe has no validation examples; leave it out")
+    if flags.best:
+        one_of("best", flags.best, ["loss", *task.measured(), *validated(flags, task)], "no such metric")
+    experiment = Experiment(task, flags, mesh)
+    goes_on = source is not None and source[0] is own
+    if source is not None:
+        experiment.start = resume.take_up(experiment.trainer, *source, flags, goes_on=goes_on)
+    experiment.prepare()
+    meet("all have looked at the folder", guards.patience(flags))
+    if first_process:
+        with writing(out):
+            folder.enter_context(lock_folder(out, flags.start_limit if restarts(os.environ) else 0.0))
+            open_run(out, resume=goes_on)
+    meet("the folder is open", guards.patience(flags))
+    done = int(experiment.trainer.state.step)
+    if source is not None and first_process:
+        Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
+    files = [JsonLines(out / "metrics.jsonl"), TensorBoard(out / "tensorboard")] if first_process else []
+    best = [BestCheckpoint()] if flags.best in validated(flags, task) else []
+    with own:
+        result = experiment.run(callbacks=[*best, *files], checkpoints=own, guard=guard, progress=True)
+    # The other processes help to compute, and their files go.
+    with writing(out), tempfile.TemporaryDirectory() as aside:
+        report = task.report(result.trainer, out if first_process else Path(aside))
+        if first_process:
+            conclude(flags, task, result, own, report)
+    meet("the first process is done", guards.patience(flags))
+
+
+def own_checkpoints(flags: RunFlags, out: Path) -> Checkpoints:
+    """The checkpoints that a run writes to its folder."""
     said = {"flags": resume.as_json(flags), "git": revision(), "job": job(os.environ)}
-    own = Checkpoints(
+    return Checkpoints(
         out / "checkpoints",
         every=flags.checkpoint_every,
         keep=flags.keep,
         best=flags.best or None,
-        mode="min" if flags.best == "loss" else "max",
+        mode="min" if flags.best.endswith("loss") else "max",
         manifest=said,
     )
+
+
+def resume_from(flags: RunFlags, own: Checkpoints) -> tuple[Checkpoints, int | None] | None:
+    """The checkpoint that a run is taken up from, which must be of the same run; None for a new run."""
     source = (own, None) if resume.started_again(own) else resume.source(flags.resume, own)
     if source is not None:
         checkpoints, step = source
         known = checkpoints.newest()[1] if step is None else checkpoints.manifest(step)
         resume.compare(flags, RunFlags, known, checkpoints.folder)
-    task = make_task(flags)
-    if flags.best:
-        one_of("best", flags.best, ["loss", *measured(task)], "no such metric")
-    trainer = make_trainer(flags, task, mesh)
-    goes_on = source is not None and source[0] is own
-    start = resume.take_up(trainer, *source, flags, goes_on=goes_on) if source is not None else 0
-    rows_here = trainer.rows(flags.batch_size)
-    feed = task.train(start=start, rows=rows_here)
-    first = next(feed)
-    trainer.compiled_step(trainer.place(*first))  # whatever does not fit is refused before a file is written
-    meet("all have looked at the folder", guards.patience(flags))
-    if first_process:
-        with writing(out):
-            folder.enter_context(held(out, flags.start_limit if restarts(os.environ) else 0.0))
-            open_run(out, resume=goes_on)
-    meet("the folder is open", guards.patience(flags))
-    done = int(trainer.state.step)
-    if source is not None and first_process:
-        Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
-    with Recorder(out, done if goes_on else 0) if first_process else nullcontext() as recorder, own:
-        trainer.fit(
-            itertools.chain([first], feed),
-            steps=flags.steps,
-            observers=[recorder] if recorder else [],
-            checkpoints=own,
-            guard=guard,
-        )
-    test = trainer.evaluate(task.test(rows_here))
-    # The other processes help to compute, and their files go.
-    with writing(out), tempfile.TemporaryDirectory() as aside:
-        report = task.report(trainer, out if first_process else Path(aside))
-        if first_process:
-            conclude(flags, task, trainer, own, test, report)
-    meet("the first process is done", guards.patience(flags))
+    return source
 
 
-def conclude(
-    flags: RunFlags,
-    task: Task,
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    test: Mapping[str, float],
-    report: Report,
-) -> None:
+def validated(flags: RunFlags, task: Task) -> list[str]:
+    """Names of the metrics of the evaluations on validation examples that the flags ask for."""
+    if flags.validate_every is None:
+        return []
+    return [f"validation_{name}" for name in ("loss", *task.measured())]
+
+
+def conclude(flags: RunFlags, task: Task, run: Result, checkpoints: Checkpoints, report: Report) -> None:
     """Writes the files of a run that has ended, and prints its tables."""
     out, best = checkpoints.folder.parent, checkpoints.best()
     rows = read_rows(out / "metrics.jsonl")
@@ -206,25 +151,26 @@ def conclude(
             f"{out / 'metrics.jsonl'} is not there any more, so there is nothing to tell of the run, which "
             f"has all its steps; ask for more --steps, or name another --out"
         )
-    speeds = sorted(row["images_per_second"] for row in rows)
+    speed = f"{task.unit}_per_second"
+    speeds = sorted(row[speed] for row in rows)
     result = {
-        "mesh": dict(trainer.mesh.shape),
+        "mesh": dict(run.trainer.mesh.shape),
         "processes": jax.process_count(),
         "model": task.name,
         "data": flags.data,
         "steps": flags.steps,
         "losses": [row["loss"] for row in rows],
         "final_loss": rows[-1]["loss"],
-        f"test_{task.score}": test[task.score],
-        "images_per_second": speeds[len(speeds) // 2],
-        "census": census.summary(census.census(trainer.compiled_text(), trainer.mesh)),
+        f"test_{task.score}": run.test[task.score],
+        speed: speeds[len(speeds) // 2],
+        "census": run.census,
         **({} if best is None else {"best_checkpoint": best}),
         **report.result,
         "flags": resume.as_json(flags),
     }
     title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
     write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
-    plot_curves(rows, out / "curve.png", title)
+    plot_curves(rows, out / "curve.png", title, metrics=[task.score])
     console = Console(width=100, markup=False)  # folders may have brackets in their names
     console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
     for table in report.tables:
@@ -233,53 +179,9 @@ def conclude(
         console.print(comparison(flags, task, result["losses"]))
 
 
-def measured(task: Task) -> list[str]:
-    """Names of the metrics that the rows of a task have."""
-    if task.metrics is None:
-        return ["accuracy"] if task.loss is losses.cross_entropy else []
-    return list(task.metrics)
-
-
-def make_optimizer(flags: RunFlags) -> optax.GradientTransformation:
-    """The optimizer that --optimizer names, with its schedule."""
-    warmup = max(1, flags.steps // 10)
-    rate: Any = flags.lr
-    if flags.lr_schedule == "cosine":
-        steps = max(flags.steps, warmup + 1)
-        rate = optax.warmup_cosine_decay_schedule(flags.lr / 10, flags.lr, warmup, steps)
-
-    def kernels(params: dict[str, jax.Array]) -> dict[str, bool]:
-        return {name: name.endswith("kernel") for name in params}
-
-    if flags.optimizer == "sgd":
-        return optax.chain(
-            optax.add_decayed_weights(flags.weight_decay, mask=kernels), optax.sgd(rate, momentum=0.9)
-        )
-    if flags.optimizer == "adam":
-        return optax.adam(rate)
-    make = {"adamw": optax.adamw, "lamb": optax.lamb}[flags.optimizer]
-    return make(rate, weight_decay=flags.weight_decay, mask=kernels)
-
-
 def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
-    """The trainer on `mesh`; everything that flags can get wrong is refused here."""
-    staged = size(mesh, "pipe") > 1
-    more = {name: value for name, value in task.trainer.items() if staged or name not in OF_STAGES}
-    return Trainer(
-        task.model,
-        make_optimizer(flags),
-        mesh=mesh,
-        loss=task.loss,
-        metrics=task.metrics,
-        layout=task.layout,
-        parameters=flags.parameters if flags.parameters in mesh.shape else (),
-        accumulate=flags.accumulate,
-        dtype=None if flags.dtype == "float32" else flags.dtype,
-        remat=None if flags.remat == "none" else flags.remat,
-        clip_norm=flags.clip_norm,
-        skip_bad=flags.on_nan == "skip",
-        **more,
-    )
+    """The trainer of a run on another mesh than that of the flags."""
+    return Experiment(task, flags, mesh).trainer
 
 
 def closing_table(
@@ -294,8 +196,8 @@ def closing_table(
     table = Table("", Column(overflow="fold"), show_header=False, title=title)  # a path is shown whole
     table.add_row(f"test {task.score}", f"{100 * result[f'test_{task.score}']:.2f} %")
     table.add_row("last training loss", f"{result['final_loss']:.4f}")
-    speed = result["images_per_second"]
-    table.add_row("images/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
+    speed = result[f"{task.unit}_per_second"]
+    table.add_row(f"{task.unit}/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
     moved = sum(row["bytes"] for row in result["census"])
     table.add_row("sent by each device", f"{moved / 1024:,.0f} KiB a step")
     for name, value in {**summary, **report.rows}.items():

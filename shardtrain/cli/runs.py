@@ -1,4 +1,4 @@
-"""`shardtrain runs`: the runs in a folder in a table, and their curves in one picture."""
+"""`shardtrain runs`: shows the runs in a folder in a table, and their curves in one picture."""
 
 import json
 import math
@@ -19,16 +19,16 @@ from rich.table import Table
 from shardtrain.cli.pictures import picture
 from shardtrain.errors import UserError
 
-INSIDE = ("checkpoints", "tensorboard", "profile")
-"""Folders of a run, in which there are no runs."""
+SUBFOLDERS = ("checkpoints", "tensorboard", "profile")
+"""Folders of a run, in which no other runs are looked for."""
 
-QUIET = 60.0
-"""Seconds without a step, or 5 steps if they are longer, after which a run is not running any more."""
+RUNNING_SECONDS = 60.0
+"""A run whose files did not change for this time, or for 5 steps if they take longer, is not running."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of one run say; what they do not say is None."""
+    """One run, as far as its files describe it; unknown values are None."""
 
     name: str
     model: str | None
@@ -55,7 +55,7 @@ class Runs:
         """Prints the table, and draws the picture if one is asked for.
 
         Raises:
-            UserError: a folder without runs, or a picture that cannot be written.
+            UserError: if there are no runs in the folder, or if the picture cannot be written.
         """
         if rest:
             raise UserError(f"-- {' '.join(rest)}: runs runs no other command; leave it out")
@@ -71,22 +71,23 @@ class Runs:
 
 
 def places(folder: Path) -> Iterator[Path]:
-    """The folders of runs in a folder, itself included; runs that were moved aside are left out."""
+    """Yields the folders of runs in a folder, itself included, without earlier runs that were moved."""
     for place, folders, files in os.walk(folder):
         if {"metrics.jsonl", "result.json"} & set(files):
             yield Path(place)
-        folders[:] = sorted(f for f in folders if f not in INSIDE and not f.startswith((".", "earlier-")))
+        folders[:] = sorted(f for f in folders if f not in SUBFOLDERS and not f.startswith((".", "earlier-")))
 
 
 def read(place: Path, folder: Path) -> Run:
-    """What the files of a run say, as far as they can be read."""
+    """Reads the files of a run, as far as they can be read."""
     rows = [row for row in _lines(place / "metrics.jsonl") if isinstance(row.get("step"), int)]
     events = _lines(place / "events.jsonl")
     result, whole = _json(place / "result.json")
     first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     mesh = result.get("mesh") or first.get("mesh")
     scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
-    speeds = [s for row in rows if (s := _number(row.get("images_per_second"))) is not None]
+    rates = [row[key] for row in rows for key in row if key.endswith("_per_second")]
+    speeds = [speed for rate in rates if (speed := _number(rate)) is not None]
     times = [_time(place / name) for name in ("metrics.jsonl", "events.jsonl", "result.json")]
     steps = rows[-1]["step"] if rows else result.get("steps")
     return Run(
@@ -111,17 +112,17 @@ def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, tim
     if last in ("preempted", "exit"):
         return "stopped"
     slowest = max((_number(row.get("seconds")) or 0.0 for row in rows[-5:]), default=0.0)
-    if time.time() - max(times) < max(QUIET, 5 * slowest):
+    if time.time() - max(times) < max(RUNNING_SECONDS, 5 * slowest):
         return "running"
     return "damaged" if whole is False else "stopped"
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """The runs in a table of at most 100 columns."""
+    """Returns the runs as a table of at most 100 columns."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name, least in (("run", 16), ("model", 7), ("mesh", 12)):
         shown.add_column(name, overflow="fold", min_width=least)
-    for name in ("steps", "loss", "score", "images/s"):
+    for name in ("steps", "loss", "score", "examples/s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for name in ("state", "when"):
         shown.add_column(name, no_wrap=True)
@@ -145,17 +146,20 @@ def compare(runs: Sequence[Run], path: Path) -> None:
     """Draws the curves of the runs side by side: running means of the training loss, and of the accuracy.
 
     Raises:
-        UserError: no run has steps, or the file cannot be written.
+        UserError: if no run has steps, or if the file cannot be written.
     """
     drawn = [run for run in runs if run.rows]
     if not drawn:
         raise UserError(f"--plot {path}: none of the runs has a step to draw")
-    if os.path.isdir(path):  # False, too, where nobody may look
+    if os.path.isdir(path):  # also False without permission to look
         raise UserError(f"--plot {path} is a folder; name a file in it")
     keys = [key for key in ("loss", "accuracy") if any(key in run.rows[0] for run in drawn)]
-    beside = 0.25 * len(drawn)
+    legend_height = 0.25 * len(drawn)
     try:
-        with picture(path, 1, max(1, len(keys)), (5.5 * max(1, len(keys)), 3.6 + beside)) as (figure, axes):
+        with picture(path, 1, max(1, len(keys)), (5.5 * max(1, len(keys)), 3.6 + legend_height)) as (
+            figure,
+            axes,
+        ):
             for key, axis in zip(keys, axes[0], strict=False):
                 _curves(axis, drawn, key)
             handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -163,7 +167,7 @@ def compare(runs: Sequence[Run], path: Path) -> None:
                 handles, labels, loc="outside lower center", fontsize=8, frameon=False, ncols=2
             )
             for name in names.get_texts():
-                name.set_parse_math(False)  # a $ in a folder's name begins no formula
+                name.set_parse_math(False)  # a $ in a folder's name is not the beginning of a formula
     except OSError as error:
         raise UserError(
             f"--plot {path} cannot be written ({error.strerror}); name a file in a folder that exists"
@@ -183,21 +187,23 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
         smooth = np.convolve(values, np.ones(span) / span, "valid")
         middle = steps[(span - 1) // 2 :][: len(smooth)]
         colour = colormaps["tab20"](k % 20) if len(runs) > 10 else colormaps["tab10"](k)
-        name = f"./{run.name}" if run.name.startswith("_") else run.name  # matplotlib would leave it out
+        name = (
+            f"./{run.name}" if run.name.startswith("_") else run.name
+        )  # matplotlib leaves out names that begin with _
         axis.plot(middle, smooth, color=colour, label=name, marker="." if len(smooth) == 1 else None)
         positive = positive and (values > 0).all()
         lowest, highest = min(lowest, smooth.min()), max(highest, values.max())
         starts = max(starts, values[0])
     if key == "loss" and positive:
         axis.set_yscale("log")
-        if highest > 10 * starts:  # one run that diverged is not to flatten all others
+        if highest > 10 * starts:  # a run that diverged must not flatten all others
             axis.set_ylim(lowest / 1.3, 10 * starts)
     axis.set(xlabel="step", ylabel=f"training {key}")
     axis.grid(alpha=0.3)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, those that are damaged left out."""
+    """Returns the rows of a file of JSON lines, without damaged ones."""
     rows = []
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -214,7 +220,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> tuple[dict[str, Any], bool | None]:
-    """The object in a file and whether it is whole; None where there is no file."""
+    """Returns the object in a JSON file, and whether the file is intact; None if there is no file."""
     if not path.exists():
         return {}, None
     try:

@@ -1,4 +1,4 @@
-"""Starting a recipe: simulated devices before jax starts, and one clear sentence when something is wrong."""
+"""Starts a recipe: parses its flags, sets jax up, prepares its folder, and turns errors into one sentence."""
 
 import fcntl
 import itertools
@@ -39,44 +39,51 @@ RUN_FILES = (
     "tensorboard",
     "profile",
 )
-"""What a run leaves in its folder; nothing else is ever moved."""
+"""Files and folders that a run writes into its folder; nothing else is ever moved."""
 
-LOCK = ".run-lock"
-"""A file of a run's folder, locked while the run is in it."""
+LOCK_FILE = ".run-lock"
+"""A file in a run's folder that is locked while a run writes there."""
 
-SEEN = 60.0
-"""Seconds after which a file that another host has written is not going to be seen."""
+VISIBLE_SECONDS = 60.0
+"""A file of another host that is not visible after this time is in another folder."""
 
 MOST_DEVICES = 512
-"""Simulated devices beyond which a CPU only thrashes."""
+"""The largest number of simulated devices; with more a CPU only switches between them."""
 
 
 def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) -> None:
     """Parses the command line into `flags` and runs `recipe`.
 
-    A `UserError` becomes one sentence on stderr and exit status 2 (76 where the processes of a job did not
-    find each other); an interrupt exits with 130.
+    A `UserError` becomes one sentence on stderr and exit status 2, or 76 if the processes of a job do not
+    find each other. An interrupt exits with 130.
+
+    Args:
+        recipe: called with the parsed flags.
+        flags: a dataclass whose fields are the flags.
+        description: text of `--help`.
 
     Example:
-        >>> if __name__ == "__main__":
+        >>> if __name__ == "__main__":  # doctest: +SKIP
         ...     main(train, Flags, __doc__)
     """
     parsed = tyro.cli(flags, description=description)
     log_to_stderr()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax: tracebacks of what we say in a sentence
+    logging.getLogger("absl").setLevel(
+        logging.CRITICAL
+    )  # Orbax logs tracebacks of errors that become one sentence here
     hush_late_failures()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a trace, before there are steps, too
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a trace, and may come before there are steps
     with one_sentence():
         recipe(parsed)
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the process as a command should: a `UserError` on stderr with its status, an interrupt with 130.
+    """Exits with a sentence on stderr after a `UserError`, and with status 130 after an interrupt.
 
     Example:
         >>> with one_sentence():
-        ...     make_mesh("data=3")
+        ...     mesh = st.make_mesh("data=8")
     """
     try:
         yield
@@ -92,16 +99,16 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
     """Sets jax up before its first use.
 
     Args:
-        devices: simulated CPU devices of each process, where there is no accelerator; by default
-            `JAX_NUM_CPU_DEVICES`, or else a share of those that `mesh` names; if it leaves an axis open, 8
-            for one process, 1 for each of several.
-        mesh: as `make_mesh` takes it.
-        x64: compute in float64.
-        processes: of the job.
+        devices: number of simulated CPU devices of each process, if there is no accelerator. By default it is
+            `JAX_NUM_CPU_DEVICES`, or else the share of each process in the devices of the mesh. If an axis of
+            the mesh has the size -1, it is 8 for a single process, and 1 for each of several.
+        mesh: axes and sizes, as for `make_mesh`.
+        x64: whether to compute in float64.
+        processes: number of processes in the job.
 
     Raises:
-        UserError: a number of devices below 1, a mesh that cannot be read, or one whose devices the
-            processes cannot share evenly.
+        UserError: if the number of devices is below 1, if the mesh is malformed, or if the processes cannot
+            share its devices evenly.
     """
     sizes = parse(mesh)
     wanted = 1
@@ -113,7 +120,7 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
     if devices is not None:
         simulated = devices
     elif configured:
-        simulated = int(configured)  # jax itself has refused what is no number
+        simulated = int(configured)  # jax itself refuses a value that is not a number
         if simulated < 1:
             raise UserError(f"JAX_NUM_CPU_DEVICES={configured}: set this variable to 1 or more, or unset it")
     elif -1 in sizes.values():
@@ -132,14 +139,14 @@ def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) 
 
 
 def refuse_no_devices() -> None:
-    """Refuses to go on without devices: `JAX_PLATFORMS` may name a kind that is not here.
+    """Refuses a `JAX_PLATFORMS` of which there are no devices here.
 
     Raises:
-        UserError: says what jax says of it.
+        UserError: if jax finds no devices; quotes jax's message.
     """
     try:
         jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without words, where a plugin is missing
+    except (RuntimeError, AssertionError) as error:  # the latter, without a message, if a plugin is missing
         platforms = os.environ.get("JAX_PLATFORMS")
         if not platforms or not (isinstance(error, AssertionError) or "initialize backend" in str(error)):
             raise
@@ -151,18 +158,18 @@ def refuse_no_devices() -> None:
 
 
 def check_out(folder: Path) -> Path:
-    """Whether a run can be written to `folder`; leaves nothing behind.
+    """Checks that a run can be written to a folder, without leaving anything there.
 
     Returns:
-        The folder, absolute.
+        The folder as an absolute path.
 
     Raises:
-        UserError: a folder that cannot be made or written to, or that holds other files than runs.
+        UserError: if the folder cannot be created or written to, or if it has files that are not of a run.
     """
     folder = folder.expanduser().absolute()
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        probe = nearest / f".write-test-{secrets.token_hex(8)}"  # pods have one number, and all look at once
+        probe = nearest / f".write-test-{secrets.token_hex(8)}"  # random, because pods have equal process ids
         probe.mkdir()
         probe.rmdir()
         names = _run_of(folder)
@@ -179,16 +186,17 @@ def check_out(folder: Path) -> Path:
 
 
 def refuse_other_folders(folder: Path, limit: float) -> None:
-    """Refuses a job whose processes have not one folder; leaves nothing behind.
+    """Refuses a job whose processes do not share the folder of the run.
 
-    Process 0 writes a file there, and all others look for it. To be called by all at once.
+    Process 0 writes a file there, the others look for it, and the file is deleted. All processes must call
+    this at the same point of the program.
 
     Args:
-        folder: of the run, absolute.
-        limit: seconds to look for it, at most a minute: network file systems show each other's files late.
+        folder: absolute path of the run's folder.
+        limit: seconds to look for the file, at most a minute: network file systems show new files late.
 
     Raises:
-        UserError: some do not see it; says which, on which hosts.
+        UserError: if some processes do not see the file; names them and their hosts.
     """
     if jax.process_count() == 1:
         return
@@ -199,12 +207,12 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
             made = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
-        name, end = everyone(probe.name)[0], time.monotonic() + min(limit, SEEN)
+        name, end = everyone(probe.name)[0], time.monotonic() + min(limit, VISIBLE_SECONDS)
         while not (there := (folder / name).exists()) and time.monotonic() < end:
             time.sleep(0.1)
         answers = everyone("sees it" if there else me)
     finally:
-        with suppress(OSError):  # another job may have come into the folder
+        with suppress(OSError):  # another job may have written into the folder
             if first:
                 probe.unlink(missing_ok=True)
             for place in made:
@@ -217,25 +225,26 @@ def refuse_other_folders(folder: Path, limit: float) -> None:
 
 
 @contextmanager
-def held(folder: Path, wait: float) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made where it is not there.
+def lock_folder(folder: Path, wait: float) -> Iterator[None]:
+    """Locks a run's folder against other runs while the context lasts; creates the folder if necessary.
 
-    The lock is the system's and ends with its process, however that ends. Some file systems have no locks.
+    The operating system releases the lock when the process ends, however it ends. On a file system without
+    locks a warning is logged instead.
 
     Args:
-        folder: of the run.
-        wait: seconds to wait for a run that may be on its way out, as before a restart.
+        folder: the run's folder.
+        wait: seconds to wait for another run that is about to end, as before a restart.
 
     Raises:
-        StartError: another run is in it.
+        StartError: if another run writes there.
 
     Example:
-        >>> with held(Path("runs/mine"), wait=0.0):  # doctest: +SKIP
-        ...     open_run(Path("runs/mine"), resume=False)
+        >>> with lock_folder(tmp / "run", wait=0.0):
+        ...     open_run(tmp / "run", resume=False)
     """
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + wait
-    with (folder / LOCK).open("a") as file:
+    with (folder / LOCK_FILE).open("a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,24 +263,29 @@ def held(folder: Path, wait: float) -> Iterator[None]:
 
 
 def open_run(folder: Path, *, resume: bool) -> None:
-    """Makes the folder of a run; an earlier run's files move to `earlier-<time>/` in it unless it goes on."""
+    """Creates the folder of a run; an earlier run's files move to `earlier-<time>/` unless it is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     names = _run_of(folder)
     if names and not resume:
         stem = time.strftime("earlier-%Y%m%d-%H%M%S")
-        kept = next(
-            k for n in itertools.count() if not (k := folder / f"{stem}{f'-{n}' if n else ''}").exists()
+        earlier = next(
+            place
+            for n in itertools.count()
+            if not (place := folder / f"{stem}{f'-{n}' if n else ''}").exists()
         )
-        kept.mkdir()
+        earlier.mkdir()
         for name in names:
-            shutil.move(folder / name, kept / name)
-        print(f"the run that was in {folder} is kept in {kept.name}/", file=sys.stderr)
+            shutil.move(folder / name, earlier / name)
+        print(f"the run that was in {folder} is kept in {earlier.name}/", file=sys.stderr)
 
 
 def _run_of(folder: Path) -> list[str]:
-    """Names of the files of the run in a folder, without earlier runs and what other processes try there.
+    """Returns the names of the files in a run's folder, without earlier runs and the probes of other
+    processes.
 
     NFS keeps a file that is deleted while it is open under a name that begins with `.nfs`.
     """
-    aside = ("earlier-", ".write-test-", ".doctor-", ".nfs", LOCK)
-    return [f.name for f in folder.iterdir() if not f.name.startswith(aside)] if folder.exists() else []
+    not_of_the_run = ("earlier-", ".write-test-", ".doctor-", ".nfs", LOCK_FILE)
+    return (
+        [f.name for f in folder.iterdir() if not f.name.startswith(not_of_the_run)] if folder.exists() else []
+    )

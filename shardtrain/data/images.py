@@ -1,7 +1,7 @@
-"""Labelled images: reading them from disk, and batches that depend on (seed, step) alone.
+"""Labelled images: reads them from disk, and makes batches that depend on the seed and the step alone.
 
-A run that stops at step s goes on with `train_batches(..., start=s)`. No iterator state is saved, and the
-number of processes may change between the two: the global batch of a step is the same for all of them.
+A run that stopped after s steps continues with `train_batches(..., start=s)`. No iterator state is saved. The
+global batch of a step is the same for any number of processes, so that number may change in between.
 """
 
 import gzip
@@ -22,22 +22,27 @@ from shardtrain.errors import UserError
 ImageBatch = tuple[Float32[np.ndarray, "rows height width channel"], Int32[np.ndarray, "rows"]]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package `dataset-fashion-mnist` puts its idx files."""
+"""The folder of the idx files of Debian's package `dataset-fashion-mnist`."""
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
-# The arrays are in memory already: 2 threads and 4 batches are enough to stay ahead of a step.
+# The arrays are in memory, so 2 threads and 4 batches are enough to be ready before the next step.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Images (N, H, W, C), uint8 or float32 in [0, 1], and their labels (N,), int32.
+    """Images and their labels, in memory.
 
-    uint8 stays uint8 in memory, a quarter of the bytes, and is scaled to [0, 1] batch by batch.
+    Images of uint8 stay uint8 in memory, which takes a quarter of the bytes, and are scaled to [0, 1] in each
+    batch.
+
+    Attributes:
+        images: (N, H, W, C), uint8, or float32 in [0, 1].
+        labels: (N,), int32.
 
     Raises:
-        UserError: other dtypes or ranks, or not as many labels as images.
+        UserError: if an array has another dtype or rank, or if there are not as many labels as images.
     """
 
     images: np.ndarray
@@ -56,7 +61,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two sets of images of one shape, with labels 0 to `classes` - 1."""
+    """Images to train on and to test with, all of one shape, with labels from 0 to `classes` - 1."""
 
     name: str
     train: Arrays
@@ -65,22 +70,27 @@ class Dataset:
 
 
 def load(name: str) -> Dataset:
-    """Reads a data set by name, or from a folder.
+    """Reads a data set of labelled images by its name, or from a folder.
+
+    A folder has one of these sets of files, of which the first that is there is read:
+
+    - `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, each with or without `.gz`;
+    - `{train,test}_{images,labels}.npy`;
+    - `train.npz` and `test.npz`, each with the arrays `images` and `labels`.
+
+    Images are (N, H, W) or (N, H, W, C), of uint8 (0 to 255) or floats (0 to 1); labels are (N,) integers
+    from 0.
 
     Args:
-        name: "digits" (8x8, 1437 + 360, comes with scikit-learn), "fashion-mnist" (28x28, 60000 + 10000, a
-            Debian package), or a folder that holds one of
-            `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, each with or without `.gz`;
-            `{train,test}_{images,labels}.npy`;
-            `train.npz` and `test.npz`, each with the arrays `images` and `labels`.
-            Images are (N, H, W) or (N, H, W, C), labels (N,) integers from 0.
+        name: `"digits"` (8x8 pixels, 1437 + 360 images, comes with scikit-learn), `"fashion-mnist"` (28x28,
+            60000 + 10000, a Debian package), or the path of a folder.
 
     Raises:
-        UserError: an unknown name, a folder that does not exist or holds none of these, a damaged file,
-            or arrays that are no labelled images; the message names the file.
+        UserError: if the name is unknown, if the folder does not exist or has none of these files, or if a
+            file is damaged or has other arrays; the message names the file.
 
     Example:
-        >>> data = load("digits")
+        >>> data = st.data.load("digits")
         >>> data.train.images.shape, len(data.test), data.classes
         ((1437, 8, 8, 1), 360, 10)
     """
@@ -105,7 +115,7 @@ def load(name: str) -> Dataset:
 
 
 def _digits() -> Dataset:
-    # A second of import that no other data set needs.
+    # Importing it takes a second, and no other data set needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -124,7 +134,7 @@ def _folder(folder: Path) -> Dataset:
 
 
 def _part(folder: Path, part: str, idx: str, shape: tuple[int, ...] | None = None) -> Arrays:
-    """The training or test set of a folder: the first of idx, npy and npz that has a file there."""
+    """Returns the training or test set of a folder, from the first of idx, npy and npz that is there."""
     choices = (
         (f"{idx}-images-idx3-ubyte", f"{idx}-labels-idx1-ubyte"),
         (f"{part}_images.npy", f"{part}_labels.npy"),
@@ -185,7 +195,7 @@ def _kind(array: np.ndarray) -> str:
 def _read(path: Path, what: str) -> np.ndarray:
     if path.suffix not in (".npy", ".npz"):
         return read_idx(path)
-    # Not np.load, which goes by content: under either name it would take a npy, a zip or a pickle.
+    # np.load goes by content: under either name it would accept a npy, a zip or a pickle.
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
@@ -198,14 +208,20 @@ def _read(path: Path, what: str) -> np.ndarray:
 
 
 def read_idx(path: Path) -> Shaped[np.ndarray, "..."]:
-    """The array of an idx file (the format of MNIST), plain or gzip, in the byte order of this machine.
+    """Returns the array of an idx file (the format of MNIST), plain or gzip, in native byte order.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        UserError: no such file, no idx file, or one that is shorter or longer than its header says.
+        UserError: if there is no such file, if it is not an idx file, or if its length is not what its header
+            says.
 
     Example:
-        >>> read_idx(Path("t10k-labels-idx1-ubyte.gz")).shape  # doctest: +SKIP
-        (10000,)
+        >>> header = bytes([0, 0, 0x08, 1]) + (3).to_bytes(4, "big")  # unsigned bytes, one dimension of 3
+        >>> _ = (tmp / "labels").write_bytes(header + bytes([7, 2, 1]))
+        >>> st.data.read_idx(tmp / "labels")
+        array([7, 2, 1], dtype=uint8)
     """
     data, trouble = _content(path)
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_TYPES or not 1 <= data[3] <= 64:
@@ -226,14 +242,14 @@ def read_idx(path: Path) -> Shaped[np.ndarray, "..."]:
 
 
 def _content(path: Path) -> tuple[bytearray, str]:
-    """The bytes of a plain or gzip file as far as they can be had, and why they end early, if they do."""
+    """Returns the bytes of a plain or gzip file as far as they can be read, and why they end early, if so."""
     data = bytearray()
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             file = gzip.GzipFile(fileobj=raw) if packed else raw
-            # read1, because read would drop what it has when the stream breaks off.
+            # read would drop the bytes it has when the stream ends early; read1 does not.
             while chunk := file.read1(1 << 20):
                 data += chunk
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -246,25 +262,31 @@ def _content(path: Path) -> tuple[bytearray, str]:
 def train_batches(
     arrays: Arrays, batch_size: int, *, seed: int, start: int = 0, rows: range | None = None
 ) -> Iterator[ImageBatch]:
-    """Endless batches, in a new order every epoch; the batch of step s depends on `seed` and s alone.
+    """Returns an endless iterator over training batches, in a new random order in every epoch.
 
-    Step s takes the places s*B to (s+1)*B-1 of the epochs laid end to end, so a batch may end one epoch
-    and begin the next, and no example is left out.
+    The batch of step s depends on `seed` and s alone. With the epochs concatenated, step s takes the examples
+    from s * batch_size to (s + 1) * batch_size - 1. A batch may thus contain the end of one epoch and the
+    beginning of the next, and no example is left out.
 
     Args:
-        batch_size: of the global batch, over all processes.
-        start: the step to begin at, the number of steps a resumed run has behind it.
-        rows: the rows of the global batch that this process needs, `range(g*k, (g+1)*k)` with a k that
-            divides `batch_size`; all by default. Other rows are not read.
+        arrays: the training set.
+        batch_size: number of examples of the global batch, over all processes.
+        seed: seed of the order.
+        start: number of the first step; for a resumed run, the number of steps it has done.
+        rows: the rows of the global batch that this process needs, such as `trainer.rows(batch_size)`. They
+            are `range(g * k, (g + 1) * k)` with a k that divides `batch_size`; by default all. Other rows are
+            not read.
 
     Returns:
-        An iterator over images (k, H, W, C), float32, uint8 scaled to [0, 1], and labels (k,), int32.
+        An iterator over pairs: images (k, H, W, C), float32 in [0, 1], and labels (k,), int32.
 
     Raises:
-        UserError: more rows a batch than examples, other `rows`, a negative `seed` or `start`.
+        UserError: if a batch has more rows than there are examples, if `rows` is no such share, or if `seed`
+            or `start` is negative.
 
     Example:
-        >>> images, labels = next(train_batches(load("digits").train, 64, seed=0, start=100))
+        >>> digits = st.data.load("digits")
+        >>> images, labels = next(st.data.train_batches(digits.train, 64, seed=0, start=100))
         >>> images.shape, labels.shape
         ((64, 8, 8, 1), (64,))
     """
@@ -274,30 +296,32 @@ def train_batches(
         raise UserError(f"a batch of {batch_size} is more than the {have} examples; use {have} or less")
     check_position(seed, start)
     size, shares = len(rows), batch_size // len(rows)
-    # Indices go through Grain and examples do not: one gather a batch, instead of a copy and a stack each.
+    # Only indices go through Grain: one gather a batch is quicker than a copy of each example and a stack.
     order = grain.MapDataset.range(have).seed(seed).shuffle().repeat()
-    # drop_remainder: Grain rounds the length of an endless set up to 2**63, one too many, otherwise.
+    # Without drop_remainder Grain rounds the length of an endless set up to 2**63, which is one too many.
     pieces = order.batch(size, drop_remainder=True, batch_fn=np.array)
     mine = pieces[start * shares + rows.start // size :: shares]
     return iter(mine.map(lambda indices: _gather(arrays, indices)).to_iter_dataset(READ))
 
 
 def eval_batches(arrays: Arrays, batch_size: int, *, rows: range | None = None) -> Iterator[ImageBatch]:
-    """Every example once, in order; the last batch has what is left.
+    """Returns an iterator over all examples once, in order; the last batch has the remaining ones.
 
     Args:
-        batch_size: of the global batch; it may be larger than the set.
-        rows: as in `train_batches`. Of a last batch that is too short a process gets the rows that exist,
-            none at all perhaps: every process sees the same number of batches.
+        arrays: the test set.
+        batch_size: number of examples of the global batch; it may be larger than the set.
+        rows: as for `train_batches`. If the last batch is shorter, a process gets those of its rows that
+            exist, which may be none: every process gets the same number of batches.
 
     Returns:
         An iterator over images and labels as from `train_batches`.
 
     Raises:
-        UserError: a batch size below 1, or `rows` that are no share of it.
+        UserError: if the batch size is below 1, or if `rows` is no share of it.
 
     Example:
-        >>> [len(labels) for _, labels in eval_batches(load("digits").test, 100)]
+        >>> digits = st.data.load("digits")
+        >>> [len(labels) for _, labels in st.data.eval_batches(digits.test, 100)]
         [100, 100, 100, 60]
     """
     rows = share(batch_size, rows)
@@ -310,17 +334,47 @@ def eval_batches(arrays: Arrays, batch_size: int, *, rows: range | None = None) 
     return iter(begins.map(batch).to_iter_dataset(READ))
 
 
+def hold_out(arrays: Arrays, *, seed: int, share: float = 0.1) -> tuple[Arrays, Arrays]:
+    """Cuts a set of images in two: to train on, and to validate with.
+
+    Args:
+        arrays: the whole set.
+        seed: which examples are held out depends on it and on the size of the set alone.
+        share: of the examples that are held out; at least one is, and one stays.
+
+    Returns:
+        The examples to train on, and those held out, each in their old order.
+
+    Raises:
+        UserError: a share that is not between 0 and 1, or a set of fewer than two images.
+
+    Example:
+        >>> digits = st.data.load("digits")
+        >>> train, validation = st.data.hold_out(digits.train, seed=0)
+        >>> len(train), len(validation)
+        (1293, 144)
+    """
+    if not 0 < share < 1 or len(arrays) < 2:
+        raise UserError(f"hold_out: a share of {share} of {len(arrays)} images; give a share between 0 and 1")
+    count = min(max(1, round(share * len(arrays))), len(arrays) - 1)
+    held = np.zeros(len(arrays), bool)
+    held[np.random.default_rng(seed).permutation(len(arrays))[:count]] = True
+    return Arrays(arrays.images[~held], arrays.labels[~held]), Arrays(
+        arrays.images[held], arrays.labels[held]
+    )
+
+
 def check_position(seed: int, start: int) -> None:
-    """Refuses a seed or a first step below 0."""
+    """Refuses a negative seed or first step with a `UserError`."""
     if seed < 0 or start < 0:
         raise UserError(f"seed={seed}, start={start}: neither can be negative; use 0 or more")
 
 
 def share(batch_size: int, rows: range | None) -> range:
-    """The rows of a global batch that a process needs: `rows`, all by default.
+    """Returns the rows of a global batch that a process needs: `rows`, or all by default.
 
     Raises:
-        UserError: a batch size below 1, or `rows` that are no share of it.
+        UserError: if the batch size is below 1, or if `rows` is no share of it.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is no size; use 1 or more")
@@ -335,5 +389,5 @@ def share(batch_size: int, rows: range | None) -> range:
 
 
 def _gather(arrays: Arrays, indices: np.ndarray) -> ImageBatch:
-    images = arrays.images[indices]  # a copy, so nobody can write into the data set
+    images = arrays.images[indices]  # a copy, so no caller can change the data set
     return images / np.float32(255) if images.dtype == np.uint8 else images, arrays.labels[indices]

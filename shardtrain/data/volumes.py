@@ -1,7 +1,7 @@
-"""Labelled volumes: reading them, and batches of crops that depend on (seed, step) alone.
+"""Labelled volumes: reads them, and makes batches of crops that depend on the seed and the step alone.
 
-As with images, a run that stops at step s goes on with `train_batches(..., start=s)`, and the number of
-processes may change between the two.
+As with images, a run that stopped after s steps continues with `train_batches(..., start=s)`, and the number
+of processes may change in between.
 """
 
 import importlib.util
@@ -20,18 +20,22 @@ VolumeBatch = tuple[
 ]
 
 MNI152 = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
-"""Where nilearn's wheel keeps the template's volumes: t1, gm (grey matter) and wm (white matter)."""
+"""Path of the template's volumes in nilearn's package: t1, gm (grey matter) and wm (white matter)."""
 
 TEST_SHARE = 0.4
-"""Of a brain's rows, front to back: those before are for the test, those behind for training."""
+"""The share of a brain's rows, from the front, that is for testing; the rest is for training."""
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """Volumes (N, D, H, W, C), float32 in [0, 1], and the label of each voxel (N, D, H, W), int32.
+    """Volumes and the label of each voxel, in memory.
+
+    Attributes:
+        images: (N, D, H, W, C), float32 in [0, 1].
+        labels: (N, D, H, W), int32.
 
     Raises:
-        UserError: other dtypes or ranks, or labels of other extents than the images.
+        UserError: if an array has another dtype or rank, or if labels and images differ in extents.
     """
 
     images: np.ndarray
@@ -54,7 +58,7 @@ class Volumes:
 
 @dataclass(frozen=True)
 class VolumeSet:
-    """Volumes to train on and to test with, and the names of their labels, from 0."""
+    """Volumes to train on and to test with, and the names of the labels 0, 1, 2 and so on."""
 
     name: str
     train: Volumes
@@ -63,25 +67,28 @@ class VolumeSet:
 
 
 def load(name: str, *, voxel: int = 1) -> VolumeSet:
-    """Reads a set of volumes by name.
+    """Reads a set of labelled volumes by its name.
+
+    The one name is `"mni152"`, the ICBM 152 template in nilearn's package: the mean T1 image of 152 brains,
+    and for each voxel of 1 mm the share of these brains that has grey and white matter there. A voxel's label
+    is that of the largest share: 0 other, 1 grey matter, 2 white matter. Depth runs from the neck up, height
+    from front to back, width from left to right.
 
     Args:
-        name: "mni152", the ICBM 152 template in nilearn's wheel: the mean T1 image of 152 brains, and for
-            each voxel of 1 mm the share of them that has grey and white matter there. A voxel's label is
-            the largest share: 0 other, 1 grey matter, 2 white matter. Depth runs from the neck up, height
-            from front to back, width from left to right.
-        voxel: edge of a voxel in mm: image and shares are averaged over cubes of so many voxels.
+        name: `"mni152"`.
+        voxel: edge of a voxel in mm. Image and shares are averaged over cubes of that edge.
 
     Returns:
-        One volume to train on and one to test with. There is one brain, and its left half is the exact
-        mirror image of the right one, so the two are cut apart between front and back: the front 40 % are
-        for the test.
+        One volume to train on and one to test with. They are parts of one brain. Its left half is the exact
+        mirror image of the right one, so the parts are separated between front and back: the front 40 % are
+        for testing.
 
     Raises:
-        UserError: another name, a voxel that is not 1 to 16 mm, no nilearn, or a damaged file of it.
+        UserError: if the name is unknown, if `voxel` is not from 1 to 16, or if nilearn is not installed or
+            one of its files is damaged.
 
     Example:
-        >>> brain = load("mni152", voxel=2)
+        >>> brain = st.data.volumes.load("mni152", voxel=2)
         >>> brain.train.images.shape, brain.test.labels.shape
         ((1, 78, 55, 73, 1), (1, 78, 36, 73))
     """
@@ -102,8 +109,8 @@ def load(name: str, *, voxel: int = 1) -> VolumeSet:
 
 
 def _mni152(part: str) -> UInt8[np.ndarray, "depth height width"]:
-    """One volume of the template, from the neck up, front to back, left to right."""
-    spec = importlib.util.find_spec("nilearn")  # not imported, which would take seconds
+    """Returns a volume of the template, from the neck up, front to back, left to right."""
+    spec = importlib.util.find_spec("nilearn")  # importing it would take seconds
     if spec is None or spec.origin is None:
         raise UserError(
             "mni152 comes with nilearn, which is not installed; type pip install 'shardtrain[volumes]'"
@@ -123,7 +130,7 @@ def _mni152(part: str) -> UInt8[np.ndarray, "depth height width"]:
 def block_means(
     volume: Num[np.ndarray, "depth height width channel"], edge: int
 ) -> Float32[np.ndarray, "blocks_d blocks_h blocks_w channel"]:
-    """Means over cubes of `edge` voxels; what a last cube lacks counts as zeros.
+    """Returns the means over cubes of `edge` voxels; incomplete cubes are padded with zeros.
 
     Example:
         >>> block_means(np.ones((4, 4, 3, 1)), 2)[0, 0, :, 0]
@@ -144,22 +151,29 @@ def train_batches(
     start: int = 0,
     rows: range | None = None,
 ) -> Iterator[VolumeBatch]:
-    """Endless batches of crops at random places; row r of step s depends on `seed`, s and r alone.
+    """Returns an endless iterator over batches of crops from random places of the volumes.
+
+    Row r of the batch of step s depends on `seed`, s and r alone.
 
     Args:
-        batch_size: of the global batch, over all processes.
+        volumes: the training set.
+        batch_size: number of crops of the global batch, over all processes.
         size: depth, height and width of a crop.
-        start: the step to begin at, the number of steps a resumed run has behind it.
-        rows: the rows of the global batch that this process needs, as in `data.train_batches`.
+        seed: seed of the places.
+        start: number of the first step; for a resumed run, the number of steps it has done.
+        rows: the rows of the global batch that this process needs, as for `data.train_batches`.
 
     Returns:
-        An iterator over images (k, *size, C), float32, and labels (k, *size), int32.
+        An iterator over pairs: images (k, *size, C), float32, and labels (k, *size), int32.
 
     Raises:
-        UserError: crops that are no box inside the volumes, other `rows`, a negative `seed` or `start`.
+        UserError: if a crop does not fit into the volumes, if `rows` is no share of the batch, or if `seed`
+            or `start` is negative.
 
     Example:
-        >>> images, labels = next(train_batches(load("mni152").train, 2, size=(64, 32, 48), seed=0))
+        >>> brain = st.data.volumes.load("mni152", voxel=2)
+        >>> batches = st.data.volumes.train_batches(brain.train, 2, size=(64, 32, 48), seed=0)
+        >>> images, labels = next(batches)
         >>> images.shape, labels.shape
         ((2, 64, 32, 48, 1), (2, 64, 32, 48))
     """
@@ -189,20 +203,23 @@ def train_batches(
 
 
 def eval_batches(volumes: Volumes, batch_size: int, *, rows: range | None = None) -> Iterator[VolumeBatch]:
-    """Every volume once, whole and in order; the last batch has what is left.
+    """Returns an iterator over all volumes once, whole and in order; the last batch has the remaining ones.
 
     Args:
-        batch_size: of the global batch; it may be larger than the set.
-        rows: as in `train_batches`; of a last batch that is too short a process gets the rows that exist.
+        volumes: the test set.
+        batch_size: number of volumes of the global batch; it may be larger than the set.
+        rows: as for `train_batches`; if the last batch is shorter, a process gets those of its rows that
+            exist.
 
     Returns:
-        An iterator over images and labels as from `train_batches`, of the volumes' own extents.
+        An iterator over images and labels as from `train_batches`, with the extents of the volumes.
 
     Raises:
-        UserError: a batch size below 1, or `rows` that are no share of it.
+        UserError: if the batch size is below 1, or if `rows` is no share of it.
 
     Example:
-        >>> [labels.shape for _, labels in eval_batches(load("mni152", voxel=2).test, 2)]
+        >>> brain = st.data.volumes.load("mni152", voxel=2)
+        >>> [labels.shape for _, labels in st.data.volumes.eval_batches(brain.test, 2)]
         [(1, 78, 36, 73)]
     """
     rows = share(batch_size, rows)

@@ -1,4 +1,4 @@
-"""What watches over the processes of a run: hangs, signals, bad steps, lost processes."""
+"""Watches over the processes of a run: hangs, signals, bad steps, lost processes."""
 
 from shardtrain.guard.guard import Guard
 

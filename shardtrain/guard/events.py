@@ -1,4 +1,4 @@
-"""What happens in a run besides its steps: one line each in the log, and one in `events.jsonl`."""
+"""Records what happens in a run besides its steps, in the log and in `events.jsonl`."""
 
 import json
 import logging
@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain import compat
+from shardtrain.guard import protocol
 
 log = logging.getLogger(__name__)
 
 
 class Events:
-    """Writes an event to the log and to `folder/events.jsonl`, as one line each.
+    """Writes events to the log and to `folder/events.jsonl`, one line for each event.
 
-    Any thread and any process may write; a line goes out in one piece.
+    Threads and processes may write at the same time; each line is written in one piece.
 
     Args:
-        folder: of the run; None for the log alone. It is made when the first event is written.
+        folder: folder of the run, which is created with the first event; None for the log alone.
 
     Example:
-        >>> Events(Path("runs/digits"))("checkpoint", 40, "saved", path="runs/digits/checkpoints/40")
+        >>> Events(tmp)("checkpoint", 40, "saved", path="checkpoints/40")
+        >>> '"event": "checkpoint"' in (tmp / "events.jsonl").read_text()
+        True
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -30,17 +33,17 @@ class Events:
     def __call__(
         self, event: str, step: int, message: str, *, level: int = logging.INFO, **facts: Any
     ) -> None:
-        """Writes one.
+        """Writes an event.
 
         Args:
             event: its kind: start, resume, checkpoint, nan, rollback, profile, preempted, watchdog, peers,
-                exit, end.
-            step: the update that it belongs to.
-            message: for the reader of the log.
-            level: of `logging`.
-            facts: more entries of the line in the file.
+                exit or end.
+            step: number of the update that it belongs to.
+            message: a sentence for the reader of the log.
+            level: level in the log.
+            facts: more entries of the line in the file, which JSON can represent.
         """
-        log.log(level, "step %d: %s: %s", step, event, message)
+        log.log(level, "%s", protocol.line(step, event, message))
         if self.folder is None:
             return
         row = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "rank": compat.process_rank()}
@@ -52,5 +55,5 @@ class Events:
                 os.write(file, line.encode())
             finally:
                 os.close(file)
-        except OSError as error:  # a full disk must not end a run that only wanted to say something
+        except OSError as error:  # a full disk must not end the run
             log.warning("events.jsonl cannot be written (%s)", error.strerror)

@@ -1,4 +1,4 @@
-"""A run that hangs, is told to stop, fails or diverges says so, keeps what it can, and ends in time."""
+"""The guard of a run: it acts when a run hangs, is told to stop, loses a process, fails or diverges."""
 
 import contextlib
 import itertools
@@ -9,24 +9,25 @@ from typing import Any
 
 from shardtrain import compat
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
 from shardtrain.guard.health import Health, OnNan, Row
 from shardtrain.guard.peers import MissingError, Peers
 from shardtrain.guard.profile import Profiler, Progress
 from shardtrain.guard.stop import Stop
-from shardtrain.guard.watch import SILENT, Watch
+from shardtrain.guard.watch import MOST_SILENT_SECONDS, Watch
 
 MOST_SKIPPED = 10
-"""Bad steps one after the other, after which it is no longer the batches."""
+"""After so many bad steps in a row the cause is not the batches, and the run ends."""
 
 MOST_ROLLBACKS = 3
-"""Returns to one checkpoint, after which it is no longer the batches."""
+"""After so many returns to one checkpoint the cause is not the batches, and the run ends."""
 
 _numbers = itertools.count()
 
 
 class Preempted(SystemExit):
-    """The run was told to stop, and did after `step`; exit status 75."""
+    """Raised when the run was told to stop and has stopped after `step`; the exit status is 75."""
 
     def __init__(self, step: int) -> None:
         super().__init__(REQUEUE)
@@ -34,31 +35,47 @@ class Preempted(SystemExit):
 
 
 class Guard:
-    """Watches over a run; `Trainer.fit` takes one. As a context it watches what is before and after it, too.
+    """Watches over a run, and ends it in order when something goes wrong.
 
-    - No progress for `watchdog` seconds: all stacks on stderr, who is missing or behind, exit status 76.
-    - SIGTERM on any process: all of them save the same step (where `fit` has `checkpoints`) and exit with 75,
-      also after the last step, in its save, or in the evaluation. A second one: at once.
-    - An exception in one of several processes: its message, and all of them exit within seconds.
-    - A loss or gradient that is not finite, or a spike: `on_nan`.
-    - SIGUSR1: the next steps are traced by jax's profiler into `folder/profile`.
+    Pass the guard to `Trainer.fit`. Used as a context manager as well, it also watches over what the program
+    does before and after training.
+
+    - **Hangs.** Without progress for `watchdog` seconds, the process prints the stacks of all threads, says
+      which other processes do not answer or are behind, and exits with status 76.
+    - **Preemption.** After SIGTERM on any process, all processes finish the same step, save it if `fit` has
+      `checkpoints`, and exit with status 75. A second SIGTERM ends the process at once.
+    - **Failures.** If one of several processes raises an exception or is lost, all others print what happened
+      and exit within seconds, instead of waiting for it in a collective.
+    - **Bad steps.** A loss or gradient that is not finite, and a spike of the loss, is handled as `on_nan`
+    says.
+    - **Profiles.** After SIGUSR1, the next steps are traced by jax's profiler into `folder/profile`.
+
+    A launcher should start a run again that exits with status 75, without counting it, and one that exits
+    with status 76, a limited number of times.
 
     Args:
-        folder: of the run, for `events.jsonl` and `profile/`; None for a run without files.
-        watchdog: seconds without progress, five times as many for the start, compilations, saves, the
-            evaluation and the end; None: no limit.
-        on_nan: after a bad step `"stop"` with a sentence; `"skip"`, its update is not applied (the trainer
-            must be one with `skip_bad=True`); `"rollback"` to the last checkpoint and go on with the batch
-            behind the bad one (`fit` must have `checkpoints`); None: nothing.
-        spike: a loss above this many times the median of the last 32 good steps is bad, too.
-        profile: steps to be traced.
+        folder: folder of the run, for `events.jsonl` and `profile/`; None for a run without files.
+        watchdog: seconds without progress after which the process ends. The start, a compilation, a save, the
+            evaluation and the end may take five times as long. None for no limit.
+        on_nan: what to do after a bad step. `"stop"` raises a `UserError`. `"skip"` leaves out the update,
+            for which the trainer needs `skip_bad=True`. `"rollback"` restores the last checkpoint and
+            continues with the batch after the bad one, for which `fit` needs `checkpoints`. None ignores bad
+            steps.
+        spike: a loss above this many times the median of the last 32 good steps is bad, too; None for no
+            limit.
+        profile: the steps to trace.
 
     Raises:
-        UserError: a watchdog or a spike that is no positive number, or an unknown policy.
+        UserError: if `watchdog` or `spike` is not a positive number, or if `on_nan` is unknown.
 
     Example:
-        >>> with Guard(Path("runs/mine"), watchdog=60) as guard, Checkpoints("runs/mine/checkpoints") as kept:
-        ...     trainer.fit(batches, steps=500, checkpoints=kept, guard=guard)
+        >>> model = st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(0))
+        >>> trainer = st.Trainer(model, optax.sgd(0.1), mesh=st.make_mesh("data=8"))
+        >>> batches = st.data.train_batches(st.data.load("digits").train, 64, seed=0)
+        >>> with st.Guard(tmp, watchdog=60.0) as guard, st.Checkpoints(tmp / "checkpoints") as checkpoints:
+        ...     rows = trainer.fit(batches, steps=2, checkpoints=checkpoints, guard=guard, progress=False)
+        >>> len(rows)
+        2
     """
 
     def __init__(
@@ -85,17 +102,17 @@ class Guard:
         self.progress, self.events, self.health = Progress(), Events(), Health(spike)
         self.profiler = Profiler(folder, profile)
         self._stop = Stop(self._peers)
-        self._limit = SILENT if watchdog is None else watchdog
-        self._watch = Watch(watchdog, self.progress, self.events, self._stop, self._peers, self._on_demand)
-        self._bad = 0
+        self._limit = MOST_SILENT_SECONDS if watchdog is None else watchdog
+        self._watch = Watch(watchdog, self.progress, self.events, self._stop, self._peers, self._on_sigusr1)
+        self._bad_in_a_row = 0
         self.counts = {"skipped": 0, "rollback": 0}
-        self._rolled: tuple[int, int] = (-1, 0)
+        self._rollbacks: tuple[int, int] = (-1, 0)  # a checkpoint and how often it was restored
         self.watching = False
 
     def __enter__(self) -> "Guard":
         self.watching = True
         self.progress.at("starting")
-        if self._peers is not None:  # keys of an earlier guard of this job are not ours
+        if self._peers is not None:  # an earlier guard of this job has used other keys
             self._peers.scope = f"shardtrain/{next(_numbers)}"
         self._watch.start()
         return self
@@ -105,15 +122,17 @@ class Guard:
     ) -> None:
         if self.profiler.running:
             with contextlib.suppress(RuntimeError):
-                self.profiler.turn()
+                self.profiler.toggle()
         if self._peers is not None:
             try:
-                self._part(error)
+                self._end_together(error)
             except MissingError as missing:
                 self._watch.give_up(str(missing))
             except KeyboardInterrupt:
                 self._watch.leave(130, "interrupted")
-            except Exception as failure:  # not to leave here is to hang in jax's own end, which waits for all
+            except (
+                Exception
+            ) as failure:  # without this the process hangs in jax's exit handler, which waits for all
                 self._watch.leave(FAULT, f"the coordinator does not answer ({first_line(failure)})")
         elif error is not None and self.events.folder is not None and not isinstance(error, Preempted):
             text = " ".join(str(error).split()) or type(error).__name__
@@ -121,8 +140,8 @@ class Guard:
         self._watch.end()
         self.watching = False
 
-    def _part(self, error: BaseException | None) -> None:
-        """The end of one of several processes: with the others where there is no error."""
+    def _end_together(self, error: BaseException | None) -> None:
+        """Ends one of several processes: after an error at once, otherwise together with the others."""
         assert self._peers is not None
         exits = isinstance(error, SystemExit) and not error.code
         if not (error is None or exits or isinstance(error, Preempted)):
@@ -132,49 +151,49 @@ class Guard:
         if isinstance(error, SystemExit):
             self._watch.leave(0 if exits else REQUEUE, self._watch.why or "the end")
 
-    def _on_demand(self) -> None:
+    def _on_sigusr1(self) -> None:
         steps = self.profiler.request(self.progress.step)
         self.events("profile", self.progress.step, f"SIGUSR1: steps {_span(steps)} will be traced")
 
     def say(self, event: str, step: int, message: str, **facts: Any) -> None:
-        """An event of the whole run, which one of its processes writes down."""
+        """Records an event of the whole run, in the first process only."""
         if compat.process_rank() == 0:
             self.events(event, step, message, **facts)
 
-    # What the loop asks.
+    # The calls of the training loop.
 
     def start(self, done: int, steps: int, mesh: Mapping[str, int]) -> None:
-        """Training begins, with `done` of `steps` updates done; from now on there are files."""
+        """Called when training begins, with `done` of `steps` updates done; opens the file of events."""
         self.events.folder = self.folder
         self._stop.start(done)
         facts = {"steps": steps, "mesh": dict(mesh)}
-        self.say("resume" if done else "start", done, f"{done} of {steps} steps are done", **facts)
+        self.say("resume" if done else "start", done, protocol.steps_done(done, steps), **facts)
 
     def stops_before(self, step: int) -> bool:
         """Whether the run was told to stop before this step."""
         return self._stop.before(step)
 
     def good(self, step: int, row: Row, examples: range) -> bool:
-        """Judges a step by its metrics, and marks a bad one in `row`.
+        """Judges a step by its metrics, and adds an entry to `row` if the step is bad.
 
         Args:
-            step: the number of the update.
-            row: its metrics.
-            examples: which it was computed from, counted from the run's first.
+            step: number of the update.
+            row: metrics of the step.
+            examples: the examples of the step, counted from the first of the run.
 
         Returns:
-            False where the run is to go back to its last checkpoint.
+            False if the run must restore its last checkpoint, otherwise True.
 
         Raises:
-            UserError: the step is bad and the run is to stop; or too many are.
+            UserError: if the step is bad and `on_nan` is `"stop"`, or if too many steps are bad.
         """
         skipped = bool(row.pop("skipped", 0.0))
         reason = self.health.reason(row | {"skipped": float(skipped)})
         if self.on_nan is None or reason is None or (self.on_nan == "skip" and not skipped):
             self.health.remember([row["loss"]])
-            self._bad = 0
+            self._bad_in_a_row = 0
             return True
-        self._bad += 1
+        self._bad_in_a_row += 1
         where = f"examples {_span(examples)}: {reason}"
         facts = {"first_example": examples[0], "last_example": examples[-1]}
         if self.on_nan == "stop":
@@ -189,7 +208,7 @@ class Guard:
             return False
         self.counts["skipped"] += 1
         self.say("nan", step, f"{where}; its update is left out", **facts)
-        if self._bad == MOST_SKIPPED:
+        if self._bad_in_a_row == MOST_SKIPPED:
             raise UserError(
                 f"step {step}, {where}; so are all of the last {MOST_SKIPPED} steps: it is not the "
                 f"batches; try a lower learning rate or clipped gradients"
@@ -197,30 +216,30 @@ class Guard:
         return True
 
     def rolled_back(self, step: int, saved: int) -> None:
-        """The run is where it was after `saved`, and goes on behind the bad `step`.
+        """Called when the checkpoint of step `saved` was restored after the bad step `step`.
 
         Raises:
-            UserError: it went back there too often.
+            UserError: if that checkpoint was restored too often.
         """
-        again = self._rolled[1] + 1 if self._rolled[0] == saved else 1
-        self._rolled = saved, again
+        times = self._rollbacks[1] + 1 if self._rollbacks[0] == saved else 1
+        self._rollbacks = saved, times
         self.counts["rollback"] += 1
         self.say("rollback", step, f"the weights are those of step {saved} again", checkpoint=saved)
-        if again > MOST_ROLLBACKS:
+        if times > MOST_ROLLBACKS:
             raise UserError(
                 f"step {step}: the run went back to the checkpoint of step {saved} {MOST_ROLLBACKS} times "
                 f"and failed again; try a lower learning rate or clipped gradients"
             )
 
     def preempted(self, step: int, *, saved: bool) -> Preempted:
-        """What to raise when the run stopped after `step` as it was told to."""
-        kept = f"step {step} is saved" if saved else "there is nothing new to save"
-        self.events("preempted", step, f"{kept}; run again to go on (exit status {REQUEUE})")
+        """Records that the run has stopped after `step` as it was told to; returns the exception to raise."""
+        state = f"step {step} is saved" if saved else "there is nothing new to save"
+        self.events("preempted", step, f"{state}; run again to go on (exit status {REQUEUE})")
         return Preempted(step)
 
     def profile(self) -> None:
-        """At an edge of the steps to be traced, begins or ends the trace."""
-        done = self.profiler.turn()
+        """Begins or ends the trace of the steps to be traced."""
+        done = self.profiler.toggle()
         step = self.progress.step
         if done is None:
             self.events("profile", step, f"tracing steps {_span(self.profiler.steps or range(0))}")

@@ -1,4 +1,4 @@
-"""Which steps a run had better not have taken: losses that are no numbers, and spikes."""
+"""Finds bad steps: losses or gradients that are not finite, and spikes of the loss."""
 
 import math
 import statistics
@@ -9,24 +9,28 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
+Row = dict[str, float]
+"""The metrics of one step, by name."""
+
 OnNan = Literal["stop", "skip", "rollback"]
+"""What to do after a bad step, see `Guard`."""
 
-WINDOW = 32
-"""Steps whose median loss is the measure of a spike."""
+WINDOW_STEPS = 32
+"""A spike is measured against the median loss of so many steps."""
 
-LEAST = 8
-"""Steps below which there is no such median yet."""
+LEAST_STEPS = 8
+"""With fewer steps there is no median yet, and no spike."""
 
-NONE = np.full(WINDOW, np.nan)
-"""The losses of a run that has none."""
+NO_LOSSES = np.full(WINDOW_STEPS, np.nan)
+"""`Health.losses` of a run without steps."""
 
 
 class Health:
     """Judges steps by their metrics.
 
     Args:
-        spike: a loss above this many times the median of the last `WINDOW` good steps is bad; None: only
-            what is not finite. It is for losses that are positive.
+        spike: a loss above this many times the median of the last `WINDOW_STEPS` good steps is bad; None if
+            only a loss or gradient that is not finite is bad. It is meant for positive losses.
 
     Example:
         >>> health = Health(spike=3.0)
@@ -37,35 +41,35 @@ class Health:
 
     def __init__(self, spike: float | None = None) -> None:
         self.spike = spike
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def remember(self, losses: Iterable[float]) -> None:
-        """Losses of good steps, oldest first."""
+        """Adds losses of good steps, oldest first."""
         self._losses.extend(loss for loss in losses if math.isfinite(loss))
 
     def recall(self, losses: Iterable[float]) -> None:
-        """The same of a run that goes on: what other runs were judged by is forgotten."""
+        """Replaces the losses by those of the run that is resumed, oldest first."""
         self._losses.clear()
         self.remember(losses)
 
     @property
     def losses(self) -> Float64[np.ndarray, "losses"]:
-        """Those that count, oldest first, then NaNs: as a checkpoint has them."""
-        return np.array([*self._losses, *NONE[len(self._losses) :]])
+        """The losses of the window, oldest first, filled up with NaN: as they are stored in a checkpoint."""
+        return np.array([*self._losses, *NO_LOSSES[len(self._losses) :]])
 
     @property
     def limit(self) -> float:
-        """The loss above which a step is bad."""
-        if self.spike is None or len(self._losses) < LEAST:
+        """The loss above which a step is bad; infinite if there is no such limit."""
+        if self.spike is None or len(self._losses) < LEAST_STEPS:
             return math.inf
         middle = statistics.median(self._losses)
         return self.spike * middle if middle > 0 else math.inf
 
     def reason(self, row: Mapping[str, float]) -> str | None:
-        """Why a step is bad, None for a good one.
+        """Returns why a step is bad, or None for a good step.
 
         Args:
-            row: its metrics; `skipped` in it says that the step was found bad where it ran.
+            row: its metrics. An entry `skipped` says that the compiled step found itself bad.
         """
         for key, words in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
             if not math.isfinite(row[key]):
@@ -79,6 +83,3 @@ class Health:
                 f"last {len(self._losses)} steps"
             )
         return None
-
-
-Row = dict[str, float]

@@ -1,4 +1,8 @@
-"""What the processes of a job say to each other beside their collectives, through jax's key-value store."""
+"""Messages between the processes of a job outside of collectives, through jax's key-value store.
+
+A process writes a value under a topic, which replaces the value that it wrote there before. Every process
+reads what all processes have written. The store is in the coordinator, the process of rank 0.
+"""
 
 import json
 import time
@@ -6,20 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ORDER = (
+PHASES = (
     "starting", "data", "compiling", "compute", "checkpoint", "stopping", "evaluating", "ending", "gone",
 )  # fmt: skip
-"""What a process is at, in the order of a run."""
+"""The phases of a process, in the order of a run and of a step."""
 
-POLL = 0.1
-"""Seconds between two looks at what others have said."""
+POLL_SECONDS = 0.1
+"""Time between two reads of what others have written."""
 
 
 class MissingError(TimeoutError):
-    """Processes did not come to a meeting in time.
+    """Some processes did not come to a meeting in time.
 
     Attributes:
-        ranks: of those.
+        ranks: the ranks of these processes.
     """
 
     def __init__(self, topic: str, ranks: Sequence[int], limit: float) -> None:
@@ -28,68 +32,77 @@ class MissingError(TimeoutError):
 
 
 class Peers:
-    """The processes of a job.
+    """The processes of a job, which exchange messages.
 
-    Every call is a message or two to the coordinator, rank 0, and blocks for as long as that does not answer:
-    threads that must not hang leave it to others.
+    Every call sends one or two messages to the coordinator, rank 0, and blocks while that does not answer. It
+    therefore needs a thread that may hang.
 
     Args:
-        client: of `compat.coordination_client`.
-        rank: of this process.
-        count: of processes.
-        scope: what keys begin with.
+        client: the client of jax's coordination service, from `compat.coordination_client`.
+        rank: rank of this process.
+        count: number of processes.
+        scope: the beginning of all keys.
     """
 
     def __init__(self, client: Any, rank: int, count: int, scope: str) -> None:
         self.client, self.rank, self.count, self.scope = client, rank, count, scope
 
-    def tell(self, topic: str, value: str) -> None:
-        """Says something, in place of what this process said before on this topic."""
+    def write(self, topic: str, value: str) -> None:
+        """Writes the value of this process on a topic, in place of its earlier one."""
         self.client.key_value_set(f"{self.scope}/{topic}/{self.rank}", value, allow_overwrite=True)
 
-    def told(self, topic: str) -> dict[int, str]:
-        """What each rank last said on a topic, of those that said something."""
-        said = self.client.key_value_dir_get(f"{self.scope}/{topic}/")
-        return {int(key.rsplit("/", 1)[1]): value for key, value in said}
+    def read(self, topic: str) -> dict[int, str]:
+        """Returns the last value of each rank on a topic, without the ranks that have written none."""
+        entries = self.client.key_value_dir_get(f"{self.scope}/{topic}/")
+        return {int(key.rsplit("/", 1)[1]): value for key, value in entries}
 
     def meet(self, topic: str, value: str, limit: float) -> dict[int, str]:
-        """A barrier with a time limit: what every rank brought to it.
+        """Waits until all ranks have called this, and exchanges their values.
 
-        Rank 0 waits for all and passes on what they brought, so that the messages are as many as the ranks.
+        Rank 0 waits for all and then writes all values at once, so that the number of messages is the number
+        of ranks.
+
+        Args:
+            topic: name of the meeting, which must be used once only.
+            value: of this rank.
+            limit: seconds to wait.
+
+        Returns:
+            The value of every rank.
 
         Raises:
-            MissingError: some did not come within `limit` seconds.
+            MissingError: if some ranks do not come within `limit` seconds.
 
         Example:
             >>> steps = peers.meet("saved", str(step), limit=60)  # doctest: +SKIP
         """
-        self.tell(topic, value)
+        self.write(topic, value)
         if self.rank == 0:
             found = self._wait(topic, self.count, limit)
-            self.tell(f"{topic}: all", json.dumps(found))
-        else:  # a little longer, for what rank 0 has to say of those that are missing
-            said = self._wait(f"{topic}: all", 1, limit + 10)
-            if not said:
+            self.write(f"{topic}: all", json.dumps(found))
+        else:  # waits a little longer, because rank 0 names those that are missing
+            answer = self._wait(f"{topic}: all", 1, limit + 10)
+            if not answer:
                 raise MissingError(topic, [0], limit)
-            found = {int(rank): text for rank, text in json.loads(said[0]).items()}
+            found = {int(rank): text for rank, text in json.loads(answer[0]).items()}
         if missing := sorted(set(range(self.count)) - set(found)):
             raise MissingError(topic, missing, limit)
         return found
 
     def _wait(self, topic: str, count: int, limit: float) -> dict[int, str]:
-        """What `count` ranks say on a topic, or as many of them as do within the limit."""
-        until = time.monotonic() + limit
-        while len(said := self.told(topic)) < count and time.monotonic() < until:
-            time.sleep(POLL)
-        return said
+        """Returns the values of `count` ranks on a topic, or of fewer if the limit is over."""
+        end = time.monotonic() + limit
+        while len(found := self.read(topic)) < count and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return found
 
 
-class Beats:
-    """Who of the other processes still answers, by a number that each says anew again and again.
+class Heartbeats:
+    """The heartbeats of the processes: each writes a growing number, its step and its phase again and again.
 
     Args:
         peers: the processes of the job.
-        now: a clock.
+        now: a clock, in seconds.
     """
 
     def __init__(self, peers: Peers, now: Callable[[], float]) -> None:
@@ -98,21 +111,24 @@ class Beats:
         self._changed: dict[int, float] = {}
         self._count = 0
 
-    def tell(self, step: int, what: str) -> None:
-        """Says that this process answers, and what it is at."""
+    def send(self, step: int, what: str) -> None:
+        """Writes a heartbeat of this process."""
         self._count += 1
-        self.peers.tell("beat", json.dumps({"n": self._count, "step": step, "what": what}))
+        self.peers.write("beat", json.dumps({"n": self._count, "step": step, "what": what}))
 
-    def look(self) -> None:
-        """Notes what the others have said."""
+    def update(self) -> None:
+        """Reads the heartbeats of all processes."""
         now = self._now()
-        for rank, said in self.peers.told("beat").items():
-            beat = json.loads(said)
+        for rank, text in self.peers.read("beat").items():
+            beat = json.loads(text)
             if beat != self.last.get(rank):
                 self.last[rank], self._changed[rank] = beat, now
 
     def silent(self, seconds: float) -> list[int]:
-        """Ranks that have said nothing for so long; not those that never said anything, or said goodbye."""
+        """Returns the ranks whose last heartbeat is older than that.
+
+        Ranks that never sent one, and those that have said that they leave, are not among them.
+        """
         now = self._now()
         return sorted(
             rank
@@ -121,24 +137,30 @@ class Beats:
         )
 
     def survey(self, step: int, what: str, wait: float) -> "Survey":
-        """Who does not answer or is behind, by what all say within `wait` seconds."""
-        self.look()
+        """Returns which ranks do not answer or are behind, by their heartbeats in the next `wait` seconds.
+
+        Args:
+            step: the step of this process.
+            what: its phase.
+            wait: seconds.
+        """
+        self.update()
         time.sleep(wait)
-        self.look()
+        self.update()
         silent = self.silent(0.8 * wait)
         behind = {r: self.last[r] for r in self.behind(step, what) if r not in silent}
-        over = [] if what == "ending" else [r for r, beat in self.last.items() if beat["what"] == "ending"]
-        return Survey(tuple(silent), tuple(self.unheard()), behind, tuple(sorted(over)))
+        ended = [] if what == "ending" else [r for r, beat in self.last.items() if beat["what"] == "ending"]
+        return Survey(tuple(silent), tuple(self.never_heard()), behind, tuple(sorted(ended)))
 
-    def unheard(self) -> list[int]:
-        """Ranks that never said anything."""
+    def never_heard(self) -> list[int]:
+        """Returns the ranks that never sent a heartbeat."""
         return sorted(set(range(self.peers.count)) - set(self.last) - {self.peers.rank})
 
     def behind(self, step: int, what: str) -> list[int]:
-        """Ranks that are at an earlier step, or at an earlier part of this one."""
+        """Returns the ranks that are in an earlier step, or in an earlier phase of this one."""
 
         def place(step: int, what: str) -> tuple[int, int]:
-            return step, ORDER.index(what) if what in ORDER else len(ORDER)
+            return step, PHASES.index(what) if what in PHASES else len(PHASES)
 
         return sorted(
             rank
@@ -149,26 +171,38 @@ class Beats:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the others were found to be at: ranks that do not answer, never came, lag, are at the end."""
+    """What the other ranks do.
+
+    Attributes:
+        silent: ranks that no longer answer.
+        never_heard: ranks that never sent a heartbeat.
+        behind: the last heartbeats of ranks in an earlier step or phase.
+        ended: ranks that have come to the end of the run.
+    """
 
     silent: tuple[int, ...]
-    unheard: tuple[int, ...]
+    never_heard: tuple[int, ...]
     behind: Mapping[int, Mapping[str, Any]]
-    over: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()
 
     @property
-    def gone(self) -> bool:
-        """Whether a rank is not there at all."""
-        return bool(self.silent or self.unheard)
+    def is_anyone_gone(self) -> bool:
+        """Whether a rank does not answer, or never did."""
+        return bool(self.silent or self.never_heard)
 
     def __str__(self) -> str:
         found = [f"{named(self.silent)} did not answer"] if self.silent else []
-        found += [f"{named(self.unheard)} never came"] if self.unheard else []
+        found += [f"{named(self.never_heard)} never came"] if self.never_heard else []
         found += [f"rank {r} is behind, at step {b['step']} in {b['what']!r}" for r, b in self.behind.items()]
-        found += [f"{named(self.over)} came to the end"] if self.over else []
+        found += [f"{named(self.ended)} came to the end"] if self.ended else []
         return "; ".join(found) or "no other rank is behind"
 
 
 def named(ranks: Sequence[int]) -> str:
-    """`"rank 1"`, `"ranks 1, 3"`."""
+    """Returns ranks as text.
+
+    Example:
+        >>> named([1]), named([1, 3])
+        ('rank 1', 'ranks 1, 3')
+    """
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what the host waits for, device memory, and traces of jax's profiler."""
+"""Measures where the time of a step goes: phases of the host, device memory, traces of jax's profiler."""
 
 import logging
 import time
@@ -12,44 +12,50 @@ from shardtrain.errors import first_line
 
 log = logging.getLogger(__name__)
 
-STEPS = 5
-"""Steps that are profiled when a signal asks for it."""
+STEPS_ON_SIGNAL = 5
+"""Number of steps that are profiled after SIGUSR1."""
 
 
 class Clock:
-    """Seconds that this process was awake: a job that was stopped as a whole, and goes on, did not hang.
+    """Counts the seconds in which this process ran: a job that was suspended as a whole did not hang.
 
-    A thread of its own calls `tick` again and again.
+    A thread calls `tick` again and again. Of a longer gap between two ticks, only `LONGEST_TICK_SECONDS`
+    count.
     """
 
-    LONGEST = 5.0
-    """Seconds between two ticks, beyond which it was asleep."""
+    LONGEST_TICK_SECONDS = 5.0
 
     def __init__(self) -> None:
-        self._read = 0.0, time.monotonic()  # of one piece, as other threads see it
+        self._read = 0.0, time.monotonic()  # one tuple, so that other threads see both values of one tick
 
     def tick(self) -> None:
-        """Counts the time since the last one."""
+        """Counts the time since the last tick."""
         self._read = self._at(now := time.monotonic()), now
 
     def now(self) -> float:
-        """Seconds awake so far."""
+        """Returns the seconds counted so far."""
         return self._at(time.monotonic())
 
     def _at(self, now: float) -> float:
         awake, last = self._read
-        return awake + min(now - last, self.LONGEST)
+        return awake + min(now - last, self.LONGEST_TICK_SECONDS)
 
 
 class Progress:
-    """What the main thread is at, since when, and how long it was at each thing.
+    """The phase of the main thread, since when, and how much time each phase took.
+
+    Attributes:
+        step: the current step.
+        what: the current phase, one of `peers.PHASES`.
+        since: when it began, by the monotonic clock.
+        marks: how often a phase has begun, by which others see progress.
 
     Example:
         >>> progress = Progress()
         >>> progress.at("data", step=7)
         >>> progress.at("compute")
-        >>> sorted(progress.take())
-        ['data', 'starting']
+        >>> progress.take()["data"] >= 0
+        True
     """
 
     def __init__(self) -> None:
@@ -60,25 +66,25 @@ class Progress:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def at(self, what: str, step: int | None = None) -> None:
-        """From now on it is at `what`, which is progress."""
+        """Begins a phase, of another step if one is given."""
         now = time.monotonic()
         self._seconds[self.what] += now - self.since
         self.what, self.since, self.marks = what, now, self.marks + 1
         self.step = self.step if step is None else step
 
     def take(self) -> dict[str, float]:
-        """Seconds at each thing since this was last asked."""
+        """Returns the seconds of each phase since the last call."""
         self.at(self.what)
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
 
 class Profiler:
-    """Traces of jax's profiler for some of the steps.
+    """Traces some steps with jax's profiler.
 
     Args:
-        folder: of the run, in which `profile/` is made.
-        steps: to be profiled, or none.
+        folder: folder of the run, in which `profile/` is created.
+        steps: the steps to trace; None for none.
     """
 
     def __init__(self, folder: Path | None, steps: range | None = None) -> None:
@@ -90,21 +96,21 @@ class Profiler:
         self.running = False
 
     def request(self, step: int) -> range:
-        """Asks for the steps after the next; any thread may."""
+        """Asks for a trace that begins with the step after the next, from any thread; returns its steps."""
         if not self.running:
-            self.steps = range(step + 2, step + 2 + STEPS)
+            self.steps = range(step + 2, step + 2 + STEPS_ON_SIGNAL)
         return self.steps or range(0)
 
     def is_edge(self, step: int) -> bool:
-        """Whether a trace begins or ends before this step, for which the devices should be idle."""
+        """Whether a trace begins or ends before this step. The devices should be idle then."""
         if self.steps is None:
             return False
         return step >= self.steps.stop if self.running else step in self.steps
 
-    def turn(self) -> range | None:
-        """At an edge: begins a trace, or ends it and returns the steps that are in it.
+    def toggle(self) -> range | None:
+        """Begins a trace, or ends it and returns its steps.
 
-        A trace that cannot be written is no reason to end a run: it is said, and there is none.
+        A trace that cannot be written does not end the run: the error is logged, and there is no trace.
         """
         begins = not self.running
         try:
@@ -123,7 +129,7 @@ class Profiler:
 
 
 def peak_memory() -> float | None:
-    """Most bytes that a device of this process has had in use, None where the back end does not say."""
+    """Returns the peak of the bytes in use on a device of this process; None if it is not known."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return float(max(peaks)) if peaks else None

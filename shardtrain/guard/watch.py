@@ -1,11 +1,16 @@
-"""The threads that watch over a run: nothing that hangs, fails or is to stop does so without a word."""
+"""The threads that watch over a process: they end it when it hangs, fails or is told to stop, and say why.
+
+Watching takes threads, because the main thread may wait for a device or for another process. One thread
+watches this process and never waits for another one. A second one exchanges messages with the other processes
+through the coordinator, and may wait for it. Whatever else may block has a thread of its own that can be left
+behind.
+"""
 
 import contextlib
 import faulthandler
 import json
 import logging
 import os
-import re
 import select
 import signal
 import socket
@@ -18,50 +23,46 @@ from typing import Any, NoReturn
 
 from shardtrain import compat, errors
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
-from shardtrain.guard.peers import Beats, MissingError, Peers, named
+from shardtrain.guard.peers import Heartbeats, MissingError, Peers, named
 from shardtrain.guard.profile import Clock, Progress
 from shardtrain.guard.stop import Stop
 
-PATIENCE = 5
-"""How many times as long as a step the start, a compilation, a save, the evaluation and the end may take."""
+SLOW_PHASES = ("starting", "compiling", "checkpoint", "stopping", "evaluating", "ending")
+"""Phases that may take longer than a step."""
 
-SLOW = ("starting", "compiling", "checkpoint", "stopping", "evaluating", "ending")
+SLOW_PHASE_FACTOR = 5
+"""How many times the time limit of a step a slow phase may take."""
 
-OVER = ("evaluating", "ending")
-"""What comes after training: who is told to stop then leaves at once."""
+AFTER_TRAINING = ("evaluating", "ending")
+"""Phases after training. A process that is told to stop in them leaves at once."""
 
-PERIOD = 1.0
-"""Seconds between two signs of life to the other processes."""
+HEARTBEAT_SECONDS = 1.0
+"""Time between two heartbeats, which tell the other processes that this one is alive."""
 
-SILENT = 60.0
-"""Seconds without one, after which a process counts as lost: jax's own 100 end in an abort."""
+MOST_SILENT_SECONDS = 60.0
+"""A process without heartbeats for longer counts as lost. jax waits 100 s, and then aborts the others."""
 
-AGAIN = 1.0
-"""Seconds within which a second signal is the first one, sent twice by two senders."""
+REPEATED_SIGNAL_SECONDS = 1.0
+"""A second signal within this time is the first one, delivered by two senders."""
 
-LINGER = 10.0
-"""Seconds that the coordinator stays for the others to hear why: without it jax aborts them."""
+COORDINATOR_STAYS_SECONDS = 10.0
+"""How long the coordinator stays for the others to read why it leaves: jax aborts them when it is gone."""
 
-LAST_WORD = 2.0
-"""Seconds that others take to say that they go: the coordinator may be what does not answer."""
-
-FOLLOWS = re.compile(r": exit: rank (\d+) (?:failed|gave up|saw no progress)")
-"""In the last line of a process that leaves because another one said that it does: which one that is."""
-
-BEGUN = re.compile(r"rank \d+ step \d+: (?:start|resume): \d+ of \d+ steps are done")
-"""What process 0 says when training begins: whatever flags can get wrong was refused before."""
+GOODBYE_SECONDS = 2.0
+"""How long any process tries to say that it leaves: the coordinator may be what does not answer."""
 
 
 class Watch:
-    """Watches over one process, and hears what the others say.
+    """Watches over one process, and reads the messages of the others.
 
     Args:
-        seconds: without progress, after which the process ends; None: never.
-        progress: what the main thread is at.
-        events: where to say what happens.
-        stop: what is asked for when the process is to end in order.
-        peers: the processes of the job, None for one alone.
+        seconds: time without progress after which the process ends; None for no limit.
+        progress: which phase the main thread is in.
+        events: where events are recorded.
+        stop: the agreement on the last step, when the process is told to stop.
+        peers: the processes of the job; None for a single process.
         profile: called on SIGUSR1.
     """
 
@@ -77,50 +78,50 @@ class Watch:
         self.seconds, self.progress, self.events, self.stop = seconds, progress, events, stop
         self.peers, self.profile = peers, profile
         self.clock = Clock()
-        self.beats = None if peers is None else Beats(peers, self.clock.now)
-        self.silence = SILENT if seconds is None else min(seconds, SILENT)
+        self.heartbeats = None if peers is None else Heartbeats(peers, self.clock.now)
+        self.silence = MOST_SILENT_SECONDS if seconds is None else min(seconds, MOST_SILENT_SECONDS)
         self.why = ""
         self._ended = threading.Event()
         self._leaving = threading.Lock()
         self._contact = self.clock.now()
-        self._heard: set[str] = set()
+        self._read: set[str] = set()
         self._stopping = False
         self._signalled: tuple[int, float] | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers_before: dict[int, Any] = {}
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Starts the threads, and takes the signals where this is the main thread."""
+        """Starts the threads, and handles SIGTERM and SIGUSR1 if this is the main thread."""
         self._ended.clear()
         self.clock.tick()
         self._contact = self.clock.now()
-        self._ear, mouth = socket.socketpair()
-        self._mouth = mouth
-        mouth.setblocking(False)
+        self._signals, self._wakeup_socket = socket.socketpair()
+        self._wakeup_socket.setblocking(False)
         if threading.current_thread() is threading.main_thread():
-            # A thread hears of signals even while the main one waits for a device, where Python's own
-            # handlers would wait, too.
-            self._wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+            # Python's handlers run in the main thread, which may wait for a device. The wake-up file
+            # descriptor receives the signal's number at once, and another thread reads it.
+            descriptor = self._wakeup_socket.fileno()
+            self._wakeup_before = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, lambda *_: None)
+                self._handlers_before[number] = signal.signal(number, lambda *_: None)
         self._threads = [_thread(self._watch)]
-        if self.beats is not None:
-            self._threads.append(_thread(self._listen, self.beats))
+        if self.heartbeats is not None:
+            self._threads.append(_thread(self._communicate, self.heartbeats))
 
     def end(self) -> None:
-        """Ends the threads, and gives the signals back."""
-        if self.beats is not None:
+        """Ends the threads, and restores the signal handlers."""
+        if self.heartbeats is not None:
             with contextlib.suppress(Exception):  # the coordinator may be gone already
-                self.beats.tell(self.progress.step, "gone")
+                self.heartbeats.send(self.progress.step, "gone")
         self._ended.set()
-        if self._before:
-            signal.set_wakeup_fd(self._wakeup)
-            for number, handler in self._before.items():
+        if self._handlers_before:
+            signal.set_wakeup_fd(self._wakeup_before)
+            for number, handler in self._handlers_before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for thread in self._threads:
-            thread.join(timeout=2 * PERIOD)
-        self._ear.close()
-        self._mouth.close()
+            thread.join(timeout=2 * HEARTBEAT_SECONDS)
+        self._signals.close()
+        self._wakeup_socket.close()
 
     # The thread that watches this process, and never waits for another one.
 
@@ -128,21 +129,23 @@ class Watch:
         marks, since = -1, 0.0
         while not self._ended.is_set():
             self.clock.tick()
-            if select.select([self._ear], [], [], 0.1)[0]:
-                for number in self._ear.recv(64):
-                    self._signal(number)
+            if select.select([self._signals], [], [], 0.1)[0]:
+                for number in self._signals.recv(64):
+                    self._handle_signal(number)
             if marks != self.progress.marks:
                 marks, since = self.progress.marks, self.clock.now()
-            what, age = self.progress.what, self.clock.now() - since
-            if self.seconds is not None and age > self.seconds * (PATIENCE if what in SLOW else 1):
-                self._hang(what, age)
-            if what in OVER and self.stop.last is not None:  # it was agreed on before, for a step too late
+            phase, age = self.progress.what, self.clock.now() - since
+            if self.seconds is not None and age > self.seconds * (
+                SLOW_PHASE_FACTOR if phase in SLOW_PHASES else 1
+            ):
+                self._hang(phase, age)
+            if phase in AFTER_TRAINING and self.stop.last is not None:  # agreed on, but for a later step
                 self.leave(REQUEUE, f"{self.why}; the training was over")
             if self.peers is not None and self.clock.now() - self._contact > self.silence:
                 self._dump()
                 self.leave(FAULT, f"the coordinator, rank 0, does not answer for {self.silence:.0f} s")
 
-    def _signal(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         if number == signal.SIGUSR1:
             self.profile()
         if number not in (signal.SIGTERM, signal.SIGINT):
@@ -152,12 +155,12 @@ class Watch:
             self._signalled = number, now
             if number == signal.SIGTERM:
                 self.ask(f"{signal.Signals(number).name} on rank {compat.process_rank()}")
-        elif now - first[1] > AGAIN:
+        elif now - first[1] > REPEATED_SIGNAL_SECONDS:
             code = REQUEUE if first[0] == signal.SIGTERM else 130
             self.leave(code, "a second signal: leaving at once")
 
     def ask(self, why: str) -> None:
-        """Asks all processes to stop after the same step, which is agreed on in a thread of its own."""
+        """Asks all processes to stop after the same step; another thread agrees with them on the step."""
         if self._stopping:
             return
         self._stopping, self.why = True, why
@@ -174,59 +177,59 @@ class Watch:
             self.leave(REQUEUE, f"{self.why}; the coordinator does not answer ({first_line(error)})")
         if last is None:
             self.leave(REQUEUE, f"{self.why}; no step was done yet")
-        if self.progress.what in OVER:
+        if self.progress.what in AFTER_TRAINING:
             self.leave(REQUEUE, f"{self.why}; the training was over")
         self.events("preempted", self.progress.step, f"{self.why}; stopping after step {last}")
 
-    def _hang(self, what: str, age: float) -> None:
-        message = f"no progress for {age:.0f} s in {what!r}"
+    def _hang(self, phase: str, age: float) -> None:
+        message = protocol.no_progress(age, phase)
         self.events("watchdog", self.progress.step, f"{message}; stacks follow", level=logging.ERROR)
         self._dump()
         found: list[str] = []
 
-        def look(beats: Beats) -> None:
-            found.append(str(beats.survey(self.progress.step, what, 2.5 * PERIOD)))
-            self._notice("hung", f"rank {compat.process_rank()} saw {message}; {found[0]}")
+        def survey(heartbeats: Heartbeats) -> None:
+            found.append(str(heartbeats.survey(self.progress.step, phase, 2.5 * HEARTBEAT_SECONDS)))
+            self._notice("hung", protocol.saw_no_progress(compat.process_rank(), f"{message}; {found[0]}"))
 
-        if self.beats is not None:  # in a thread of its own: the coordinator may be what hangs
-            _thread(look, self.beats).join(timeout=5 * PERIOD)
+        if self.heartbeats is not None:  # in another thread: the coordinator may be what hangs
+            _thread(survey, self.heartbeats).join(timeout=5 * HEARTBEAT_SECONDS)
             found = found or ["the coordinator, rank 0, does not answer"]
         self.leave(FAULT, "; ".join([message, *found]))
 
     def _dump(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # stderr may be anything
+        with contextlib.suppress(ValueError, OSError):  # stderr may be no file
             sys.stderr.flush()
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
 
-    # The thread that speaks with the other processes, and waits for the coordinator where it must.
+    # The thread that exchanges messages with the other processes, and may wait for the coordinator.
 
-    def _listen(self, beats: Beats) -> None:
+    def _communicate(self, heartbeats: Heartbeats) -> None:
         while not self._ended.is_set():
             try:
-                beats.tell(self.progress.step, self.progress.what)
-                notices = beats.peers.told("notice")
-                if beats.peers.rank == 0:
-                    beats.look()
-                    self._lose(beats.silent(self.silence))
+                heartbeats.send(self.progress.step, self.progress.what)
+                notices = heartbeats.peers.read("notice")
+                if heartbeats.peers.rank == 0:
+                    heartbeats.update()
+                    self._lose(heartbeats.silent(self.silence))
             except Exception as error:  # the other thread counts how long there is no answer
                 self.events("peers", self.progress.step, f"no answer ({first_line(error)})")
             else:
                 self._contact = self.clock.now()
                 for rank, text in notices.items():
-                    if rank != beats.peers.rank and text not in self._heard:
-                        self._heard.add(text)
-                        self._hear(rank, json.loads(text))
-            self._ended.wait(PERIOD)
+                    if rank != heartbeats.peers.rank and text not in self._read:
+                        self._read.add(text)
+                        self._handle_notice(rank, json.loads(text))
+            self._ended.wait(HEARTBEAT_SECONDS)
 
-    def _hear(self, rank: int, notice: dict[str, Any]) -> None:
+    def _handle_notice(self, rank: int, notice: dict[str, Any]) -> None:
         kind, text = notice["kind"], notice["text"]
         if kind == "stop":
             self.ask(text)
             return
         if kind == "hung":
             self._dump()
-        verb = {"failed": f"rank {rank} failed: ", "lost": f"rank {rank} gave up: "}.get(kind, "")
-        self.leave(notice["code"], verb + text)
+        sentence = {"failed": protocol.failed, "lost": protocol.gave_up}.get(kind)
+        self.leave(notice["code"], sentence(rank, text) if sentence else text)
 
     def _lose(self, ranks: list[int]) -> None:
         if not ranks:
@@ -238,84 +241,87 @@ class Watch:
 
     def _notice(self, kind: str, text: str, code: int = FAULT) -> None:
         if self.peers is not None:
-            self.peers.tell("notice", json.dumps({"kind": kind, "text": text, "code": self._fair(code)}))
+            notice = {"kind": kind, "text": text, "code": self._final_status(code)}
+            self.peers.write("notice", json.dumps(notice))
 
-    def _fair(self, code: int) -> int:
-        """A fault while stopping is not counted: some processes may be gone before others have saved."""
+    def _final_status(self, code: int) -> int:
+        """`REQUEUE` for a fault while stopping: some processes may be gone before others have saved."""
         return REQUEUE if code == FAULT and self._stopping else code
 
-    # Ways out.
+    # The ways in which the process ends.
 
     def give_up(self, message: str) -> NoReturn:
-        """Ends this process, and tells the others, because of those that did not answer or come."""
+        """Ends this process because others do not answer or come, and tells the rest."""
         with contextlib.suppress(Exception):
             self._notice("lost", message)
         self.leave(FAULT, message)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends this process of several after an exception, with its message first, and tells the others."""
-        if self.beats is not None and errors.is_collective_failure(error):
+        """Prints an exception, tells the other processes, and ends this one."""
+        if self.heartbeats is not None and errors.is_collective_failure(error):
             with contextlib.suppress(Exception):
-                self._blame(self.beats)
+                self._blame_others(self.heartbeats)
         text = " ".join(str(error).split())
-        said = [f"error: {text}\n"]
+        lines = [f"error: {text}\n"]
         if isinstance(error, UserError):
-            code, words = error.status, text
+            code, reason = error.status, text
         elif isinstance(error, MissingError):
-            code, words = FAULT, text
+            code, reason = FAULT, text
         elif isinstance(error, KeyboardInterrupt):
-            code, words, said = 130, "interrupted", []
+            code, reason, lines = 130, "interrupted", []
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
-            words = f"it exited with status {code}"
-            said = said if isinstance(error.code, str) else []
+            reason = f"it exited with status {code}"
+            lines = lines if isinstance(error.code, str) else []
         else:
             code = FAULT if errors.is_collective_failure(error) else 1
-            words, said = f"{type(error).__name__}: {text}", traceback.format_exception(error)
+            reason, lines = f"{type(error).__name__}: {text}", traceback.format_exception(error)
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-            sys.stderr.writelines(said)
+            sys.stderr.writelines(lines)
             sys.stderr.flush()
         with contextlib.suppress(Exception):
-            self._notice("failed", words[:500], code)
-        self.leave(code, words)
+            self._notice("failed", reason[:500], code)
+        self.leave(code, reason)
 
-    def _blame(self, beats: Beats) -> None:
-        """Leaves, where a collective failed because another process did or is gone, with who it is."""
-        survey = beats.survey(self.progress.step, self.progress.what, 2.5 * PERIOD)
-        for rank, said in beats.peers.told("notice").items():
-            notice = json.loads(said)
-            if rank != beats.peers.rank and notice["kind"] != "stop":
-                self._hear(rank, notice)
+    def _blame_others(self, heartbeats: Heartbeats) -> None:
+        """Leaves if a collective failed because another process failed or is gone, and names that process."""
+        survey = heartbeats.survey(self.progress.step, self.progress.what, 2.5 * HEARTBEAT_SECONDS)
+        for rank, text in heartbeats.peers.read("notice").items():
+            notice = json.loads(text)
+            if rank != heartbeats.peers.rank and notice["kind"] != "stop":
+                self._handle_notice(rank, notice)
             self._stopping = self._stopping or notice["kind"] == "stop"
-        if survey.gone:
+        if survey.is_anyone_gone:
             self.give_up(f"a collective failed: {survey}")
 
     def leave(self, code: int, why: str) -> NoReturn:
-        """Ends the process now, with a last line; no exit handler of jax waits for others that never come."""
+        """Ends the process now, with a last line and without jax's exit handlers, which wait for others."""
         if not self._leaving.acquire(blocking=False):
-            threading.Event().wait()  # another thread is on its way out
-        step, code = self.progress.step, self._fair(code)
-        # Whatever blocks, a full pipe or the coordinator, does so in a thread that is left behind.
-        linger = LINGER if self.peers is not None and self.peers.rank == 0 else 0
-        _thread(self._goodbye, why, code, step).join(timeout=linger + LAST_WORD)
+            threading.Event().wait()  # another thread is ending the process
+        step, code = self.progress.step, self._final_status(code)
+        # A full pipe or the coordinator may block this thread, which is then left behind.
+        stay = COORDINATOR_STAYS_SECONDS if self.peers is not None and self.peers.rank == 0 else 0
+        _thread(self._say_goodbye, why, code, step).join(timeout=stay + GOODBYE_SECONDS)
         os._exit(code)
 
-    def _goodbye(self, why: str, code: int, step: int) -> None:
+    def _say_goodbye(self, why: str, code: int, step: int) -> None:
         self._ended.set()
         self.events("exit", step, f"{why} (exit status {code})", level=logging.ERROR, code=code)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        if self.beats is None:
+        if self.heartbeats is None:
             return
         with contextlib.suppress(Exception):
-            peers, until = self.beats.peers, time.monotonic() + LINGER
-            peers.tell("gone", str(code))
-            there = set(range(peers.count)) if peers.rank == 0 else set()
-            while there and time.monotonic() < until:
+            heartbeats, end = self.heartbeats, time.monotonic() + COORDINATOR_STAYS_SECONDS
+            peers = heartbeats.peers
+            peers.write("gone", str(code))
+            present = set(range(peers.count)) if peers.rank == 0 else set()
+            while present and time.monotonic() < end:
                 time.sleep(0.1)
-                self.beats.look()
-                there -= {*peers.told("gone"), *self.beats.silent(3 * PERIOD), *self.beats.unheard()}
+                heartbeats.update()
+                absent = heartbeats.silent(3 * HEARTBEAT_SECONDS), heartbeats.never_heard()
+                present -= {*peers.read("gone"), *absent[0], *absent[1]}
 
 
 def _thread(target: Callable[..., None], *args: Any) -> threading.Thread:

@@ -1,1 +1,1 @@
-"""What one device computes: kernels that know no mesh."""
+"""Kernels: what one device computes. They know no mesh and send nothing."""

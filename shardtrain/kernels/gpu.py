@@ -1,4 +1,4 @@
-"""Which GPU a kernel is traced for, and by what it may be written for it."""
+"""Which GPU a program is traced for, and which implementations of kernels that GPU supports."""
 
 import contextlib
 import contextvars
@@ -14,15 +14,15 @@ from shardtrain import compat
 from shardtrain.errors import UserError
 
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
-"""In the order in which they are tried: Mosaic GPU (Hopper, Blackwell), Triton (NVIDIA from Ampere on), plain
-jax."""
+"""Implementations of kernels in the order in which they are tried: Mosaic GPU (Hopper, Blackwell), Triton
+(NVIDIA from Ampere on), plain JAX."""
 
 _CAPABILITIES = {
     "A100": (8, 0), "A10": (8, 6), "A30": (8, 0), "A40": (8, 6), "L4": (8, 9), "L40": (8, 9), "L40S": (8, 9),
     "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0), "H20": (9, 0), "H800": (9, 0),
     "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "GB300": (10, 3),
 }  # fmt: skip
-"""Compute capability by a word of the device's kind, for programs compiled without the card; NVIDIA's list at
+"""Compute capability by a word of `device_kind`, for programs compiled without the GPU; from NVIDIA's list at
 developer.nvidia.com/cuda-gpus."""
 
 
@@ -31,9 +31,9 @@ class Card:
     """A kind of GPU.
 
     Attributes:
-        kind: jax's `device_kind`.
+        kind: `jax.Device.device_kind`.
         capability: compute capability, (9, 0) for Hopper.
-        interpreted: its kernels run in the interpreters of Pallas, on any machine.
+        interpreted: whether its kernels run in the interpreters of Pallas, on any machine.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Card:
 
     @property
     def blackwell(self) -> bool:
-        """Whether its tensor cores have a memory of their own."""
+        """Whether it is of the Blackwell generation, whose tensor cores have a memory of their own."""
         return self.capability[0] == 10
 
 
@@ -51,14 +51,15 @@ _interpreted: contextvars.ContextVar[Card | None] = contextvars.ContextVar("inte
 
 @contextlib.contextmanager
 def interpreted(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Within it, kernels are traced as for a card of this capability and run in Pallas' interpreters.
+    """Within it, kernels are traced as for a GPU of this capability and run in the interpreters of Pallas.
 
-    For tests: an interpreter takes a thousand times as long. Mosaic's looks for races of the copies. All that
-    was jitted before is forgotten, inside and afterwards, because it does not know what it was traced for.
+    It is for tests: an interpreter takes a thousand times as long. Mosaic's also looks for races of copies.
+    JAX's caches are cleared on entry and on exit, since they do not depend on this context.
 
     Example:
-        >>> with interpreted():
-        ...     card().capability
+        >>> from shardtrain.kernels import gpu
+        >>> with gpu.interpreted():
+        ...     gpu.card().capability
         (9, 0)
     """
     token = _interpreted.set(Card("interpreted", capability, interpreted=True))
@@ -71,8 +72,11 @@ def interpreted(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
 
 
 def card() -> Card | None:
-    """The GPU that is traced for: of `interpreted`, of the mesh that is set (also one of devices that are not
-    here, for compiling ahead of time), or of this process. None without one."""
+    """The GPU that the program is traced for, None if it is none.
+
+    It is that of the enclosing `interpreted`; else that of the active mesh, whose devices need not exist on
+    this machine when a program is compiled ahead of time; else that of this process.
+    """
     if (pretended := _interpreted.get()) is not None:
         return pretended
     kind = compat.device_kind()
@@ -85,14 +89,14 @@ def card() -> Card | None:
 
 
 def unknown(implementation: str) -> str | None:
-    """A sentence on an implementation that there is not; None if there is."""
+    """A sentence that refuses an unknown implementation; None for a known one."""
     if implementation in IMPLEMENTATIONS:
         return None
     return f"implementation={implementation!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}"
 
 
 def why_not(implementation: str, at: Card | None) -> str | None:
-    """Why kernels cannot be written by `implementation` on this card; None if they can."""
+    """Why a GPU does not support an implementation; None if it does."""
     if reason := unknown(implementation):
         return reason
     if implementation == "xla":
@@ -117,7 +121,7 @@ def _dotted(at: Card) -> str:
 
 
 def all_mapped(size: int, mapped: Sequence[Any], operands: Sequence[Array | None]) -> list[Any]:
-    """Operands of a rule of `custom_vmap`, those that are not mapped repeated `size` times."""
+    """Operands of a rule of `custom_vmap`, with those that are not mapped repeated `size` times."""
     return [
         x if x is None or m else jnp.broadcast_to(x, (size, *x.shape))
         for x, m in zip(operands, mapped, strict=True)
@@ -125,14 +129,14 @@ def all_mapped(size: int, mapped: Sequence[Any], operands: Sequence[Array | None
 
 
 def chosen(implementation: str | None, what: str) -> tuple[str, ...]:
-    """What to try, in order: all that the card takes, or the one that is named.
+    """The implementations to try, in order: all that the present GPU supports, or the named one.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`, or None for the first that does it.
-        what: for the sentence.
+        implementation: one of `IMPLEMENTATIONS`, or None for all of them.
+        what: the operator's name, for the message.
 
     Raises:
-        UserError: the named one cannot run here.
+        UserError: the named one is not supported here.
     """
     at = card()
     if implementation is None:

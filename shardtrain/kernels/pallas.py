@@ -1,4 +1,4 @@
-"""Pallas kernels for GPUs, as ours are written: in Mosaic GPU and Triton, compiled or interpreted."""
+"""Calls Pallas kernels for GPUs, written in Mosaic GPU or Triton, compiled or interpreted."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,9 +13,21 @@ from shardtrain import compat
 def mosaic_kernel(
     body: Callable, *, name: str, out_shape: Sequence[int], out_type: Any, interpreted: bool, **kwargs: Any
 ) -> Callable:
-    """`plgpu.kernel` with the semantics that our kernels are written in, or in the interpreter.
+    """`plgpu.kernel` with `Lane` semantics, compiled or interpreted.
 
-    jax 0.10's default is `Lane` and 0.11's `Warpgroup`, whose vectors take no scalars.
+    The kernels here are written in these semantics, the default of jax 0.10. Under those of jax 0.11,
+    `Warpgroup`, vectors and scalars do not mix.
+
+    Args:
+        body: the kernel.
+        name: of the kernel, in profiles.
+        out_shape: of the result.
+        out_type: of the result.
+        interpreted: whether to run on the CPU and look for races.
+        kwargs: further arguments of `plgpu.kernel`.
+
+    Returns:
+        A function of the operands. Its result varies over the manual mesh axes that the operands vary over.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,7 +44,7 @@ def mosaic_kernel(
     def call(*operands: Array) -> Array:
         with jax.enable_x64(False):  # indices of 64 bits are not for kernels
             y = kernel(*operands)
-        return compat.match_varying(y, *operands)[0]  # it forgets over which axes they vary
+        return compat.match_varying(y, *operands)[0]  # plgpu.kernel drops the axes they vary over
 
     return call
 
@@ -48,7 +60,21 @@ def triton_kernel(
     interpreted: bool,
     **kwargs: Any,
 ) -> Callable:
-    """`pl.pallas_call` lowered by Triton, or in the interpreter."""
+    """`pl.pallas_call` lowered by Triton, or interpreted.
+
+    Args:
+        body: the kernel.
+        name: of the kernel, in profiles.
+        out_shape: of the result.
+        out_type: of the result.
+        warps: of a program.
+        stages: of Triton's software pipeline.
+        interpreted: whether to run on the CPU.
+        kwargs: further arguments of `pl.pallas_call`.
+
+    Returns:
+        A function of the operands.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plt
 
@@ -59,7 +85,7 @@ def triton_kernel(
         varying = jax.typeof(same[0]).manual_axis_type
         out = jax.ShapeDtypeStruct(tuple(out_shape), out_type, manual_axis_type=varying)
         with jax.enable_x64(False), warnings.catch_warnings():
-            # jax 0.11 says that this back end will go: it is our second choice.
+            # Deprecated since jax 0.11; it serves the GPUs that Mosaic GPU does not.
             warnings.filterwarnings("ignore", ".*Triton backend is deprecated.*", DeprecationWarning)
             kernel = pl.pallas_call(
                 body, out_shape=out, compiler_params=params, interpret=interpreted, name=name, **kwargs

@@ -1,4 +1,4 @@
-"""What the algorithms have in common: rows of windows, filters turned round, tiles cut out and joined."""
+"""Helpers that several kernels share: extents of windows, transposed filters, padding, tiles."""
 
 from collections.abc import Sequence
 
@@ -12,31 +12,31 @@ def window_sizes(window: Sequence[int], dilation: Sequence[int]) -> tuple[int, .
 
 
 def transposed(kernel: Array, groups: int) -> Array:
-    """A convolution's kernel as the one of its transpose: mirrored, inputs and outputs exchanged."""
+    """The kernel of the transposed convolution: mirrored, with input and output channels exchanged."""
     *window, inputs, outputs = kernel.shape
     kernel = jnp.flip(kernel, range(len(window)))
     kernel = kernel.reshape(*window, inputs, groups, outputs // groups)
     return jnp.moveaxis(kernel, -1, -3).swapaxes(-1, -2).reshape(*window, outputs // groups, groups * inputs)
 
 
-def whole(n: int, unit: int) -> int:
-    """The smallest multiple of `unit` that `n` fits into."""
+def next_multiple(n: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is not less than `n`."""
     return -(-n // unit) * unit
 
 
-def filled(x: Array, shape: Sequence[int]) -> Array:
-    """`x` with zeros at the end of its dimensions, or cropped there, to `shape`."""
+def pad_or_crop(x: Array, shape: Sequence[int]) -> Array:
+    """`x` padded with zeros, or cropped, at the end of every dimension to `shape`."""
     config = [(0, wanted - have, 0) for have, wanted in zip(x.shape, shape, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def extended(x: Array, axis: int, rows: int) -> Array:
-    """`filled` along one dimension."""
-    return filled(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+def pad_axis(x: Array, axis: int, rows: int) -> Array:
+    """`x` padded with zeros, or cropped, at the end of one dimension to `rows`."""
+    return pad_or_crop(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
 
 
-def joined(y: Array, extents: Sequence[int]) -> Array:
-    """`(*rows of a tile, batch, *tiles, channels)` as the image `(batch, *extents, channels)`."""
+def join_tiles(y: Array, extents: Sequence[int]) -> Array:
+    """The image `(batch, *extents, channels)` of tiles `(*rows of a tile, batch, *tiles, channels)`."""
     rank = len(extents)
     rows, tiles = y.shape[:rank], y.shape[rank + 1 : -1]
     order = [rank, *(axis for d in range(rank) for axis in (rank + 1 + d, d)), 2 * rank + 1]

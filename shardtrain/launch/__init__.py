@@ -1,4 +1,4 @@
-"""What surrounds the processes of a job: finding each other, starting, ending and starting again."""
+"""Starts, connects, ends and restarts the processes of a job, here and on clusters."""
 
 from shardtrain.launch.cluster import Cluster, detect, job, restarts
 from shardtrain.launch.connect import Limits, connect

@@ -1,4 +1,4 @@
-"""The place of this process in its job, found in the environment."""
+"""Finds the place of this process in its job from environment variables."""
 
 import re
 import socket
@@ -9,13 +9,13 @@ from shardtrain.errors import UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "SHARDTRAIN_COORDINATOR", "SHARDTRAIN_PROCESSES", "SHARDTRAIN_PROCESS_ID"
 LOCAL, JOB, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_JOB", "SHARDTRAIN_RESTARTS"
-"""What `shardtrain launch` tells the processes it starts; also for starters of your own."""
+"""The variables that `shardtrain launch` sets in its processes. Launchers of your own can set them, too."""
 
 JAX_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
-"""jax's own variable, which wins over what a scheduler says."""
+"""jax's own variable, which takes precedence over the scheduler's."""
 
 PORTS = range(61440, 65536)
-"""Above the ports that Linux hands out by itself, so that none is taken by chance."""
+"""Ports above the range from which Linux assigns ports by itself, so that none is in use by chance."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,16 @@ class Cluster:
     """The place of this process in a job of several.
 
     Attributes:
-        scheduler: what said so: `"launch local"`, `"Slurm"`, `"Open MPI"`, `"Kubernetes"`, variables of ours
-            in the `"environment"`, or `"flags"`.
+        scheduler: where the description comes from: `"launch local"`, `"Slurm"`, `"Open MPI"`,
+            `"Kubernetes"`, `"environment"` (the variables of `shardtrain launch`), or `"flags"`.
         coordinator: `host:port` of process 0.
-        processes: in the whole job.
-        process_id: of this one, from 0.
-        local: the number of this process among those on its host, and how many these are; None if unknown.
-        hosts: that the job runs on; None if unknown.
-        apart: this process is known to run on another host than process 0.
-        source: the flag or variable that somebody gave the coordinator in; nothing where a scheduler told it.
+        processes: number of processes in the job.
+        process_id: number of this process, from 0.
+        local: number of this process among the processes on its host, and how many there are; None if
+            unknown.
+        hosts: number of hosts of the job; None if unknown.
+        apart: whether this process is known to run on another host than process 0.
+        source: the flag or variable in which a user gave the coordinator; empty if a scheduler gave it.
     """
 
     scheduler: str
@@ -45,14 +46,14 @@ class Cluster:
 
     @property
     def given(self) -> str:
-        """What somebody wrote to name the coordinator: `"--coordinator node1:5"`; nothing if nobody did.
+        """What a user wrote to name the coordinator, such as `"--coordinator node1:5"`; empty if none did.
 
         Example:
             >>> Cluster("Slurm", "node1:5", 2, 0, source="JAX_COORDINATOR_ADDRESS").given
             'JAX_COORDINATOR_ADDRESS=node1:5'
         """
-        between = " " if self.source.startswith("--") else "="
-        return f"{self.source}{between}{self.coordinator}" if self.source else ""
+        separator = " " if self.source.startswith("--") else "="
+        return f"{self.source}{separator}{self.coordinator}" if self.source else ""
 
 
 def detect(
@@ -61,15 +62,22 @@ def detect(
     processes: int | None = None,
     process_id: int | None = None,
 ) -> Cluster | None:
-    """The place of this process, by arguments, `shardtrain launch`, Open MPI, Slurm or Kubernetes.
+    """Returns the place of this process in its job.
 
-    What is given as an argument, or the coordinator as `JAX_COORDINATOR_ADDRESS`, wins over what is found.
+    It is read from the variables of `shardtrain launch`, Open MPI, Slurm or Kubernetes. The arguments take
+    precedence over them, and so does `JAX_COORDINATOR_ADDRESS` for the coordinator.
+
+    Args:
+        env: the environment variables.
+        coordinator: `host:port` of process 0.
+        processes: number of processes in the job.
+        process_id: number of this process, from 0.
 
     Returns:
-        None in a job of one process.
+        The place of this process, or None in a job of one process.
 
     Raises:
-        UserError: a job of which not everything is known, or numbers that do not fit.
+        UserError: if part of the description is missing, or if the numbers contradict each other.
 
     Example:
         >>> detect({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}) is None
@@ -107,17 +115,18 @@ def detect(
 
 
 def surrounding(env: Mapping[str, str]) -> Cluster | None:
-    """What the environment alone says, which may be less than a job needs; None where it says nothing.
+    """Returns what the environment says of the job, which may be incomplete; None if it says nothing.
 
     Example:
         >>> surrounding({"SHARDTRAIN_PROCESSES": "2", "SHARDTRAIN_PROCESS_ID": "1"}).coordinator
         ''
     """
-    return next((c for find in (_own, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
+    return next((c for find in (_shardtrain, _open_mpi, _slurm, _kubernetes) if (c := find(env))), None)
 
 
 def restarts(env: Mapping[str, str]) -> int:
-    """How often this job was started again by `launch local`, Slurm or a JobSet, or by one within another.
+    """Returns how often this job was restarted by `launch local`, Slurm or a JobSet, in sum if they are
+    nested.
 
     Example:
         >>> restarts({"SLURM_RESTART_COUNT": "2", "SHARDTRAIN_RESTARTS": "0"})
@@ -127,7 +136,7 @@ def restarts(env: Mapping[str, str]) -> int:
 
 
 def job(env: Mapping[str, str]) -> str:
-    """What names this job through all its restarts; nothing where nobody restarts it.
+    """Returns an identifier that is the same in all restarts of this job; empty if nothing restarts it.
 
     Example:
         >>> job({"SLURM_JOB_ID": "4711"})
@@ -137,10 +146,14 @@ def job(env: Mapping[str, str]) -> str:
 
 
 def whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
-    """The whole number that a variable holds; the default where it is not set, or empty.
+    """Returns the integer in an environment variable, or the default if it is unset or empty.
 
     Raises:
-        UserError: a variable that holds something else.
+        UserError: if the variable is not an integer.
+
+    Example:
+        >>> whole({"SLURM_PROCID": "3"}, "SLURM_PROCID")
+        3
     """
     text = env.get(name) or str(default)
     try:
@@ -149,7 +162,7 @@ def whole(env: Mapping[str, str], name: str, default: int = 0) -> int:
         raise UserError(f"{name}={text}: set this variable to a whole number, or unset it") from error
 
 
-def _own(env: Mapping[str, str]) -> Cluster | None:
+def _shardtrain(env: Mapping[str, str]) -> Cluster | None:
     if PROCESSES not in env:
         return None
     processes = whole(env, PROCESSES)
@@ -164,7 +177,7 @@ def _own(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _first_pod(name: str, index: int) -> str:
-    """The pod of index 0, by the full name of another: `train-3.pods.default.svc` is `train-0.pods...`."""
+    """Returns the address of pod 0 from the name of another: `train-0...` for `train-3.pods.default.svc`."""
     host, dot, domain = name.partition(".")
     stem = host.removesuffix(f"-{index}")
     return f"{stem}-0.{domain}:{PORTS[0]}" if dot and stem != host else ""
@@ -184,7 +197,7 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
         return None
     size, rank = whole(env, "OMPI_COMM_WORLD_SIZE"), whole(env, "OMPI_COMM_WORLD_RANK")
     local = whole(env, "OMPI_COMM_WORLD_LOCAL_RANK"), whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
-    # Process 0 runs on mpirun's own host, whose address Open MPI 4 tells in a variable and 5 in a job's name.
+    # Process 0 runs on the host of mpirun. Open MPI 4 gives its address in a variable, 5 in the job's name.
     host, job = "", 0
     if uri := re.match(r"(\d+)\.\d+;tcp6?://\[?([^,:\]]+)", env.get("OMPI_MCA_orte_hnp_uri", "")):
         host, job = uri[2], int(uri[1]) // 2**12
@@ -198,7 +211,8 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Cluster | None:
-    # Only srun sets the variables of a step: a batch script, or a shell in an allocation, is one process.
+    # Only srun sets the variables of a step. A batch script or a shell in an allocation is a job of one
+    # process.
     if "SLURM_STEP_NODELIST" not in env or "SLURM_PROCID" not in env:
         return None
     size = whole(env, "SLURM_STEP_NUM_TASKS") or whole(env, "SLURM_NTASKS")
@@ -206,20 +220,20 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
     tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     local = (whole(env, "SLURM_LOCALID"), tasks[node]) if node < len(tasks) else None
     hosts = whole(env, "SLURM_STEP_NUM_NODES", 1)
-    # Two steps of one job, or a restart of it, find other ports.
+    # Two steps of one job, and its restarts, use different ports.
     job = sum(whole(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     coordinator = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
     return Cluster("Slurm", coordinator, size, whole(env, "SLURM_PROCID"), local, hosts, node > 0)
 
 
 def _first_node(nodes: str) -> str:
-    """`node[001-003,7],other` is `node001`, and so on."""
+    """Returns the first node of a Slurm node list: `node001` of `node[001-003,7],other`."""
     parts = re.match(r"([^,\[]+)(?:\[([^],-]+)[^]]*\]([^,\[]*))?", nodes)
     return "".join(filter(None, parts.groups())) if parts else nodes
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` is `[2, 2, 2, 1]`."""
+    """Returns the tasks of each node from Slurm's short form: `[2, 2, 2, 1]` for `2(x3),1`."""
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
 

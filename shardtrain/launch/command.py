@@ -6,7 +6,11 @@ from shardtrain.errors import UserError
 
 
 def refuse_no_command(command: Sequence[str]) -> None:
-    """Refuses to launch nothing."""
+    """Refuses an empty command.
+
+    Raises:
+        UserError: if there is no word in it.
+    """
     if not command:
         raise UserError(
             "there is no command to run; write it after --, as in: -- python recipes/train_cnn.py"
@@ -14,7 +18,11 @@ def refuse_no_command(command: Sequence[str]) -> None:
 
 
 def refuse_unprintable(command: Sequence[str]) -> None:
-    """Refuses words that no script and no manifest can hold, such as file names that are no UTF-8."""
+    """Refuses words that cannot be written into a script, such as file names that are not UTF-8.
+
+    Raises:
+        UserError: if a word has such a character.
+    """
     for word in command:
         if not all(letter.isprintable() or letter in "\n\t" for letter in word):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The start of `jax.distributed`, after a check in plain Python that all processes are there."""
+"""Starts `jax.distributed`, after a check in plain Python that all processes of the job have started."""
 
 import logging
 import os
@@ -16,22 +16,26 @@ from shardtrain.launch.rendezvous import meet, refuse_endless
 
 log = logging.getLogger(__name__)
 
-JOIN = 60
-"""Seconds for jax to connect processes that have just met."""
+JAX_CONNECT_SECONDS = 60
+"""How long jax may take to connect processes that have just met."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a process waits for the others, in seconds.
+    """How long a process waits for the other processes of its job, in seconds.
 
     Attributes:
-        start: for all to be there, from the start of this one.
-        heartbeat: without a sign of life of a process, until jax aborts the others; longer than a `Guard`
-            waits, which says who it is.
-        shutdown: at the end of the program, for the others to end too.
+        start: how long `connect` waits for all processes to start.
+        heartbeat: how long jax waits for a process that does not answer before it aborts the others. It
+            should be longer than a `Guard` waits, because the guard names the process.
+        shutdown: how long a process that has ended waits for the others to end.
 
     Raises:
-        UserError: a start that has no end.
+        UserError: if `start` is not above 0 and at most a day.
+
+    Example:
+        >>> Limits(start=60.0)
+        Limits(start=60.0, heartbeat=100, shutdown=300)
     """
 
     start: float = 300.0
@@ -48,36 +52,45 @@ def connect(
     process_id: int | None = None,
     limits: Limits = Limits(),
 ) -> Cluster | None:
-    """Joins this process with the others of its job; nothing happens in a job of one process.
+    """Connects this process with the other processes of its job, by `jax.distributed`.
 
-    All processes first meet in plain Python, because `jax.distributed` aborts without an exception where a
-    coordinator is missing. To be called before jax's first use.
+    Call it before the first use of jax. The place of the process comes from the environment that
+    `shardtrain launch local`, Slurm, Open MPI or Kubernetes provides, or from the arguments. In a job of one
+    process nothing happens, so one program serves both cases.
+
+    `jax.distributed` aborts a process without an exception if the coordinator or a peer is missing. Therefore
+    all processes first meet in plain Python, where this becomes an exception that names what is missing. They
+    also compare the versions of their packages.
 
     Args:
-        coordinator, processes, process_id: in place of what the environment says, see `detect`.
-        limits: of waiting.
+        coordinator: `host:port` of process 0; by default what the environment says.
+        processes: number of processes in the job; by default what the environment says.
+        process_id: number of this process, from 0; by default what the environment says.
+        limits: how long to wait for the other processes.
 
     Returns:
-        The place of this process, None in a job of one.
+        The place of this process in its job, or None in a job of one process.
 
     Raises:
-        UserError: an incomplete or wrong description of the job, a coordinator whose name does not resolve,
-            or versions that differ between the processes.
-        StartError: a coordinator that does not answer within the limit, processes that are missing (by
-            number), or a port that is taken: a new start may succeed.
+        UserError: if the description of the job is incomplete or wrong, if the coordinator's name does not
+            resolve, or if package versions differ between the processes.
+        StartError: if the coordinator does not answer, if processes are missing after `limits.start` seconds,
+            or if the port is in use. The same command may succeed when it is started again.
 
     Example:
-        >>> cluster = connect()
-        >>> mesh = make_mesh("data=-1")
+        >>> cluster = st.launch.connect()
+        >>> cluster is None  # a job of one process
+        True
+        >>> mesh = st.make_mesh("data=-1")  # all devices of all processes
     """
     cluster = detect(os.environ, coordinator, processes, process_id)
     if cluster is None or jax.distributed.is_initialized():
         return cluster
     refuse_nameless(cluster)
-    others = refuse_unequal(meet(cluster, own_identity(), limits.start))
-    for difference in others if cluster.process_id == 0 else ():
+    differences = refuse_unequal(meet(cluster, own_identity(), limits.start))
+    for difference in differences if cluster.process_id == 0 else ():
         log.warning("%s; install the same on all hosts if this job hangs or fails", difference)
-    # It would take SIGTERM for itself, which a `Guard` answers, and which before that is to end a process.
+    # The service would handle SIGTERM, which is a `Guard`'s task, and which ends a process that has no guard.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator,
@@ -85,7 +98,7 @@ def connect(
         cluster.process_id,
         local_device_ids=devices_of(cluster, os.environ),
         cluster_detection_method="deactivate",
-        initialization_timeout=JOIN,
+        initialization_timeout=JAX_CONNECT_SECONDS,
         heartbeat_timeout_seconds=limits.heartbeat,
         shutdown_timeout_seconds=limits.shutdown,
     )
@@ -93,19 +106,28 @@ def connect(
 
 
 def devices_of(cluster: Cluster, env: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that this process sees are its own; None for all.
+    """Returns which of the visible GPUs this process uses, or None for all.
 
-    Where a host has several processes that all see its GPUs, each takes an equal share in order.
+    If a host has several processes that all see its GPUs, each process takes an equal share, in order.
+
+    Args:
+        cluster: the place of this process.
+        env: the environment variables.
 
     Raises:
-        UserError: GPUs that the processes of the host cannot share evenly.
+        UserError: if the processes of the host cannot share its GPUs evenly.
+
+    Example:
+        >>> second_of_two = Cluster("launch local", "127.0.0.1:62000", 2, 1, local=(1, 2))
+        >>> devices_of(second_of_two, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+        [2, 3]
     """
     if env.get("JAX_LOCAL_DEVICE_IDS") or cluster.local is None:
         return None
     number, processes = cluster.local
     named = env.get("CUDA_VISIBLE_DEVICES")
     visible = len(list(filter(None, named.split(",")))) if named is not None else len(nvidia_gpus())
-    if visible < 2 or processes == 1:  # a scheduler that has dealt them out already
+    if visible < 2 or processes == 1:  # with one GPU each, a scheduler has assigned them already
         return None
     if visible % processes:
         raise UserError(
@@ -117,13 +139,17 @@ def devices_of(cluster: Cluster, env: Mapping[str, str]) -> list[int] | None:
 
 
 def nvidia_gpus() -> list[Path]:
-    """The NVIDIA cards of this host, as the driver lists them."""
+    """Returns the NVIDIA GPUs of this host, as the driver lists them."""
     folder = Path("/proc/driver/nvidia/gpus")
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def refuse_nameless(cluster: Cluster) -> None:
-    """Refuses a host that does not know its own name: jax's CPU collectives listen at its address."""
+    """Refuses a host whose own name does not resolve, because jax's CPU collectives listen at that address.
+
+    Raises:
+        UserError: if the name does not resolve.
+    """
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

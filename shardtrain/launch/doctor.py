@@ -1,4 +1,4 @@
-"""What keeps a job from starting or lets it hang, looked for before it costs an hour."""
+"""Looks for what keeps a job from starting, or makes it hang, before the job is submitted."""
 
 import os
 import shutil
@@ -15,15 +15,15 @@ import jax
 from shardtrain.errors import UserError, first_line
 from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
-from shardtrain.launch.identity import ProcessIdentity, differences, of_gpus, own_identity
+from shardtrain.launch.identity import ProcessIdentity, differences, gpu_packages, own_identity
 from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
 from shardtrain.versions import installed
 
-SKEW = 1.0
-"""Seconds by which clocks may differ: logs and file times are compared across hosts."""
+MOST_SKEW_SECONDS = 1.0
+"""How far clocks may differ: logs and file times are compared across hosts."""
 
-SPACE = 2**30
-"""Bytes that --out must have free."""
+LEAST_FREE_BYTES = 2**30
+"""Space that the disk of --out must have."""
 
 KNOWN_BAD = {
     ("nvidia-nccl", "2.28.9"): (
@@ -39,10 +39,10 @@ KNOWN_BAD = {
         "https://github.com/NVIDIA/jaxpp/issues/11",
     ),
 }
-"""Versions that others have found to hang, with where they say so."""
+"""Versions that are known to hang: what happens, and the report that says so."""
 
-NCCL = "2.31.2"
-"""The oldest NCCL of which none of that is said."""
+GOOD_NCCL = "2.31.2"
+"""The oldest version of NCCL without such a report."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: what was looked at.
-        good: nothing is wrong with it.
-        found: what there is.
-        fix: what to do or to type, where something is wrong.
-        process: that looked.
+        check: what was checked.
+        good: whether it is in order.
+        found: what was found.
+        fix: what to do or to type if it is not in order.
+        process: number of the process that checked.
     """
 
     check: str
@@ -67,16 +67,18 @@ class Finding:
 def examine(
     out: Path, cluster: Cluster | None = None, coordinator: str | None = None, limit: float = 60.0
 ) -> list[Finding]:
-    """Looks at everything a job needs; in a job of several processes each looks, and all learn of all.
+    """Checks everything that a job needs.
+
+    In a job of several processes each of them checks, and each gets the findings of all.
 
     Args:
         out: folder that the run is to write to.
         cluster: the place of this process, from `detect`; None for one process alone.
-        coordinator: `host:port` that a job is to have, to look at from one process alone.
-        limit: seconds to wait for other processes.
+        coordinator: `host:port` of a job that has not started, to be checked from one process alone.
+        limit: seconds to wait for the other processes.
 
     Returns:
-        The findings of all processes; of this one alone where they do not meet.
+        The findings of all processes; only those of this process if the processes do not meet.
 
     Example:
         >>> [finding.check for finding in examine(Path("runs")) if not finding.good]
@@ -93,41 +95,45 @@ def examine(
     rank = cluster.process_id
     try:
         with beacon(out, rank) as name:
-            cards = meet(cluster, own_identity() | {"beacon": name}, limit)
-            found += together(cards) if rank == 0 else same_folder(out, cards[0]["beacon"])
+            identities = meet(cluster, own_identity() | {"beacon": name}, limit)
+            found += together(identities) if rank == 0 else same_folder(out, identities[0]["beacon"])
             mine = [asdict(finding) | {"process": rank} for finding in found]
-            every = meet(cluster, own_identity() | {"findings": mine}, limit)
+            identities = meet(cluster, own_identity() | {"findings": mine}, limit)
     except UserError as error:
         problem, _, fix = str(error).partition("; ")
         return [
             replace(finding, process=rank) for finding in [*found, Finding("processes", False, problem, fix)]
         ]
-    return [Finding(**finding) for card in every for finding in card["findings"]]
+    return [Finding(**finding) for identity in identities for finding in identity["findings"]]
 
 
 @contextmanager
 def beacon(out: Path, rank: int) -> Iterator[str]:
-    """While it lasts, a file of process 0 in `out`, for which the others look; its name, or nothing."""
+    """Process 0 has a file in `out` while the context lasts, for which the others look.
+
+    Returns:
+        The name of the file; empty in the other processes, and if it could not be written.
+    """
     if rank:
         yield ""
         return
     file, made, name = out / f".doctor-{os.getpid()}-{time.time_ns()}", [], ""
     try:
-        with suppress(OSError):  # which the row "folder" explains
+        with suppress(OSError):  # the finding "folder" explains it
             made = [folder for folder in (out, *out.parents) if not folder.exists()]
             out.mkdir(parents=True, exist_ok=True)
             file.touch()
             name = file.name
         yield name
     finally:
-        with suppress(OSError):  # another may have come into a folder
+        with suppress(OSError):  # another process may have written into a folder
             file.unlink(missing_ok=True)
             for folder in made:
                 folder.rmdir()
 
 
 def place(cluster: Cluster | None) -> Finding:
-    """Whether this process knows its place in a job."""
+    """Checks whether this process knows its place in a job."""
     env = os.environ
     if cluster is not None:
         where = f"process {cluster.process_id} of {cluster.processes}, says {cluster.scheduler}"
@@ -144,7 +150,7 @@ def place(cluster: Cluster | None) -> Finding:
 
 
 def own_name(cluster: Cluster | None) -> Finding:
-    """Whether the host's own name leads to it: CPU collectives of other hosts use it."""
+    """Checks whether the host's own name resolves to it, which CPU collectives of other hosts need."""
     name = socket.gethostname()
     try:
         where = socket.gethostbyname(name)
@@ -158,7 +164,7 @@ def own_name(cluster: Cluster | None) -> Finding:
 
 
 def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
-    """Whether the coordinator's name leads to it, and its port is free."""
+    """Checks whether the coordinator's name resolves, and whether its port is free."""
     try:
         with naming(cluster):
             host, port = split_address(coordinator)
@@ -167,7 +173,7 @@ def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
             if where.startswith("127.") and several and (cluster is None or cluster.process_id):
                 fix = f"give {host} its real address in /etc/hosts, or name another with --coordinator"
                 return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
-            if here(where) if cluster is None else cluster.process_id == 0:
+            if is_local(where) if cluster is None else cluster.process_id == 0:
                 refuse_elsewhere(host, where)
                 listen(port).close()
                 return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
@@ -177,8 +183,8 @@ def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
     return Finding("coordinator", True, f"{host} is {where}")
 
 
-def here(where: str) -> bool:
-    """Whether an address is one of this host's own."""
+def is_local(where: str) -> bool:
+    """Whether an address is one of this host."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
             probe.bind((where, 0))
@@ -188,27 +194,27 @@ def here(where: str) -> bool:
 
 
 def devices(cluster: Cluster | None) -> list[Finding]:
-    """What jax sees as this process's own."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a look need not take the memory
-    cards = nvidia_gpus()
+    """Checks which devices jax finds for this process."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a check need not take the memory
+    gpus = nvidia_gpus()
     try:
-        if cluster is not None and (own := devices_of(cluster, os.environ)):
-            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, own)))
+        if cluster is not None and (assigned := devices_of(cluster, os.environ)):
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, assigned)))
         seen = jax.local_devices()
     except (RuntimeError, UserError) as error:
         return [Finding("devices", False, f"none: {first_line(error, 150)}", "see the sentence itself")]
     kinds = sorted({f"{device.platform} ({device.device_kind})" for device in seen})
     found = f"{len(seen)} of {', '.join(kinds)}"
-    if cards and seen[0].platform == "cpu":
+    if gpus and seen[0].platform == "cpu":
         forced = os.environ.get("JAX_PLATFORMS")
         fix = f"unset JAX_PLATFORMS={forced}" if forced else "pip install 'shardtrain[cuda13]'"
-        return [Finding("devices", False, f"{found}, but the host has {len(cards)} NVIDIA GPUs", fix)]
+        return [Finding("devices", False, f"{found}, but the host has {len(gpus)} NVIDIA GPUs", fix)]
     return [Finding("devices", True, found)]
 
 
 def packages() -> list[Finding]:
-    """Whether versions fit together, and none is known to hang."""
-    versions = installed(["jax", "jaxlib", *of_gpus()])
+    """Checks whether the versions of packages fit together, and whether one of them is known to hang."""
+    versions = installed(["jax", "jaxlib", *gpu_packages()])
     found = [Finding("packages", True, ", ".join(f"{name} {version}" for name, version in versions.items()))]
     for name, version in versions.items():
         if name.startswith(("jax-cuda", "jax-rocm")) and version != versions.get("jaxlib"):
@@ -217,13 +223,13 @@ def packages() -> list[Finding]:
                 Finding("packages", False, f"{name} {version} beside jaxlib {versions['jaxlib']}", fix)
             )
         if bad := KNOWN_BAD.get((name.rpartition("-")[0], version)):
-            fix = f"pip install '{name}>={NCCL}' ({bad[1]})"
+            fix = f"pip install '{name}>={GOOD_NCCL}' ({bad[1]})"
             found.append(Finding("packages", False, f"{name} {version}: {bad[0]}", fix))
     return found
 
 
 def folder(out: Path) -> list[Finding]:
-    """Whether a run can be written to --out, and the clock of the disk is that of this host."""
+    """Checks whether a run can be written to --out, and whether the clock of that disk is this host's."""
     out = out.expanduser().absolute()
     try:
         nearest = next(path for path in (out, *out.parents) if path.exists())
@@ -238,20 +244,25 @@ def folder(out: Path) -> list[Finding]:
         return [Finding("folder", False, f"{out} cannot be written ({error.strerror})", fix)]
     space = f"{free / 2**30:.1f} GiB free in {nearest}"
     checks = [
-        Finding("folder", free >= SPACE, space, "" if free >= SPACE else "make room, or name another --out")
+        Finding(
+            "folder",
+            free >= LEAST_FREE_BYTES,
+            space,
+            "" if free >= LEAST_FREE_BYTES else "make room, or name another --out",
+        )
     ]
-    if abs(skew) > SKEW:
+    if abs(skew) > MOST_SKEW_SECONDS:
         fix = "let both keep their time by NTP"
         checks.append(Finding("clock", False, f"files of {nearest} are {skew:+.1f} s off this host", fix))
     return checks
 
 
 def same_folder(out: Path, name: str) -> list[Finding]:
-    """Whether the file of process 0 is in the folder of this one, if it could make one."""
+    """Checks whether this process sees the file that process 0 has written into the folder, if it could."""
     if not name:
         return []
     there = False
-    with suppress(OSError):  # which the row "folder" explains
+    with suppress(OSError):  # the finding "folder" explains it
         there = (out / name).exists()
     if there:
         return [Finding("shared folder", True, f"{out} is that of process 0")]
@@ -259,16 +270,18 @@ def same_folder(out: Path, name: str) -> list[Finding]:
     return [Finding("shared folder", False, f"{out} is not the folder that process 0 writes to", fix)]
 
 
-def together(cards: Sequence[ProcessIdentity]) -> list[Finding]:
-    """What only a comparison of processes shows."""
-    hosts = {card["host"] for card in cards}
-    found = [Finding("processes", True, f"all {len(cards)} are there, on {len(hosts)} hosts")]
-    unequal = list(differences(cards).values())
-    same = "; ".join(unequal[:3]) if unequal else "equal in all processes"
-    found.append(Finding("versions", not unequal, same, "install the same on all hosts" if unequal else ""))
-    rank = max(range(len(cards)), key=lambda k: abs(cards[k]["skew"]))
-    skew = cards[rank]["skew"]
-    late = abs(skew) > SKEW
-    note = f"process {rank} ({cards[rank]['host']}) is {skew:+.1f} s off process 0"
-    fix = f"let {cards[rank]['host']} keep its time by NTP" if late else ""
-    return [*found, Finding("clocks", not late, note if late else f"within {SKEW:g} s", fix)]
+def together(identities: Sequence[ProcessIdentity]) -> list[Finding]:
+    """Compares the processes: their number, versions and clocks."""
+    hosts = {identity["host"] for identity in identities}
+    found = [Finding("processes", True, f"all {len(identities)} are there, on {len(hosts)} hosts")]
+    unequal = list(differences(identities).values())
+    found_versions = "; ".join(unequal[:3]) if unequal else "equal in all processes"
+    found.append(
+        Finding("versions", not unequal, found_versions, "install the same on all hosts" if unequal else "")
+    )
+    rank = max(range(len(identities)), key=lambda k: abs(identities[k]["skew"]))
+    skew, host = identities[rank]["skew"], identities[rank]["host"]
+    late = abs(skew) > MOST_SKEW_SECONDS
+    note = f"process {rank} ({host}) is {skew:+.1f} s off process 0"
+    fix = f"let {host} keep its time by NTP" if late else ""
+    return [*found, Finding("clocks", not late, note if late else f"within {MOST_SKEW_SECONDS:g} s", fix)]

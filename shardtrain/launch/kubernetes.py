@@ -1,4 +1,4 @@
-"""A JobSet manifest for Kubernetes: one Indexed Job whose pods are the processes of one training job."""
+"""Writes a JobSet manifest for Kubernetes: an Indexed Job whose pods are the processes of one job."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTAR
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
 MOUNT = "/runs"
-"""Where pods find the volume for --out."""
+"""The path of the volume for --out in the pods."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class KubernetesJob:
     """What a job asks of Kubernetes.
 
     Attributes:
-        name: of the JobSet.
+        name: name of the JobSet.
         image: container image that has shardtrain and the recipe.
-        pods: processes, one pod each.
-        gpus: of each pod, 0 for none.
-        cpu, memory: of each pod, as Kubernetes writes quantities.
-        claim: PersistentVolumeClaim that all pods may write (ReadWriteMany), mounted at `/runs`; checkpoints
-            must outlive pods.
-        restarts: after failures; evicted pods and those that end with `REQUEUE` are not counted.
+        pods: number of pods, each of which runs one process.
+        gpus: number of GPUs of each pod, 0 for none.
+        cpu, memory: resources of each pod, as Kubernetes writes quantities.
+        claim: PersistentVolumeClaim that all pods may write (ReadWriteMany), mounted at `/runs`, since
+            checkpoints must outlive pods.
+        restarts: how often the job starts again after a failure. Evicted pods and an exit status of `REQUEUE`
+            are not failures.
         grace: seconds that pods have to save after SIGTERM.
     """
 
@@ -57,17 +58,19 @@ class KubernetesJob:
 
 
 def manifest(job: KubernetesJob, command: list[str]) -> str:
-    """The JobSet that runs a command in every pod of a job.
+    """Returns the JobSet that runs a command in every pod of a job.
 
     Args:
-        job: what is asked of Kubernetes.
+        job: what the job asks of Kubernetes.
         command: program and arguments.
 
     Raises:
-        UserError: no command, or one that cannot be written down.
+        UserError: if there is no command, or if it cannot be written into a manifest.
 
     Example:
-        >>> print(manifest(KubernetesJob("cnn", "me/cnn:1", pods=2), ["python", "a.py"]))  # doctest: +SKIP
+        >>> text = manifest(KubernetesJob("cnn", "me/cnn:1", pods=2), ["python", "train.py"])
+        >>> "completions: 2" in text
+        True
     """
     refuse_no_command(command)
     refuse_unprintable(command)
@@ -79,8 +82,8 @@ def manifest(job: KubernetesJob, command: list[str]) -> str:
         if job.claim
         else ""
     )
-    # Kubernetes would put variables of its own in the place of $(NAME), and reads $$ as $. YAML knows JSON's
-    # escapes, but for pairs of them.
+    # Kubernetes replaces $(NAME) by a variable and reads $$ as $. YAML has JSON's escapes, except surrogate
+    # pairs.
     quoted = [json.dumps(word.replace("$", "$$"), ensure_ascii=False) for word in command]
     words = "\n".join(f"                    - {word}" for word in quoted)
     return f"""\

@@ -1,4 +1,4 @@
-"""A batch script for Slurm: short, commented, and the same text every time."""
+"""Writes a batch script for Slurm. The same job gives the same text every time."""
 
 import re
 import shlex
@@ -9,14 +9,14 @@ from pathlib import Path
 from shardtrain.errors import FAULT, REQUEUE, UserError
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
-SAVE = 120
-"""Seconds before the time limit at which processes are told to save."""
+SAVE_SECONDS = 120
+"""How long before the time limit the processes are told to save."""
 
 SWAP = f"status == {REQUEUE} ? 1 : status == 1 ? {REQUEUE} : status"
-"""Makes `REQUEUE` the smallest status but 0, in the shell's arithmetic; done twice it changes nothing."""
+"""Swaps the statuses `REQUEUE` and 1 in the shell's arithmetic; done twice it changes nothing."""
 
 WRAP = f'trap : INT TERM USR1; "$@"; status=$?; exit $(({SWAP}))'
-"""Runs one process and swaps its status; signals, which Slurm sends to it too, do not end the shell."""
+"""Runs one process and swaps its status. Slurm sends signals to this shell, too, and they must not end it."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,15 @@ class SlurmJob:
     """What a job asks of Slurm.
 
     Attributes:
-        name: of the job.
-        nodes: `"2"`, or `"2-4"` for as many as are free, which a mesh with a size of -1 makes use of.
-        gpus_per_node: GPUs, 0 for none.
-        tasks_per_node: processes; one for each GPU, or one.
-        cpus_per_task: for each process; None for the cluster's default.
-        time: limit, as Slurm writes it.
-        partition: None for the cluster's default.
-        restarts: how often the script starts the job again after a failure; ends with `REQUEUE` are none.
+        name: name of the job.
+        nodes: `"2"`, or `"2-4"` for as many as are free; a mesh with a size of -1 adapts to their number.
+        gpus_per_node: number of GPUs of each node, 0 for none.
+        tasks_per_node: number of processes on each node: one for each GPU, or one.
+        cpus_per_task: number of processors of each process; None for the cluster's default.
+        time: time limit, as Slurm writes it.
+        partition: Slurm's partition; None for the cluster's default.
+        restarts: how often the script starts the job again after a failure. An exit status of `REQUEUE` is
+            not a failure.
         output: file of the log.
     """
 
@@ -68,17 +69,19 @@ class SlurmJob:
 
 
 def script(job: SlurmJob, command: list[str]) -> str:
-    """The batch script that runs a command in every process of a job.
+    """Returns the batch script that runs a command in every process of a job.
 
     Args:
-        job: what is asked of Slurm.
+        job: what the job asks of Slurm.
         command: program and arguments.
 
     Raises:
-        UserError: no command, or one that cannot be written down.
+        UserError: if there is no command, or if it cannot be written into a script.
 
     Example:
-        >>> print(script(SlurmJob("cnn", nodes="2"), ["python", "recipes/train_cnn.py"]))  # doctest: +SKIP
+        >>> text = script(SlurmJob("cnn", nodes="2"), ["python", "recipes/train_cnn.py"])
+        >>> text.splitlines()[2]
+        '#SBATCH --job-name=cnn'
     """
     refuse_no_command(command)
     refuse_unprintable(command)
@@ -95,7 +98,11 @@ def script(job: SlurmJob, command: list[str]) -> str:
         ("cpus-per-task", per_node, "of a node" if ranged else ""),
         ("time", job.time, ""),
         ("requeue", True, "start again when a node fails"),
-        ("signal", f"TERM@{SAVE}", f"tell the processes to save {SAVE} s before the time is over"),
+        (
+            "signal",
+            f"TERM@{SAVE_SECONDS}",
+            f"tell the processes to save {SAVE_SECONDS} s before the time is over",
+        ),
         ("open-mode", "append", "one log for all starts"),
         ("output", job.output, ""),
     ]
@@ -142,13 +149,13 @@ exit $status
 
 
 def submit(path: Path) -> str:
-    """Hands a script to Slurm.
+    """Submits a script to Slurm.
 
     Returns:
-        What Slurm answers, with the number of the job.
+        Slurm's answer, which has the number of the job.
 
     Raises:
-        UserError: there is no Slurm here, or it refuses the script.
+        UserError: if there is no Slurm on this machine, or if it refuses the script.
     """
     try:
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False, timeout=60)

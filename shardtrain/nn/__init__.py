@@ -1,4 +1,8 @@
-"""Flax NNX layers and models over partitioned operators."""
+"""Flax NNX layers and models that run on any mesh, over the partitioned operators of `shardtrain.ops`.
+
+Layers with a namesake in `nnx` take its arguments and have its parameter names, so models and checkpoints
+move over unchanged.
+"""
 
 from shardtrain.nn.base import Partitioned
 from shardtrain.nn.conv import Conv, ConvTranspose, LocallyConnected

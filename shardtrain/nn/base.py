@@ -1,4 +1,4 @@
-"""What the layers of this room have in common, and how their inputs come to lie as they want them."""
+"""The base class of partitioned layers, and the redistribution of activations where layouts change."""
 
 import functools
 import re
@@ -19,66 +19,93 @@ from shardtrain.layout import AnyMesh, Layout
 
 
 class Partitioned:
-    """What the layers of this room have in common.
+    """Base class of layers that have a layout.
+
+    A subclass calls operators of `shardtrain.ops` with `layout=self.layout`, decorates the methods that do so
+    with `in_layout`, and overrides those of the methods below that apply: what is returned here is right for
+    a layer without parameters that takes any number of pixels and channels.
 
     Attributes:
-        layout: which mesh axes cut what in this layer; set by `partition.assign` from a layout table.
-        path: of the layer in its model; set with it.
+        layout: which mesh axes cut what in this layer; set by `assign` from a layout table.
+        path: of the layer in its model, such as `"blocks.0.conv1"`; set by `assign` too.
+
+    Example:
+        >>> from shardtrain.nn.base import in_layout
+        >>> class SquaredPool(st.nn.Partitioned, nnx.Module):
+        ...     @in_layout
+        ...     def __call__(self, x):
+        ...         return st.ops.avg_pool(x**2, 2, strides=2, layout=self.layout)
+        >>> SquaredPool()(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
     """
 
     layout: Layout = Layout()
     path: str = ""
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
-        """How each parameter lies on `mesh` at rest, by attribute name."""
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
+        """How each parameter is stored on `mesh` between steps, by attribute name."""
         return {}
 
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        """Sentences about dimensions that `layout` asks to cut and that stay whole on every device of `mesh`.
+
+        A dimension stays whole where it does not divide by its axes. `{layers}` in a sentence stands for the
+        paths of all layers with the same sentence.
+        """
+        yield from ()
+
     def channels(self) -> tuple[int, ...]:
-        """Numbers of channels that the channel axis cuts in this layer, where they divide."""
+        """Numbers of channels, of inputs and outputs, that the layer's layout cuts where they divide."""
         return ()
 
     def spatial(self) -> tuple[str, ...] | None:
-        """Names of the spatial dimensions, None for a layer that takes any number of them."""
+        """Names of the spatial dimensions; None for a layer that takes any number of them."""
         return None
 
 
 def name(path: tuple) -> str:
-    """`("blocks", 0, "conv1", "kernel")` as `"blocks.0.conv1.kernel"`."""
+    """A path in a model as a string: `("blocks", 0, "kernel")` as `"blocks.0.kernel"`."""
     return ".".join(map(str, path))
 
 
 def layer_of(scope: str, paths: Collection[str]) -> str:
-    """The innermost of the layers `paths` that a scope lies in, `""` for none."""
+    """The innermost of the layers `paths` that a scope names, `""` for none."""
     names = set(re.split(r"[/()]", scope))
     return max((path for path in paths if path in names), key=len, default="")
 
 
-ARRIVES, LEAVES = "shardtrain arrives at ", "shardtrain leaves "
-"""What `recording` names a layer's inputs and output, before the layer's path; inputs have a place too."""
+INPUT_OF, OUTPUT_OF = "shardtrain input of ", "shardtrain output of "
+"""Prefixes of the `checkpoint_name`s that `recording` gives to inputs and outputs of layers.
+
+After the prefix comes the path of the layer, for inputs after the argument (see `LayoutChanges`).
+"""
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Where activations come to lie otherwise.
+class LayoutChanges:
+    """Where a model's activations are redistributed from one layout to another.
 
     Attributes:
-        arrive: how an input of a layer lies that the layer wants otherwise, by path and place of the input.
-        leave: how a layer's output is to lie, where that is not as the layer itself has it, by path.
-        result: how what the model returns lies.
+        inputs: the present layout of a layer's input that is not in the layer's layout, by the path of the
+            layer and the argument: method and number, such as `"__call__.0"`.
+        outputs: the layout to which a layer's output is redistributed, where that is not the layer's own, by
+            path.
+        result: the layout of what the model returns.
     """
 
-    arrive: Mapping[tuple[str, str], Layout] = field(default_factory=dict)
-    leave: Mapping[str, Layout] = field(default_factory=dict)
+    inputs: Mapping[tuple[str, str], Layout] = field(default_factory=dict)
+    outputs: Mapping[str, Layout] = field(default_factory=dict)
     result: Layout = field(default_factory=Layout)
 
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
-_changes: ContextVar[Changes] = ContextVar("changes", default=Changes())  # noqa: B039  never changed
+_changes: ContextVar[LayoutChanges] = ContextVar("changes", default=LayoutChanges())  # noqa: B039  immutable
+_redistributed: ContextVar[list[tuple[Any, ...]]] = ContextVar("redistributed")
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """In here every layer marks its inputs and output in the jaxpr, for `flow.trace` to read."""
+    """Within it every layer names its inputs and output in the jaxpr, for `transitions.trace` to read."""
     token = _recording.set(True)
     try:
         yield
@@ -86,56 +113,56 @@ def recording() -> Iterator[None]:
         _recording.reset(token)
 
 
-_moved: ContextVar[list[tuple[Any, ...]]] = ContextVar("moved")
-
-
 @contextmanager
-def changing(changes: Changes) -> Iterator[None]:
-    """In here layers move their inputs and outputs as `changes` says."""
-    tokens = _changes.set(changes), _moved.set([])
+def applying(changes: LayoutChanges) -> Iterator[None]:
+    """Within it layers redistribute their inputs and outputs as `changes` says."""
+    tokens = _changes.set(changes), _redistributed.set([])
     try:
         yield
     finally:
         _changes.reset(tokens[0])
-        _moved.reset(tokens[1])
+        _redistributed.reset(tokens[1])
 
 
-def _arrived(x: Array, before: Layout, after: Layout) -> Array:
-    """`x` moved; where several layers take it, once for all of them, and its gradient too."""
-    trace = get_opaque_trace_state(convention="nnx")  # what is made in an inner trace must not leave it
-    for value, *key, y in _moved.get():
+def _reshard_once(x: Array, before: Layout, after: Layout) -> Array:
+    """`ops.reshard`, once for all layers that take the same array; so its gradient is moved once, too."""
+    trace = get_opaque_trace_state(convention="nnx")  # a tracer must not leave the trace that made it
+    for value, *key, y in _redistributed.get():
         if value is x and key == [before, after, trace]:
             return y
     y = ops.reshard(x, before, after)
-    _moved.get().append((x, before, after, trace, y))
+    _redistributed.get().append((x, before, after, trace, y))
     return y
 
 
-def _is_array(value: Any) -> bool:
+def _is_activation(value: Any) -> bool:
     return isinstance(value, jax.Array) and value.ndim >= 2
 
 
-def placed(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's `__call__` with its inputs moved to the layer's layout, and its path in the program."""
+def in_layout(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a layer's `__call__`: its inputs are redistributed to the layer's layout where they must be.
+
+    The equations of the call are named by the layer's path, too.
+    """
 
     @functools.wraps(call)
-    def placed_call(self: Partitioned, *args: Any, **kwargs: Any) -> Any:
+    def call_in_layout(self: Partitioned, *args: Any, **kwargs: Any) -> Any:
         changes = _changes.get()
 
-        def arrive(number: int, value: Any) -> Any:
-            if not _is_array(value):
+        def take(number: int, value: Any) -> Any:
+            if not _is_activation(value):
                 return value
-            place = f"{call.__name__}.{number}"
+            argument = f"{call.__name__}.{number}"
             if _recording.get():
-                value = checkpoint_name(value, f"{ARRIVES}{place} {self.path}")
-            before = changes.arrive.get((self.path, place))
-            return value if before is None else _arrived(value, before, self.layout)
+                value = checkpoint_name(value, f"{INPUT_OF}{argument} {self.path}")
+            before = changes.inputs.get((self.path, argument))
+            return value if before is None else _reshard_once(value, before, self.layout)
 
         with jax.named_scope(self.path or type(self).__name__):
-            given = [arrive(i, value) for i, value in enumerate((*args, *kwargs.values()))]
-            y = call(self, *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
-            if self.path in changes.leave and _is_array(y):
-                y = ops.reshard(y, self.layout, changes.leave[self.path])
-        return checkpoint_name(y, LEAVES + self.path) if _recording.get() and _is_array(y) else y
+            taken = [take(i, value) for i, value in enumerate((*args, *kwargs.values()))]
+            y = call(self, *taken[: len(args)], **dict(zip(kwargs, taken[len(args) :], strict=True)))
+            if self.path in changes.outputs and _is_activation(y):
+                y = ops.reshard(y, self.layout, changes.outputs[self.path])
+        return checkpoint_name(y, OUTPUT_OF + self.path) if _recording.get() and _is_activation(y) else y
 
-    return placed_call
+    return call_in_layout

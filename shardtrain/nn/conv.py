@@ -1,7 +1,7 @@
-"""Convolutional and locally connected layers of Flax NNX, partitioned."""
+"""Partitioned convolutional and locally connected layers for Flax NNX."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,20 +10,22 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.kernels.conv import refused
 from shardtrain.layout import AnyMesh, spatial_names
-from shardtrain.nn.base import placed
-from shardtrain.nn.contract import Contraction, lecun_normal
+from shardtrain.mesh import size
+from shardtrain.nn.base import in_layout
+from shardtrain.nn.contraction import Contraction, lecun_normal
 from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
-from shardtrain.ops.local import local_windows
+from shardtrain.ops.locally_connected import local_windows
 from shardtrain.ops.transpose import transposed_pads
 
 
 class _Convolution(Contraction):
-    """What convolution and its transpose have in common."""
+    """Base class of convolution and transposed convolution."""
 
     kernel_size: tuple[int, ...]
     mask: Array | None
@@ -35,7 +37,7 @@ class _Convolution(Contraction):
         return spatial_names(len(self.kernel_size))
 
     def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
-        """Input with one batch dimension, kernel and bias, and the batch dimensions that there were."""
+        """Input with one batch dimension, kernel, bias, and the batch dimensions that the input had."""
         leading = inputs.shape[: inputs.ndim - len(self.kernel_size) - 1]
         x = inputs if len(leading) == 1 else inputs.reshape(-1, *inputs.shape[len(leading) :])
         kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
@@ -44,14 +46,20 @@ class _Convolution(Contraction):
 
 
 class Conv(_Convolution, nnx.Conv):
-    """`nnx.Conv`, cut on batch, space and channels, by one of several algorithms; see `shardtrain.ops.conv`.
+    """`nnx.Conv` on batch, pixels and channels that may be cut, by one of several algorithms.
+
+    Args:
+        args: positional arguments of `nnx.Conv`.
+        algorithm: as in `shardtrain.ops.conv`.
+        implementation: as in `shardtrain.ops.conv`.
+        kwargs: keyword arguments of `nnx.Conv`.
 
     Raises:
-        UserError: at construction, for strides, dilations or padding that make no convolution, and for a
-            `conv_general_dilated` of one's own; for an algorithm that does not compute it.
+        UserError: at construction, for strides, dilations or padding that define no convolution, an algorithm
+            that does not support them, or a `conv_general_dilated` of your own.
 
     Example:
-        >>> conv = Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
+        >>> conv = st.nn.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
         >>> conv(jnp.ones((2, 8, 8, 3))).shape
         (2, 8, 8, 16)
     """
@@ -61,7 +69,11 @@ class Conv(_Convolution, nnx.Conv):
     ) -> None:
         super().__init__(*args, **({"kernel_init": lecun_normal} | kwargs))
         rank = len(self.kernel_size)
-        for name in ("strides", "kernel_dilation", "input_dilation"):  # refused here, not in the call
+        for name in (
+            "strides",
+            "kernel_dilation",
+            "input_dilation",
+        ):  # refuses here what the call would refuse
             tuple_of(getattr(self, name), rank, name)
         self.algorithm, self.implementation = algorithm, implementation
         strides = tuple_of(self.strides, rank, "strides")
@@ -75,9 +87,11 @@ class Conv(_Convolution, nnx.Conv):
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
         return math.prod(s for s, k in zip(strides, self.kernel_size, strict=True) if k > 1), 1
 
-    @placed
-    def __call__(self, inputs: Array) -> Array:
-        """Convolves `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+    @in_layout
+    def __call__(
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+    ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
+        """Convolves inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
             x,
@@ -99,15 +113,19 @@ class Conv(_Convolution, nnx.Conv):
 
 
 class ConvTranspose(_Convolution, nnx.ConvTranspose):
-    """`nnx.ConvTranspose`, cut on batch, space and channels; see `shardtrain.ops.conv_transpose`.
+    """`nnx.ConvTranspose` on batch, pixels and channels that may be cut; see `shardtrain.ops.conv_transpose`.
 
-    `ops.torch_padding` gives the `padding` for PyTorch's arguments.
+    `shardtrain.ops.torch_padding` gives the `padding` for PyTorch's arguments.
+
+    Args:
+        args: positional arguments of `nnx.ConvTranspose`.
+        kwargs: keyword arguments of `nnx.ConvTranspose`.
 
     Raises:
-        UserError: at construction, for strides, dilation or padding that make no convolution.
+        UserError: at construction, for strides, dilation or padding that define no convolution.
 
     Example:
-        >>> up = ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
+        >>> up = st.nn.ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
         >>> up(jnp.ones((2, 7, 8, 8))).shape
         (2, 14, 16, 4)
     """
@@ -122,18 +140,20 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
     def pixels(self) -> tuple[int, int]:
         return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
-        kept = super().kept(mesh)
-        if self.transpose_kernel:  # kept as (*window, outputs, inputs)
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
+        specs = super().parameter_specs(mesh)
+        if self.transpose_kernel:  # stored as (*window, outputs, inputs)
             *window, outputs, inputs = self.kernel.shape
-            cut = -1 if self.channel_plan(mesh).mode == "gather" else -2
-            turned = self.layout.parameter((*window, inputs, outputs), cut, mesh)
-            kept["kernel"] = P(*turned[:-2], turned[-1], turned[-2])
-        return kept
+            kernel_dim = self.channel_plan(mesh).kernel_dim
+            transposed = self.layout.parameter((*window, inputs, outputs), kernel_dim, mesh)
+            specs["kernel"] = P(*transposed[:-2], transposed[-1], transposed[-2])
+        return specs
 
-    @placed
-    def __call__(self, inputs: Array) -> Array:
-        """Maps `(*batch, *spatial, channels)`; several batch dimensions, or none, as in Flax."""
+    @in_layout
+    def __call__(
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+    ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
+        """Maps inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
             x,
@@ -152,30 +172,35 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
 
 
 class LocallyConnected(Contraction, nnx.Module):
-    """A convolution with filters of its own at every pixel; see `shardtrain.ops.local`.
+    """A convolution with different filters at every output pixel; see `shardtrain.ops.local`.
 
-    The arguments and parameters of `flax.linen.ConvLocal`, and `image`: the filters are as many as output
-    pixels, so these must be known. Filters and biases are cut as the pixels are: they are kept, updated
-    and used where their pixel is. Unlike Linen's, the default initial values have the variance of a
+    Its arguments and parameters are those of `flax.linen.ConvLocal`, and `image`, since there are as many
+    filters as output pixels. Filters and biases are cut as the pixels are: each device stores, uses and
+    updates those of its own pixels. Unlike Linen's, the default initial values have the variance of a
     convolution's, whatever the number of pixels.
 
     Args:
-        in_features, out_features: channels.
-        image: extents of the input, which say how many dimensions there are: one number for one.
-        kernel_size: of the window.
-        strides, padding, kernel_dilation: as in `nnx.Conv`.
-        use_bias: one bias for every output value.
+        in_features: channels of the input.
+        out_features: channels of the output.
+        image: extents of the input, one for each spatial dimension; one number for one dimension.
+        kernel_size: rows of the window.
+        strides: as in `nnx.Conv`.
+        padding: as in `nnx.Conv`.
+        kernel_dilation: as in `nnx.Conv`.
+        use_bias: whether to add a bias to every output value.
         dtype: of the computation.
         param_dtype: of the parameters.
         precision: of the products.
-        kernel_init, bias_init: initial values.
-        rngs: for them.
+        kernel_init: initial values of the filters.
+        bias_init: initial values of the biases.
+        rngs: random keys for the initial values.
 
     Raises:
-        UserError: at construction, for a window that does not fit the image, or inputs of another size.
+        UserError: at construction, for a window that does not fit the image; when called, for inputs of
+            another size.
 
     Example:
-        >>> layer = LocallyConnected(1, 16, (8, 8), (3, 3), rngs=nnx.Rngs(0))
+        >>> layer = st.nn.LocallyConnected(1, 16, (8, 8), (3, 3), rngs=nnx.Rngs(0))
         >>> layer.kernel.shape, layer(jnp.ones((2, 8, 8, 1))).shape
         ((8, 8, 9, 16), (2, 8, 8, 16))
     """
@@ -224,9 +249,21 @@ class LocallyConnected(Contraction, nnx.Module):
     def spatial(self) -> tuple[str, ...] | None:
         return spatial_names(len(self.image))
 
-    @placed
-    def __call__(self, inputs: Array) -> Array:
-        """Maps `(batch, *image, channels)`."""
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        yield from super().undivided(mesh)
+        for rows, dimension in zip(self.image_out, spatial_names(len(self.image)), strict=True):
+            axes = self.layout.cut(dimension, mesh)
+            if axes and rows % size(mesh, axes):
+                yield (
+                    f"the filters of '{{layers}}' are those of {rows} rows of {dimension}, which do not "
+                    f"divide by {'*'.join(axes)}={size(mesh, axes)}: each device keeps all of these rows"
+                )
+
+    @in_layout
+    def __call__(
+        self, inputs: Num[Array, "batch *spatial channels_in"]
+    ) -> Num[Array, "batch *spatial_out channels_out"]:
+        """Maps inputs `(batch, *image, channels)`."""
         if inputs.ndim != len(self.image) + 2 or inputs.shape[1:] != (*self.image, self.in_features):
             raise UserError(
                 f"nn.LocallyConnected was made for inputs (batch, "
@@ -249,7 +286,7 @@ class LocallyConnected(Contraction, nnx.Module):
 
 
 def _check_padding(what: str, padding: Padding, rank: int) -> None:
-    """Refuses at construction the names of paddings that the call would."""
+    """Refuses at construction the names of paddings that the call would refuse."""
     names = ("SAME", "VALID", *MODES, *(("CAUSAL",) if rank == 1 else ()))
     if isinstance(padding, str) and padding.upper() not in names:
         raise UserError(f"{what}: padding={padding!r}; use {', '.join(map(repr, names))} or numbers")

@@ -1,4 +1,4 @@
-"""Which examples of the batch a model is being applied to, for the layers that must know."""
+"""Tells layers which examples of the batch they are applied to: dropout and batch statistics depend on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,16 @@ from shardtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of the (micro)batch at hand.
+    """The rows of the batch or microbatch that a model is applied to.
 
     Attributes:
-        index: each row's place in the whole batch. Dropout draws by it, so that a mask depends neither on
-            the mesh nor on gradient accumulation.
-        real: False for rows that only fill up a ragged batch. Batch statistics leave them out.
-        summing: running statistics are not moved but summed, for the step to take the whole batch's.
-        times: rows of each example.
+        index: of each row in the whole batch. Dropout draws by it, so that its masks depend neither on the
+            mesh nor on gradient accumulation.
+        real: False for rows that only pad a ragged batch, which batch statistics leave out; None if all rows
+            are real.
+        summing: whether layers sum batch statistics over microbatches instead of updating the running ones;
+            the training step then updates them with those of the whole batch.
+        times: rows of each example, if another dimension was merged into the batch.
     """
 
     index: Int[Array, " batch"]
@@ -30,7 +32,7 @@ class Examples:
     times: int = 1
 
     def for_rows(self, rows: int) -> "Examples":
-        """The same for activations of `rows` rows: a multiple, if time was merged into the batch."""
+        """These examples for `rows` rows, a multiple of them if a dimension was merged into the batch."""
         times, rest = divmod(rows, self.index.shape[0])
         if rest or not times:
             raise UserError(
@@ -49,11 +51,18 @@ _current: ContextVar[Examples | None] = ContextVar("examples", default=None)
 def examples(
     index: Int[Array, " batch"], real: Bool[Array, " batch"] | None = None, *, summing: bool = False
 ) -> Iterator[None]:
-    """Says for the calls inside which examples they see; the trainer does this, users rarely need to.
+    """Within it, layers take their rows for these examples. The trainer does this by itself.
+
+    Args:
+        index: of each row in the whole batch.
+        real: False for rows that only pad a ragged batch; all are real by default.
+        summing: whether layers sum their batch statistics, see `Examples`.
 
     Example:
-        >>> with examples(jnp.arange(4), jnp.array([True, True, True, False])):
-        ...     y = BatchNorm(3, rngs=nnx.Rngs(0))(jnp.ones((4, 3)))
+        >>> norm = st.nn.BatchNorm(3, use_running_average=False, rngs=nnx.Rngs(0))
+        >>> with st.nn.examples(jnp.arange(4), jnp.array([True, True, True, False])):
+        ...     norm(jnp.ones((4, 3))).shape
+        (4, 3)
     """
     token = _current.set(Examples(index, real, summing))
     try:
@@ -63,6 +72,6 @@ def examples(
 
 
 def current_examples(rows: int) -> Examples:
-    """The examples of the enclosing `examples`, or all rows in order without one."""
+    """The examples of the enclosing `examples`; without one, `rows` real examples in order."""
     found = _current.get()
     return Examples(jnp.arange(rows)) if found is None else found.for_rows(rows)

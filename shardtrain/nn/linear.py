@@ -1,28 +1,36 @@
-"""Linear maps and embedding tables of Flax NNX, partitioned."""
+"""Partitioned linear maps and embedding tables for Flax NNX."""
+
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh
-from shardtrain.nn.base import Partitioned, placed
-from shardtrain.nn.contract import Contraction
+from shardtrain.mesh import size
+from shardtrain.nn.base import Partitioned, in_layout
+from shardtrain.nn.contraction import Contraction
 
 
 class Linear(Contraction, nnx.Linear):
-    """`nnx.Linear`, its kernel cut by columns or by rows; see `shardtrain.ops.linear`.
+    """`nnx.Linear` with a kernel that may be cut by columns or by rows; see `shardtrain.ops.linear`.
+
+    Args:
+        args: positional arguments of `nnx.Linear`.
+        kwargs: keyword arguments of `nnx.Linear`.
 
     Example:
-        >>> Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        >>> st.nn.Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
         (8, 10)
     """
 
-    @placed
-    def __call__(self, inputs: Array) -> Array:
-        """Maps the last dimension of `(batch, *spatial, channels)`, or of one vector."""
+    @in_layout
+    def __call__(self, inputs: Num[Array, "*batch channels_in"]) -> Num[Array, "*batch channels_out"]:
+        """Maps the last dimension of inputs `(batch, *spatial, channels)`, or of one vector."""
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         y = ops.linear(
@@ -38,29 +46,44 @@ class Linear(Contraction, nnx.Linear):
 
 
 class Embed(Partitioned, nnx.Embed):
-    """`nnx.Embed`, its table cut by rows over the channel axis; see `shardtrain.ops.embed`.
+    """`nnx.Embed` with a table whose rows may be cut over the channel axis; see `shardtrain.ops.embed`.
+
+    Args:
+        args: positional arguments of `nnx.Embed`.
+        kwargs: keyword arguments of `nnx.Embed`.
+
+    Raises:
+        UserError: when called, for inputs that are not integers.
 
     Example:
-        >>> Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+        >>> st.nn.Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
         (1, 3, 16)
     """
 
-    def kept(self, mesh: AnyMesh | None) -> dict[str, P]:
+    def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         return {"embedding": self.layout.parameter((self.num_embeddings, self.features), 0, mesh)}
+
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        axes, rows = self.layout.cut("channels", mesh), self.num_embeddings
+        if axes and rows % size(mesh, axes):
+            yield (
+                f"the {rows} rows of '{{layers}}' do not divide by {'*'.join(axes)}={size(mesh, axes)}: each "
+                f"device keeps all of them"
+            )
 
     def channels(self) -> tuple[int, ...]:
         return (self.num_embeddings,)
 
-    @placed
-    def __call__(self, inputs: Array) -> Array:
-        """Looks up `(batch, *spatial)` integers."""
+    @in_layout
+    def __call__(self, inputs: Num[Array, "batch *spatial"]) -> Num[Array, "batch *spatial features"]:
+        """Looks up integers `(batch, *spatial)`."""
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         return ops.embed(inputs, table, layout=self.layout)
 
-    @placed
-    def attend(self, query: Array) -> Array:
-        """Products of `(batch, *spatial, features)` with every row: logits, cut by rows as the table is."""
+    @in_layout
+    def attend(self, query: Num[Array, "batch *spatial features"]) -> Num[Array, "batch *spatial rows"]:
+        """Products of queries `(batch, *spatial, features)` with all rows: logits, cut as the rows are."""
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")

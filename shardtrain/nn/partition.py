@@ -1,4 +1,4 @@
-"""Which layer lies where: layouts are assigned to a model's layers, checked, and shown as a table."""
+"""Assigns layouts to the layers of a model, checks them against a mesh, and shows them in a table."""
 
 import dataclasses
 import logging
@@ -15,13 +15,14 @@ from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
 from shardtrain.nn import conv, linear, norm, pool
 from shardtrain.nn.base import Partitioned, name
-from shardtrain.nn.contract import Contraction
+from shardtrain.nn.contraction import Contraction
 
 log = logging.getLogger(__name__)
 
 LayoutTable = Mapping[str, Layout | Mapping[str, str | Axes]]
+"""Patterns on layer paths -> a layout, or the fields that differ from the default one."""
 
-_TWINS: dict[type, type] = {
+_NAMESAKES: dict[type, type] = {
     nnx.Conv: conv.Conv,
     nnx.ConvTranspose: conv.ConvTranspose,
     nnx.Linear: linear.Linear,
@@ -35,7 +36,7 @@ _TWINS: dict[type, type] = {
 
 
 def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
-    """The layers of a model by path (`"stages.0.conv1"`): ours, and any that hold variables themselves."""
+    """The layers of a model by path (`"stages.0.conv1"`): partitioned ones, and others with variables."""
     found = {}
     for path, module in nnx.iter_modules(model):
         own = any(isinstance(value, nnx.Variable) for value in vars(module).values())
@@ -45,21 +46,32 @@ def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable) -> Layout:
-    """Sets every layer's layout and refuses what `mesh` cannot do with it.
+    """Sets the layout of every layer of a model, and refuses layouts that do not fit the mesh.
+
+    The trainer does this by itself; it is for training loops of your own.
 
     Args:
-        model: any NNX model.
-        mesh: the mesh it will run on.
-        default: the layout of layers that no pattern names.
-        table: patterns on layer paths to what differs, see `shardtrain.layout.resolve`; `""` is the model's
-            input.
+        model: any NNX model; its layers' `layout` and `path` are set.
+        mesh: the mesh that the model will run on.
+        default: the layout of layers that no pattern matches.
+        table: patterns on layer paths -> layouts or the fields that differ, see `shardtrain.layout.resolve`;
+            the pattern `""` is the model's input.
 
     Returns:
-        How the model's input lies.
+        The layout of the model's input.
 
     Raises:
         UserError: a pattern that matches nothing; a dimension that cannot be cut as asked; a plain `nnx`
-            layer that would be wrong or replicated on this mesh; a mesh axis that cuts nothing.
+            layer that XLA would compute wrongly or replicate on this mesh; a mesh axis that cuts nothing.
+
+    Example:
+        >>> rngs = nnx.Rngs(0)
+        >>> conv, head = st.nn.Conv(3, 8, (3, 3), rngs=rngs), st.nn.Linear(8, 10, rngs=rngs)
+        >>> model = nnx.Sequential(conv, st.nn.GlobalAvgPool(), head)
+        >>> mesh = st.make_mesh("data=2,height=2,channel=2")
+        >>> layout = st.nn.assign(model, mesh, st.Layout(), {"layers.2": {"channels": ()}})
+        >>> model.layers[2].layout.channels, layout == st.Layout()
+        ((), True)
     """
     found = leaves(model)
     layouts = resolve(default, table, ["", *found])
@@ -75,69 +87,41 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
         else:
             _check_plain(path, module, mesh)
     _check_axes_used(found, layouts, mesh)
-    _say_what_stays_whole(model, found, default, mesh)
+    _log_undivided(found, mesh)
+    _check_parameters_spread(model, default, mesh)
     return dataclasses.replace(layouts[""], parameters=default.parameters)
 
 
-def _say_what_stays_whole(
-    model: nnx.Module, found: Mapping[str, nnx.Module], default: Layout, mesh: AnyMesh
-) -> None:
-    """Logs the layers that a cut leaves on every device, and refuses a spread that spreads nothing."""
-    whole = [
-        path
-        for path, module in found.items()
-        if isinstance(module, Contraction) and (cut := module.layout.cut("channels", mesh))
-        if not any(set(cut) & set(axes_of(entry)) for entry in module.kept(mesh)["kernel"])
-    ]
-    if whole:
-        log.warning(
-            "channels do not divide by channel=%d in %s: there every device computes all of them",
-            size(mesh, default.cut("channels", mesh)),
-            ", ".join(whole),
-        )
+def _log_undivided(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
+    """Logs dimensions that layouts ask to cut and that do not divide, once for all layers alike."""
+    layers: dict[str, list[str]] = {}
     for path, module in found.items():
-        if isinstance(module, linear.Embed):
-            cut, rows = module.layout.cut("channels", mesh), module.num_embeddings
-            if cut and rows % size(mesh, cut):
-                log.warning(
-                    "the %d rows of %r do not divide by %s=%d: each device keeps all of them",
-                    rows,
-                    path,
-                    "*".join(cut),
-                    size(mesh, cut),
-                )
-        if isinstance(module, Contraction) and module.pixel_dims:
-            for rows, dimension in zip(module.kernel.shape, module.spatial() or (), strict=False):
-                axes = module.layout.cut(dimension, mesh)
-                if axes and rows % size(mesh, axes):
-                    log.warning(
-                        "the filters of %r are those of %d rows of %s, which do not divide by %s=%d: each "
-                        "device keeps all of these rows",
-                        path,
-                        rows,
-                        dimension,
-                        "*".join(axes),
-                        size(mesh, axes),
-                    )
-    spread = set(default.cut("parameters", mesh))
-    if not spread:
+        if isinstance(module, Partitioned):
+            for sentence in module.undivided(mesh):
+                layers.setdefault(sentence, []).append(path)
+    for sentence, paths in layers.items():
+        log.warning("%s", sentence.format(layers=", ".join(paths)))
+
+
+def _check_parameters_spread(model: nnx.Module, default: Layout, mesh: AnyMesh) -> None:
+    """Logs parameters that the `parameters` axes cannot cut, and refuses axes that can cut none of them."""
+    axes = default.cut("parameters", mesh)
+    if not axes:
         return
     specs = parameter_spec(model, mesh, default)
     params = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-    kept = [name(p) for p in params if not any(spread & set(axes_of(e)) for e in specs[p])]
-    if len(kept) == len(params):
+    whole = [name(p) for p in params if not any(set(axes) & set(axes_of(e)) for e in specs[p])]
+    if len(whole) == len(params):
         raise UserError(
-            f"parameters={'*'.join(sorted(spread))}: no parameter has a dimension that divides by "
-            f"{size(mesh, tuple(spread))}, so nothing would be spread; leave it out or use another size"
+            f"parameters={'*'.join(sorted(axes))}: no parameter has a dimension that divides by "
+            f"{size(mesh, axes)}, so nothing would be spread; leave it out or use another size"
         )
-    if kept:
-        log.warning(
-            "not spread, since no dimension divides by %d: %s", size(mesh, tuple(spread)), ", ".join(kept)
-        )
+    if whole:
+        log.warning("not spread, since no dimension divides by %d: %s", size(mesh, axes), ", ".join(whole))
 
 
 def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh) -> None:
-    """A cut that a table asks for by name must be possible; the default cuts what divides."""
+    """Refuses channels that do not divide where a table asks for the cut; the default cuts those that do."""
     asked = module.layout.cut("channels", mesh)
     if module.layout.channels != default.channels and asked:
         for features in module.channels():
@@ -149,8 +133,9 @@ def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh)
 
 
 def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
+    """Refuses `nnx` layers that XLA would compute wrongly or replicate on this mesh."""
     cut = [axis for axis in (*SPATIAL, "channel") if size(mesh, axis) > 1]
-    for plain, ours in _TWINS.items():
+    for plain, ours in _NAMESAKES.items():
         if cut and isinstance(module, plain):
             name = f"nnx.{plain.__name__}"
             raise UserError(
@@ -169,6 +154,7 @@ def _plain_parameters(module: nnx.Module) -> bool:
 
 
 def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layout], mesh: AnyMesh) -> None:
+    """Refuses mesh axes that cut nothing in this model."""
     used = set()
     for path, module in found.items():
         layout = layouts[path]
@@ -194,28 +180,39 @@ def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layo
 
 
 def parameter_spec(model: nnx.Module, mesh: AnyMesh, default: Layout) -> dict[tuple, P]:
-    """How every variable of the model lies on `mesh` at rest, by path in its state.
+    """The PartitionSpec with which every variable of the model is stored on `mesh`, by path in its state.
 
-    Variables that no layer of ours places (plain `nnx` layers, random keys) are spread over the
-    `parameters` axes if they are parameters, and whole otherwise.
+    Of variables that no partitioned layer places, parameters are cut over the `parameters` axes of the
+    default layout; all others, such as random keys, are replicated.
     """
     specs: dict[tuple, P] = {}
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Partitioned):
-            specs |= {(*path, name): kept for name, kept in module.kept(mesh).items()}
+            specs |= {(*path, name): spec for name, spec in module.parameter_specs(mesh).items()}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path not in specs:
             shape = jax.numpy.shape(variable.get_value())
-            spread = isinstance(variable, nnx.Param)
-            specs[path] = default.parameter(shape, None, mesh) if spread else P()
+            is_parameter = isinstance(variable, nnx.Param)
+            specs[path] = default.parameter(shape, None, mesh) if is_parameter else P()
     return specs
 
 
 def partition_table(model: nnx.Module, mesh: AnyMesh, default: Layout | None = None) -> Table:
-    """A table of every parameter: shape, how it is cut, bytes on each device, what moves its channels.
+    """A table of every parameter: its shape, the axes that cut it, its bytes per device, its collective.
+
+    Args:
+        model: any NNX model, after `assign` or a trainer has given its layers their layouts.
+        mesh: the mesh.
+        default: the layout of parameters that belong to no partitioned layer.
+
+    Returns:
+        A table for `rich.print`.
 
     Example:
-        >>> rich.print(partition_table(trainer.model, trainer.mesh))  # doctest: +SKIP
+        >>> model = nnx.Sequential(st.nn.Linear(8, 16, rngs=nnx.Rngs(0)))
+        >>> table = st.nn.partition_table(model, st.make_mesh("data=2,channel=4"))
+        >>> table.row_count  # kernel, bias and the sum of both
+        3
     """
     specs = parameter_spec(model, mesh, default or Layout())
     modules = dict(nnx.iter_modules(model))

@@ -1,4 +1,4 @@
-"""Layers without parameters: pooling, resizing, joining, flattening, dropout."""
+"""Partitioned layers without parameters: pooling, resizing, concatenation, flattening, dropout."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Num
 
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import active_mesh
-from shardtrain.nn.base import Partitioned, placed
+from shardtrain.nn.base import Partitioned, in_layout
 from shardtrain.nn.examples import current_examples
 from shardtrain.ops.arguments import Padding, numbers_of, tuple_of
 from shardtrain.ops.resample import method_of
@@ -19,10 +20,13 @@ from shardtrain.ops.resample import method_of
 class MaxPool(Partitioned, nnx.Module):
     """`nnx.max_pool` as a layer; see `shardtrain.ops.max_pool`.
 
-    One number for the window or the strides counts for every spatial dimension.
+    Args:
+        window_shape: rows of the window, one number for all spatial dimensions or one for each.
+        strides: rows from one window to the next, likewise; 1 by default.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
 
     Example:
-        >>> MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
+        >>> st.nn.MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
         (2, 4, 4, 3)
     """
 
@@ -36,15 +40,26 @@ class MaxPool(Partitioned, nnx.Module):
         self.strides = numbers_of(1 if strides is None else strides, "strides")
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    @in_layout
+    def __call__(self, x: Num[Array, "batch *spatial channels"]) -> Num[Array, "batch *spatial_out channels"]:
         return ops.max_pool(
             x, self.window_shape, strides=self.strides, padding=self.padding, layout=self.layout
         )
 
 
 class AvgPool(Partitioned, nnx.Module):
-    """`nnx.avg_pool` as a layer; see `shardtrain.ops.avg_pool`."""
+    """`nnx.avg_pool` as a layer; see `shardtrain.ops.avg_pool`.
+
+    Args:
+        window_shape: rows of the window, one number for all spatial dimensions or one for each.
+        strides: rows from one window to the next, likewise; 1 by default.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
+        count_include_pad: whether padding counts in the mean, as zeros.
+
+    Example:
+        >>> st.nn.AvgPool((3, 3), strides=(2, 2), padding="SAME")(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
+    """
 
     def __init__(
         self,
@@ -58,8 +73,10 @@ class AvgPool(Partitioned, nnx.Module):
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
         self.count_include_pad = count_include_pad
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.avg_pool(
             x,
             self.window_shape,
@@ -71,64 +88,87 @@ class AvgPool(Partitioned, nnx.Module):
 
 
 class GlobalAvgPool(Partitioned, nnx.Module):
-    """The mean over all pixels as a layer; see `shardtrain.ops.global_avg_pool`."""
+    """The mean over all pixels as a layer; see `shardtrain.ops.global_avg_pool`.
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    Example:
+        >>> st.nn.GlobalAvgPool()(jnp.ones((2, 8, 8, 3))).shape
+        (2, 3)
+    """
+
+    @in_layout
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch channels"]:
         return ops.global_avg_pool(x, layout=self.layout)
 
 
 class _Adaptive(Partitioned, nnx.Module):
-    """Pooling to images of `extents`, one number for every spatial dimension or one for each."""
+    """Base class of adaptive pooling."""
 
     def __init__(self, extents: int | Sequence[int]) -> None:
         self.extents = numbers_of(extents, "extents")
 
 
 class AdaptiveAvgPool(_Adaptive):
-    """Average pooling to images of `extents`; see `shardtrain.ops.adaptive_avg_pool`.
+    """Average pooling to a given size; see `shardtrain.ops.adaptive_avg_pool`.
+
+    Args:
+        extents: rows of the output, one number for all spatial dimensions or one for each.
 
     Example:
-        >>> AdaptiveAvgPool((6, 6))(jnp.ones((2, 13, 8, 3))).shape
+        >>> st.nn.AdaptiveAvgPool((6, 6))(jnp.ones((2, 13, 8, 3))).shape
         (2, 6, 6, 3)
     """
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.adaptive_avg_pool(x, self.extents, layout=self.layout)
 
 
 class AdaptiveMaxPool(_Adaptive):
-    """Max pooling to images of `extents`; `1` is a global one. See `shardtrain.ops.adaptive_max_pool`.
+    """Max pooling to a given size; see `shardtrain.ops.adaptive_max_pool`.
+
+    Args:
+        extents: rows of the output, one number for all spatial dimensions or one for each; 1 is a global
+            maximum.
 
     Example:
-        >>> AdaptiveMaxPool(1)(jnp.ones((2, 13, 8, 3))).shape
+        >>> st.nn.AdaptiveMaxPool(1)(jnp.ones((2, 13, 8, 3))).shape
         (2, 1, 1, 3)
     """
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         return ops.adaptive_max_pool(x, self.extents, layout=self.layout)
 
 
 class Flatten(Partitioned, nnx.Module):
-    """All pixels and channels in one row; see `shardtrain.ops.flatten`."""
+    """All pixels and channels of an example as one vector; see `shardtrain.ops.flatten`.
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    Example:
+        >>> st.nn.Flatten()(jnp.ones((2, 4, 4, 3))).shape
+        (2, 48)
+    """
+
+    @in_layout
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch features"]:
         return ops.flatten(x, layout=self.layout)
 
 
 class Concat(Partitioned, nnx.Module):
-    """Activations joined along their channels; see `shardtrain.ops.concat`.
+    """Concatenates activations along their channels; see `shardtrain.ops.concat`.
 
     Example:
-        >>> Concat()(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))).shape
+        >>> st.nn.Concat()(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))).shape
         (2, 4, 4, 8)
     """
 
-    @placed
-    def __call__(self, x: Array, *others: Array) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial _"], *others: Float[Array, "batch *spatial _"]
+    ) -> Float[Array, "batch *spatial channels"]:
         return ops.concat((x, *others), layout=self.layout)
 
 
@@ -136,12 +176,14 @@ class Crop(Partitioned, nnx.Module):
     """The first `extents` pixels of every spatial dimension; see `shardtrain.ops.pad`.
 
     Example:
-        >>> Crop()(jnp.ones((2, 8, 8, 3)), (7, 8)).shape
+        >>> st.nn.Crop()(jnp.ones((2, 8, 8, 3)), (7, 8)).shape
         (2, 7, 8, 3)
     """
 
-    @placed
-    def __call__(self, x: Array, extents: Sequence[int]) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], extents: Sequence[int]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         wanted = tuple_of(extents, x.ndim - 2, "extents")
         if any(n < m for n, m in zip(x.shape[1:-1], wanted, strict=True)):
             raise UserError(f"nn.Crop: {wanted} pixels of {x.shape[1:-1]}; ask for no more than there are")
@@ -152,10 +194,17 @@ class Crop(Partitioned, nnx.Module):
 
 
 class Upsample(Partitioned, nnx.Module):
-    """Every spatial dimension `factor` times as long; see `shardtrain.ops.resize`.
+    """Resizes every spatial dimension to `factor` times its extent; see `shardtrain.ops.resize`.
+
+    Args:
+        factor: one number for all spatial dimensions or one for each.
+        method: `"nearest"` or `"linear"`.
+
+    Raises:
+        UserError: at construction, for an unknown method or factors below 1.
 
     Example:
-        >>> Upsample(2, "linear")(jnp.ones((2, 7, 8, 3))).shape
+        >>> st.nn.Upsample(2, "linear")(jnp.ones((2, 7, 8, 3))).shape
         (2, 14, 16, 3)
     """
 
@@ -164,24 +213,41 @@ class Upsample(Partitioned, nnx.Module):
         method_of(method)
         self.method = method
 
-    @placed
-    def __call__(self, x: Array) -> Array:
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial_out channels"]:
         factors = tuple_of(self.factor, x.ndim - 2, "factor")
         extents = [n * f for n, f in zip(x.shape[1:-1], factors, strict=True)]
         return ops.resize(x, extents, method=self.method, layout=self.layout)
 
 
 class Dropout(Partitioned, nnx.Dropout):
-    """`nnx.Dropout` whose mask is drawn example by example.
+    """`nnx.Dropout` with the same mask on every mesh.
 
-    The mask depends on the key and on each example's place in the batch: not on the mesh, and not on how a
-    batch is split into microbatches.
+    The mask of an example depends on the key and on the index of the example in the batch, so it depends
+    neither on the mesh nor on how the batch is split into microbatches.
+
+    Args:
+        args: positional arguments of `nnx.Dropout`.
+        kwargs: keyword arguments of `nnx.Dropout`.
+
+    Raises:
+        UserError: when called, without random keys, or without `deterministic` being set.
+
+    Example:
+        >>> st.nn.Dropout(0.5, rngs=nnx.Rngs(0))(jnp.ones((8, 16)), deterministic=False).shape
+        (8, 16)
     """
 
-    @placed
+    @in_layout
     def __call__(
-        self, inputs: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | Array | None = None
-    ) -> Array:
+        self,
+        inputs: Float[Array, "*shape"],
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | Array | None = None,
+    ) -> Float[Array, "*shape"]:
         off = self.deterministic if deterministic is None else deterministic
         if off is None:
             raise UserError("nn.Dropout: say deterministic=True or False, or call model.train() or .eval()")
@@ -200,6 +266,6 @@ class Dropout(Partitioned, nnx.Dropout):
         mesh = active_mesh()
         mask = draw(index)
         if mesh is not None and inputs.ndim > 1 and not self.broadcast_dims:
-            # One bit pattern on every mesh; each device draws only its part of it.
+            # The bits are the same on every mesh; each device draws only those of its own block.
             mask = lax.with_sharding_constraint(mask, self.layout.activation(inputs.shape, mesh))
         return jnp.where(mask, inputs / (1 - self.rate), 0).astype(inputs.dtype)

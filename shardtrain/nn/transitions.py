@@ -1,4 +1,7 @@
-"""Which layer's output arrives at which layer: read from a trace of the model, on no device."""
+"""Finds where a model's activations change their layout, and redistributes them there.
+
+The model is traced without computing anything; the jaxpr says which layers' outputs reach which layer.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,36 +14,37 @@ from flax import nnx
 
 from shardtrain import compat, jaxprs
 from shardtrain.layout import Layout
-from shardtrain.nn.base import ARRIVES, LEAVES, Changes, Partitioned, changing, recording
+from shardtrain.nn.base import INPUT_OF, OUTPUT_OF, LayoutChanges, Partitioned, applying, recording
 
 Origin = frozenset[str]
-"""The layers that a value was last computed by; `""` is the model's input."""
+"""The last layers that a value was computed by, on every way to it; `""` is the model's input."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One array that arrives at one call of one layer.
+    """One array argument of one call of one layer.
 
     Attributes:
         path: of the layer; `""` for what the model returns.
-        place: of the input: the method and its number there, such as `"__call__.0"`.
-        origins: the layers whose outputs its input was computed from, `""` for the model's input.
-        shape, shape_out: of its input and output.
+        argument: method and number, such as `"__call__.0"`.
+        origins: the layers whose outputs the argument was computed from, `""` for the model's input.
+        shape: of the argument.
+        shape_out: of the layer's output.
     """
 
     path: str
-    place: str
+    argument: str
     origins: Origin
     shape: tuple[int, ...]
     shape_out: tuple[int, ...]
 
 
 def trace(model: nnx.Module, *inputs: Any) -> list[LayerCall]:
-    """The calls of our layers in one call of `model`, in order.
+    """The calls of partitioned layers in one call of `model`, in order.
 
     Args:
         model: after `partition.assign`, which gives the layers their paths.
-        inputs: arrays, or their `jax.ShapeDtypeStruct`.
+        inputs: of the model: arrays, or `jax.ShapeDtypeStruct`s.
     """
     graph, state = nnx.split(model)
 
@@ -59,7 +63,7 @@ def trace(model: nnx.Module, *inputs: Any) -> list[LayerCall]:
 
 
 def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[LayerCall]) -> list[Origin]:
-    """Follows the origins of values through a jaxpr; returns those of its outputs."""
+    """Origins of a jaxpr's outputs, from those of its inputs; appends the calls in it to `calls`."""
     origins: dict[Any, Origin] = dict(zip(jaxpr.invars, given, strict=True))
 
     def of(atom: Any) -> Origin:
@@ -69,11 +73,11 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[LayerCall]) -> list[O
         ins = [of(atom) for atom in equation.invars]
         outs = [frozenset().union(*ins)] * len(equation.outvars)
         label = equation.params.get("name", "") if equation.primitive.name == "name" else ""
-        if label.startswith(ARRIVES):
-            place, path = label.removeprefix(ARRIVES).split(" ", 1)
-            calls.append(LayerCall(path, place, outs[0], equation.invars[0].aval.shape, ()))
-        elif label.startswith(LEAVES):
-            path = label.removeprefix(LEAVES)
+        if label.startswith(INPUT_OF):
+            argument, path = label.removeprefix(INPUT_OF).split(" ", 1)
+            calls.append(LayerCall(path, argument, outs[0], equation.invars[0].aval.shape, ()))
+        elif label.startswith(OUTPUT_OF):
+            path = label.removeprefix(OUTPUT_OF)
             outs = [frozenset({path})]
             shape = equation.outvars[0].aval.shape
             for i, done in enumerate(calls):
@@ -87,9 +91,9 @@ def _walk(jaxpr: Any, given: Sequence[Origin], calls: list[LayerCall]) -> list[O
 
 
 def _inside(equation: Any, inner: Sequence[Any], ins: list[Origin], calls: list[LayerCall]) -> list[Origin]:
-    """Origins of what an equation gives that runs other jaxprs; nothing where it is not known how."""
+    """Origins of the outputs of an equation that runs other jaxprs; empty if this does not know how."""
     kind, params = equation.primitive.name, equation.params
-    if kind == "cond":  # the first input says which branch
+    if kind == "cond":  # the first input is the index of the branch
         found = [_walk(branch, ins[1:], calls) for branch in inner]
         return [frozenset().union(*one) for one in zip(*found, strict=True)]
     if kind == "scan":
@@ -102,7 +106,7 @@ def _inside(equation: Any, inner: Sequence[Any], ins: list[Origin], calls: list[
         body = jaxprs.inner_jaxpr(params["body_jaxpr"])
         start = ins[tests + constants :]
         outs = _looped(body, ins[tests : tests + constants], start, [], calls)
-        return [a | b for a, b in zip(start, outs, strict=True)]  # it may not turn at all
+        return [a | b for a, b in zip(start, outs, strict=True)]  # the loop may run zero times
     for one in inner:
         if len(one.invars) == len(ins) and len(one.outvars) == len(equation.outvars):
             return _walk(one, ins, calls)
@@ -113,7 +117,7 @@ def _inside(equation: Any, inner: Sequence[Any], ins: list[Origin], calls: list[
 def _looped(
     body: Any, constants: list[Origin], carries: list[Origin], slices: list[Origin], calls: list[LayerCall]
 ) -> list[Origin]:
-    """What a loop gives: what one turn leaves in the carries arrives in the next."""
+    """Origins of a loop's outputs: those of the carries grow from turn to turn until they are complete."""
     while True:
         seen: list[LayerCall] = []
         outs = _walk(body, [*constants, *carries, *slices], seen)
@@ -125,83 +129,99 @@ def _looped(
 
 
 def layouts(model: nnx.Module) -> dict[str, Layout]:
-    """The layout of every one of our layers, by path."""
+    """The layout of every partitioned layer, by path."""
     return {m.path: m.layout for _, m in nnx.iter_modules(model) if isinstance(m, Partitioned)}
 
 
-def changes(model: nnx.Module, default: Layout, *inputs: Any) -> Changes:
-    """Which inputs and outputs of layers are moved, so that the model itself only joins what lies alike.
+def layout_changes(model: nnx.Module, default: Layout, *inputs: Any) -> LayoutChanges:
+    """Finds where activations must be redistributed, so that the model itself only joins like layouts.
 
-    Where the model adds up outputs of several layers, they leave those layers in one layout: the one for
-    which the fewest values are moved. Whatever arrives at a layer in another layout than its own is moved
-    there.
+    Outputs of several layers that the model joins, by a sum for example, leave those layers in one layout:
+    the one for which the fewest values are redistributed. An input of a layer that is in another layout than
+    the layer's own is redistributed by the layer.
 
     Args:
         model: after `partition.assign`.
-        default: how the model's inputs lie.
-        inputs: arrays, or their `jax.ShapeDtypeStruct`.
+        default: the layout of the model's inputs.
+        inputs: of the model: arrays, or `jax.ShapeDtypeStruct`s.
     """
-    lies = layouts(model) | {"": default}
-    if len(set(lies.values())) == 1:
-        return Changes(result=default)
+    own = layouts(model) | {"": default}
+    if len(set(own.values())) == 1:
+        return LayoutChanges(result=default)
     calls = [call for call in trace(model, *inputs) if call.origins]
-    leave: dict[str, Layout] = {}
-    for together in _joined(calls):
-        leave |= dict.fromkeys(together, _common(together, calls, lies))
-    arrive = {}
+    after: dict[str, Layout] = {}  # of every layer's output
+    for joined in _joined(calls):
+        after |= dict.fromkeys(joined, _common(joined, calls, own))
+    before = {}  # of inputs that are redistributed
     for call in calls:
-        before = leave[min(call.origins)]
-        if call.path and before != lies[call.path]:
-            arrive[call.path, call.place] = before
-    result = next((leave[min(call.origins)] for call in calls if not call.path), default)
-    moved = {path: after for path, after in leave.items() if path and after != lies[path]}
-    return Changes(arrive, moved, result)
+        layout = after[min(call.origins)]
+        if call.path and layout != own[call.path]:
+            before[call.path, call.argument] = layout
+    result = next((after[min(call.origins)] for call in calls if not call.path), default)
+    changed = {path: layout for path, layout in after.items() if path and layout != own[path]}
+    return LayoutChanges(before, changed, result)
 
 
 def _joined(calls: Sequence[LayerCall]) -> list[Origin]:
-    """Sets of layers whose outputs must lie alike, since they are joined or arrive at the same place."""
-    places: dict[tuple[str, str], Origin] = {}
+    """Sets of layers whose outputs need one layout, since they are joined or reach the same argument."""
+    arguments: dict[tuple[str, str], Origin] = {}
     for call in calls:
-        place = call.path, call.place
-        places[place] = places.get(place, frozenset()) | call.origins
+        argument = call.path, call.argument
+        arguments[argument] = arguments.get(argument, frozenset()) | call.origins
     sets: list[Origin] = []
-    for origins in places.values():
+    for origins in arguments.values():
         touched = [other for other in sets if other & origins]
         sets = [other for other in sets if not other & origins]
         sets.append(origins.union(*touched))
     return sets
 
 
-def _common(together: Origin, calls: Sequence[LayerCall], lies: Mapping[str, Layout]) -> Layout:
-    """The layout that the outputs of the layers `together` leave in."""
-    if "" in together:  # the model's input, which lies as it does
-        return lies[""]
-    # Several takers of one and the same value share a move.
+def _common(joined: Origin, calls: Sequence[LayerCall], own: Mapping[str, Layout]) -> Layout:
+    """The layout of the outputs of the layers `joined` for which the fewest values are redistributed."""
+    if "" in joined:  # the model's input, whose layout is given
+        return own[""]
+    # Several layers that take one and the same value share its redistribution.
     takers = {
-        (call.origins, lies[call.path]): math.prod(call.shape)
+        (call.origins, own[call.path]): math.prod(call.shape)
         for call in calls
-        if call.path and call.origins & together
+        if call.path and call.origins & joined
     }
-    makers = {call.path: math.prod(call.shape_out) for call in calls if call.path in together}
+    makers = {call.path: math.prod(call.shape_out) for call in calls if call.path in joined}
+    ends = [(own[path], n) for path, n in makers.items()] + [(layout, n) for (_, layout), n in takers.items()]
 
-    def moved(layout: Layout) -> int:
-        ends = [(lies[path], n) for path, n in makers.items()] + [(lie, n) for (_, lie), n in takers.items()]
-        return sum(n for lie, n in ends if lie != layout)
+    def redistributed(layout: Layout) -> int:
+        return sum(n for end, n in ends if end != layout)
 
-    return min((*(lies[path] for path in sorted(together)), *(lie for _, lie in takers)), key=moved)
+    candidates = (*(own[path] for path in sorted(joined)), *(layout for _, layout in takers))
+    return min(candidates, key=redistributed)
 
 
 @contextmanager
 def resharded(model: nnx.Module, default: Layout, *inputs: Any) -> Iterator[Layout]:
-    """Calls of `model` inside move activations where layouts change, by `ops.reshard`.
+    """Within it, calls of `model` redistribute activations where the layouts of its layers change.
 
-    Gives the layout in which the model's result lies.
+    The trainer does this by itself; it is for training loops of your own. Each change of layout is an
+    `ops.reshard`.
 
-    The trainer does this; in a loop of your own:
+    Args:
+        model: any NNX model, after `assign` has given its layers their layouts.
+        default: the layout of the model's inputs.
+        inputs: of the model, as it is about to be called: arrays, or `jax.ShapeDtypeStruct`s.
 
-        with nn.resharded(model, Layout(), x):
-            y = model(x)
+    Yields:
+        The layout of what the model returns.
+
+    Example:
+        >>> mesh = st.make_mesh("data=2,height=4")
+        >>> conv, pool = st.nn.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), st.nn.GlobalAvgPool()
+        >>> model, x = nnx.Sequential(conv, pool), jnp.ones((8, 16, 16, 3))
+        >>> late = {"layers.1": {"batch": ("data", "height"), "height": ()}}
+        >>> layout = st.nn.assign(model, mesh, st.Layout(), late)
+        >>> with jax.set_mesh(mesh), st.nn.resharded(model, layout, x) as result:
+        ...     y = model(x)
+        >>> result.batch
+        ('data', 'height')
     """
-    found = changes(model, default, *inputs)
-    with changing(found):
-        yield found.result
+    changes = layout_changes(model, default, *inputs)
+    with applying(changes):
+        yield changes.result

@@ -37,16 +37,16 @@ class Variables:
     def model(
         self, params: Mapping[str, Array], model_state: Mapping[str, Array], *, train: bool
     ) -> nnx.Module:
-        """The model with these values; usable inside `jit`."""
+        """The model with these values, in training or evaluation mode; usable inside `jit`."""
         graph = self.train_graph if train else self.eval_graph
         return nnx.merge(graph, fill(self._params, params), fill(self._state, model_state))
 
     @staticmethod
     def state_of(model: nnx.Module) -> dict[str, Array]:
-        """The model's variables that are no parameters, after a call may have changed them.
+        """The variables of a model that are not parameters, after a call may have changed them.
 
         Raises:
-            UserError: the call has sown new ones.
+            UserError: the call has added variables by `nnx.sow`.
         """
         state = _split(model)[2]
         if sown := [name(path) for path, v in nnx.to_flat_state(state) if isinstance(v, nnx.Intermediate)]:
@@ -57,11 +57,11 @@ class Variables:
         return flatten(state)
 
     def is_random(self) -> dict[str, bool]:
-        """Which of the other variables are random streams."""
+        """For each variable that is not a parameter, whether it belongs to a random stream."""
         return {name(p): isinstance(v, nnx.RngState) for p, v in nnx.to_flat_state(self._state)}
 
     def specs(self, model: nnx.Module, mesh: Mesh, layout: Layout) -> tuple[dict[str, P], dict[str, P]]:
-        """How parameters and other variables lie on the mesh."""
+        """PartitionSpecs of parameters and of other variables on `mesh`, by name."""
         by_path = partition.parameter_spec(model, mesh, layout)
         params, state = (
             {name(path): by_path[path] for path, _ in nnx.to_flat_state(tree)}
@@ -82,7 +82,7 @@ def flatten(state: nnx.State) -> dict[str, Any]:
 
 
 def fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
-    """The state with the values that `flatten` gives."""
+    """The inverse of `flatten`: the state `template` with these values."""
 
     def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         old, new = variable.get_value(), values[name(path)]

@@ -1,6 +1,7 @@
-"""Partitioned operators: the numbers of one device on every mesh, every byte written out.
+"""Partitioned operators: they give the same numbers on every mesh, with their communication written out.
 
-Each takes global arrays, channels last, and works eagerly, under `jit`, and inside `jax.set_mesh(mesh)`.
+Each operator takes global arrays, channels last, and works eagerly and under `jit`: on one device without a
+mesh, and partitioned inside `with jax.set_mesh(mesh):`.
 """
 
 from shardtrain.ops.channels import ChannelPlan, channel_plan
@@ -8,7 +9,7 @@ from shardtrain.ops.conv import conv
 from shardtrain.ops.embed import embed
 from shardtrain.ops.explain import Explanation, explain_conv, load_conv_table
 from shardtrain.ops.linear import linear
-from shardtrain.ops.local import local
+from shardtrain.ops.locally_connected import local
 from shardtrain.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
 from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool
 from shardtrain.ops.resample import adaptive_avg_pool, adaptive_max_pool, pad, resize

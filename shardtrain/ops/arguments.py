@@ -1,4 +1,4 @@
-"""Arguments of windowed operators: numbers for each dimension, and the kinds of padding."""
+"""Checks the arguments of windowed operators: one number for each dimension, and padding."""
 
 import operator
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from jax import lax
 from shardtrain.errors import UserError
 
 Padding = str | int | Sequence[int | tuple[int, int]]
-
+"""The name of a padding, rows before and after every dimension, or `(before, after)` for each."""
 
 MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
-"""Names of paddings that repeat rows of the input, as Flax has them, and the `mode` of their windows."""
+"""Flax's names of paddings that repeat rows of the input -> the `mode` of their windows."""
 
 
 def tuple_of(value: Any, rank: int, what: str) -> tuple[int, ...]:
-    """`value`, one number (None for 1) or several, for each of `rank` dimensions.
+    """One number for each of `rank` dimensions, from one number for all (None for 1) or several.
 
     Raises:
         UserError: the wrong number of values, or one below 1.
@@ -32,7 +32,9 @@ def tuple_of(value: Any, rank: int, what: str) -> tuple[int, ...]:
 
 
 def numbers_of(value: Any, what: str) -> int | tuple[int, ...]:
-    """One number, for dimensions that are not yet known, or several, each 1 or more.
+    """The number given for all dimensions, as a number, or several as a tuple, each 1 or more.
+
+    For layers that do not know the rank of their inputs yet.
 
     Raises:
         UserError: anything else.
@@ -42,7 +44,7 @@ def numbers_of(value: Any, what: str) -> int | tuple[int, ...]:
 
 
 def listed(value: Any, what: str) -> tuple[int, ...]:
-    """As many numbers as are given, each 1 or more; one number is a list of one.
+    """The numbers given, each 1 or more, as a tuple; a single number is a tuple of one.
 
     Raises:
         UserError: anything else.
@@ -65,11 +67,14 @@ def mode_of(padding: Padding) -> str:
 def pads_of(
     padding: Padding, extents: Sequence[int], sizes: Sequence[int], strides: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Rows of padding before and after, for every dimension.
+    """Rows of padding before and after every dimension.
 
     Args:
         padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"` (1-D), one number, or for each
             dimension a number or a `(before, after)` pair, as in Flax.
+        extents: rows of the input.
+        sizes: rows of the window, dilation included.
+        strides: rows from one output to the next.
 
     Raises:
         UserError: anything else, or a repeating padding that is wider than the input.
@@ -92,7 +97,7 @@ def pads_of(
 
 
 def pairs_of(padding: int | Sequence[int | tuple[int, int]], rank: int) -> list[tuple[int, int]]:
-    """Numbers of rows as `(before, after)` for each of `rank` dimensions.
+    """Padding given in numbers, as `(before, after)` for each of `rank` dimensions.
 
     Raises:
         UserError: for another number of dimensions.
@@ -111,7 +116,7 @@ def pairs_of(padding: int | Sequence[int | tuple[int, int]], rank: int) -> list[
 
 
 def check_repeats(mode: str, extents: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:
-    """Refuses padding that would need the input more than once over, as PyTorch does.
+    """Refuses padding that would repeat a row of the input more than once, as PyTorch does.
 
     Raises:
         UserError: more rows of padding than the input has to give.

@@ -1,4 +1,4 @@
-"""Convolution, cut on batch, space and channels together."""
+"""Convolution on arrays that are cut on batch, space and channels together."""
 
 import functools
 import math
@@ -9,28 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names
 from shardtrain.mesh import size
 from shardtrain.ops import island
 from shardtrain.ops.arguments import Padding, mode_of, pads_of, tuple_of
-from shardtrain.ops.channels import ChannelMode, ChannelPlan, channel_plan, straddle
+from shardtrain.ops.channels import ChannelMode, ChannelPlan, Straddle, channel_plan, straddle
+from shardtrain.ops.contraction import ContractionPlan
 from shardtrain.ops.halo import block, exchange
 from shardtrain.ops.window import Window, check_fits
 
-CONTRACTION = "contraction"
-"""Name of convolution and linear outputs, for remat policies that keep them and recompute the rest."""
-
 
 @dataclass(frozen=True)
-class Config:
-    """What of a convolution is static: its windows, before they are cut."""
+class ConvSettings:
+    """The static arguments of a convolution, checked, with one entry for every spatial dimension."""
 
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -65,62 +62,67 @@ def conv(
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution in 1, 2 or 3 dimensions, channels last, with the same numbers on every mesh.
 
-    Without a mesh this is `lax.conv_general_dilated`. Inside `with jax.set_mesh(mesh)` it is one island:
-    halo rows travel between spatial neighbours, corners included; on the channel axis either the input's
-    channels are gathered or partial sums are reduce-scattered; the kernel's gradient is summed once over
-    all axes that cut the data. Extents need not divide by the axes. On a mesh gradients are reverse mode only
-    (`jax.grad`, of any order), as those of the normalizations and of `reshard` are.
+    Without a mesh this is `lax.conv_general_dilated`. Inside `with jax.set_mesh(mesh):` it runs as one
+    `shard_map` with explicit communication: spatial neighbours exchange halo rows, corners included; on the
+    channel axis either the input's channels are gathered or partial sums are reduce-scattered; the kernel's
+    gradient is summed once over all axes that cut the batch or the pixels. Extents need not divide by the
+    axes. On a mesh only reverse-mode gradients (`jax.grad`, of any order) are available, as for the
+    normalizations and `reshard`.
 
     Args:
         x: input; the leading dimension is the batch.
-        kernel: filters, Flax's layout.
+        kernel: filters in Flax's layout.
         bias: added to every output pixel.
         strides: of the window, one number or one per spatial dimension.
-        padding: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), `"CIRCULAR"` (a ring of devices), `"REFLECT"`, a
-            number, or `(before, after)` per dimension; all as in Flax.
+        padding: as in Flax: `"SAME"`, `"VALID"`, `"CAUSAL"` (1-D), `"CIRCULAR"`, `"REFLECT"`, a number, or
+            `(before, after)` per dimension.
         dilation: of the kernel.
         input_dilation: of the input, see `conv_transpose`.
-        groups: feature groups. With channels cut, they stay on their devices where they divide by the
-            channel axis; where the axis divides by them, the devices that share a group gather its channels;
-            otherwise all channels are gathered.
-        algorithm: what each device computes its part by: `"direct"` (`lax.conv_general_dilated`), `"im2col"`
-            (one matrix product, with `prod(window)` times the input laid out), `"fft"` (tiles, for large
-            windows, stride 1) or `"winograd"` (windows up to 7, stride 1); both gradients by the same. The
-            same numbers up to rounding: Winograd's errors in float32 are those of the others for windows of
-            3, four times those for 5; in bfloat16 0.4 % for windows of 3, which are F(2, 3), and 4 % for 5;
-            on GPUs those of TF32, see `precision`. `"auto"` takes for the output
-            and for each gradient the one that was measured to be the fastest, or is by a model of the
-            device, `"direct"` where nothing is known; `explain_conv` says which and why. Where `"direct"`
-            gives NaN or infinity so do all; `"im2col"` to the same outputs, `"winograd"` and `"fft"` to
-            up to all outputs of the tiles that the pixel is in. All but `"direct"` have reverse mode only.
+        groups: feature groups. Where channels are cut and the groups divide by the channel axis, every
+            device has whole groups and gathers nothing; where the axis divides by the groups, the devices
+            that share a group gather its channels; otherwise every device gathers all channels.
+        algorithm: how each device computes its part of the output and of both gradients, see below.
         implementation: of Winograd's algorithm: `"mosaic"` (Mosaic GPU: Hopper, Blackwell), `"triton"`
-            (NVIDIA from Ampere on), `"xla"` (plain jax, everywhere), or None for the first of them that does
-            it on the device that the program is for. The kernels take float32, bfloat16
-            and float16 in 1 and 2 dimensions without groups; float32 as TF32, or with `precision="high"` as
-            three products of TF32. They have gradients, but not of second order.
+            (NVIDIA from Ampere on), `"xla"` (plain JAX, everywhere), or None for the first that supports the
+            device and the arguments. The two GPU kernels take float32, bfloat16 and float16 in 1 and 2
+            dimensions without groups; they compute float32 as TF32 or, with `precision="high"`, as three
+            products of TF32. Their gradients cannot be differentiated again.
         layout: which mesh axes cut what; by name by default.
-        channel_mode: `"gather"` or `"scatter"`; by default whichever moves fewer bytes, see
-            `shardtrain.ops.channel_plan`.
-        precision, preferred_element_type: as in `lax.conv_general_dilated`.
+        channel_mode: `"gather"` or `"scatter"`, see `channel_plan`; by default whichever sends fewer bytes.
+        precision: of the products, as in `lax.conv_general_dilated`.
+        preferred_element_type: of the sums and the output, as in `lax.conv_general_dilated`.
+
+    The algorithms are `"direct"` (`lax.conv_general_dilated`), `"im2col"` (one matrix product on a copy of
+    the input of `prod(window)` times its size), `"fft"` (Fourier transforms of tiles, for large windows and
+    stride 1) and `"winograd"` (windows up to 7, stride 1). `"auto"` chooses for the output and for each
+    gradient the one that was measured to be the fastest on this kind of device, or that a cost model
+    predicts to be; `"direct"` where neither is available. `explain_conv` shows the choice and the reasons.
+
+    All algorithms give the same numbers up to rounding. Winograd's errors in float32 are those of the others
+    for windows of 3 and four times those for windows of 5; in bfloat16 they are 0.4 % for windows of 3, for
+    which F(2, 3) is used, and 4 % for windows of 5; on GPUs its products are TF32, see `precision`. Where
+    `"direct"` gives NaN or infinity so do all others: `"im2col"` in the same outputs, `"winograd"` and
+    `"fft"` in up to all outputs of the tiles that contain the pixel. Only `"direct"` has forward-mode
+    gradients.
 
     Returns:
         The output, cut as the input is.
 
     Raises:
-        UserError: shapes that do not agree, a window larger than the padded input, an algorithm that does not
-            compute this.
+        UserError: shapes that do not agree, a window larger than the padded input, or an algorithm that does
+            not support the arguments.
 
     Example:
         >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((3, 3, 4, 6))
-        >>> with jax.set_mesh(make_mesh("height=2,channel=2")):
-        ...     conv(x, kernel, strides=2).shape
+        >>> with jax.set_mesh(st.make_mesh("data=2,height=2,channel=2")):
+        ...     st.ops.conv(x, kernel, strides=2).shape
         (2, 4, 4, 6)
 
     References:
         Dryden et al., Improving Strong-Scaling of CNN Training by Exploiting Finer-Grained Parallelism,
         IPDPS 2019; Channel and Filter Parallelism for Large-Scale CNN Training, SC 2019.
     """
-    config = configured(
+    settings = conv_settings(
         x,
         kernel,
         bias,
@@ -136,10 +138,10 @@ def conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return convolve(x, kernel, bias, config=config)
+    return convolve(x, kernel, bias, settings=settings)
 
 
-def configured(
+def conv_settings(
     x: Any,
     kernel: Any,
     bias: Any = None,
@@ -153,8 +155,8 @@ def configured(
     implementation: str | None = None,
     layout: Layout | None = None,
     **others: Any,
-) -> Config:
-    """The arguments of `conv`, checked; of `x`, `kernel` and `bias` only shapes and types are looked at."""
+) -> ConvSettings:
+    """Checks the arguments of `conv`; of `x`, `kernel` and `bias` only shapes and types are read."""
     check("conv", x, kernel, bias, groups)
     rank = kernel.ndim - 2
     strides = tuple_of(strides, rank, "strides")
@@ -167,7 +169,7 @@ def configured(
     if mode != "constant" and max(input_dilation, default=1) > 1:
         raise UserError(f"conv: padding={padding!r} with input_dilation; use conv_transpose for a ring")
     extents = kernels.window_sizes(x.shape[1:-1], input_dilation)
-    return Config(
+    return ConvSettings(
         strides,
         dilation,
         input_dilation,
@@ -182,7 +184,7 @@ def configured(
 
 
 def check(what: str, x: Any, kernel: Any, bias: Any, groups: int) -> None:
-    """Refuses shapes that do not agree."""
+    """Refuses shapes, types and groups that do not agree; `what` is the operator's name."""
     rank = kernel.ndim - 2
     if rank < 0:
         raise UserError(f"{what}: a kernel of shape {kernel.shape}; it must be (*window, channels, channels)")
@@ -211,114 +213,150 @@ def check(what: str, x: Any, kernel: Any, bias: Any, groups: int) -> None:
         raise UserError(f"{what}: a bias of shape {bias.shape} for {kernel.shape[-1]} output channels")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def convolve(x: Array, kernel: Array, bias: Array | None, config: Config) -> Array:
-    """Any convolution as one island."""
-    layout, mesh = config.layout, active_mesh()
-    batch = layout.cut("batch", mesh)
-    windows = _windows(x, kernel, config, mesh)
-    pixels = (
-        math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
-        math.prod(w.block_out for w in windows),
-    )
-    channels = x.shape[-1], kernel.shape[-1]
-    plan = channel_plan(layout, mesh, channels, pixels, config.groups, config.channel_mode)
-    shards = size(mesh, plan.cut_out) if mesh is not None and config.groups > 1 else 1
-    local_groups = max(1, config.groups // shards)
-    spread = straddle(config.groups, shards, *channels) if plan.straddle else None
-    per_group = channels[1] // config.groups
-    sharing = None
-    if config.groups > 1 and plan.sharing > 1 and spread is None:
-        sharing = [list(range(i, i + plan.sharing)) for i in range(0, shards, plan.sharing)]
-    kept = island.at_rest(layout, kernel.shape, -1 if plan.mode == "gather" else -2, mesh)
-    kept_bias = island.at_rest(layout, kernel.shape[-1:], 0, mesh)
-    vary = (*batch, *(a for w in windows for a in w.axes))
+@functools.partial(jax.jit, static_argnames="settings")
+def convolve(x: Array, kernel: Array, bias: Array | None, settings: ConvSettings) -> Array:
+    """Any convolution, transposed ones included, as one island; `settings` have been checked."""
+    return _plan(x, kernel, settings)(x, kernel, bias)
 
-    space = [w.axes for w in windows]
-    cuts_in, cuts_out = [batch, *space, plan.cut_in], [batch, *space, plan.cut_out]
-    extents_out = (x.shape[0], *(w.extent_out for w in windows), kernel.shape[-1])
-    extents_in = x.shape
 
-    def reach(x: Array, windows: Sequence[Window]) -> Array:
-        """The rows that a device's outputs are computed from."""
+@dataclass(frozen=True)
+class ConvolutionPlan(ContractionPlan):
+    """One convolution on one mesh.
+
+    Attributes:
+        settings: of the convolution.
+        shards: devices among which the groups are divided, 1 without groups.
+        straddle: what devices compute where groups and shards of the channels do not line up, else None.
+        duals: windows of the convolution that gives the input's gradient, none where `jax.vjp` of the
+            forward pass is better; see `_duals`.
+    """
+
+    settings: ConvSettings
+    shards: int
+    straddle: Straddle | None
+    duals: tuple[Window, ...]
+
+    @property
+    def local_groups(self) -> int:
+        """Groups that one device computes: its share of them, or the one that it shares."""
+        return max(1, self.settings.groups // self.shards)
+
+    @property
+    def teams(self) -> list[list[int]] | None:
+        """The devices that share a group and gather its channels; None for all devices of the axes."""
+        n = self.channels.sharing
+        if self.settings.groups == 1 or n == 1 or self.straddle is not None:
+            return None
+        return [list(range(first, first + n)) for first in range(0, self.shards, n)]
+
+    def contract(self, x: Array, kernel: Array) -> Array:
+        if self.duals:
+            return contract_dually(self, *compat.match_varying(x, kernel))
+        x = self.gather_inputs(x)
+        y = self.product(x, kernel) if self.straddle is None else self._straddling(self.straddle, x, kernel)
+        return self.channels.summed(y)
+
+    def gather_inputs(self, x: Array) -> Array:
+        """The pixels and channels that this device's outputs are computed from."""
+        return self.channels.gathered(self.with_halos(x, self.windows), self.teams)
+
+    def with_halos(self, x: Array, windows: Sequence[Window]) -> Array:
+        """This device's block with the rows that its outputs need of other devices' blocks."""
         for dim, window in enumerate(windows, start=1):
             if _pads(window):
                 continue
-            x = exchange(x, dim, window, grouped=island.grouped(mesh))
+            x = exchange(x, dim, window, grouped=island.grouped(self.mesh))
             if window.dilation > 1 and len(set(window.phases)) > 1:
                 x = _dilated(x, dim, window)
             elif window.size == 1 and window.stride > 1:  # move only the rows that are used
                 x = lax.slice_in_dim(x, 0, None, window.stride, axis=dim)
         return x
 
-    product = functools.partial(
-        kernels.conv,
-        algorithm=config.algorithm,
-        implementation=config.implementation,
-        dilation=config.dilation,
-        groups=local_groups if spread is None else spread.groups,
-        precision=config.precision,
-        preferred_element_type=config.preferred_element_type,
+    def product(
+        self, x: Array, kernel: Array, windows: Sequence[Window] | None = None, groups: int | None = None
+    ) -> Array:
+        """What a device computes of its gathered inputs, with its own windows and groups by default."""
+        return kernels.conv(
+            x,
+            kernel,
+            **_steps(self.windows if windows is None else windows),
+            algorithm=self.settings.algorithm,
+            implementation=self.settings.implementation,
+            dilation=self.settings.dilation,
+            groups=self.local_groups if groups is None else groups,
+            precision=self.settings.precision,
+            preferred_element_type=self.settings.preferred_element_type,
+        )
+
+    def _straddling(self, straddle: Straddle, x: Array, kernel: Array) -> Array:
+        """Whole groups from gathered inputs, of which this device keeps its own output channels."""
+        axes, outputs = self.channels.cut_out, self.kernel_shape[-1]
+        x = block(x, x.ndim - 1, straddle.inputs, straddle.groups * kernel.shape[-2], axes)
+        room = straddle.groups * (outputs // self.settings.groups)
+        kernel = _among(kernel, straddle.outputs, room, axes)
+        y = self.product(x, kernel, groups=straddle.groups)
+        return block(y, y.ndim - 1, straddle.outputs, outputs // self.shards, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract_dually(plan: ConvolutionPlan, x: Array, kernel: Array) -> Array:
+    """`ConvolutionPlan.contract` whose input gradient is a convolution with the plan's `duals`."""
+    return _forward(plan, x, kernel)[0]
+
+
+def _forward(plan: ConvolutionPlan, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = plan.gather_inputs(x)
+    return plan.product(x, kernel), (x, kernel)
+
+
+def _backward(plan: ConvolutionPlan, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    (dkernel,) = jax.vjp(functools.partial(plan.product, x), kernel)[1](dy)
+    mirrored = kernels.transposed(kernel, plan.local_groups)
+    dx = plan.product(plan.with_halos(dy, plan.duals), mirrored, plan.duals)
+    return plan.channels.scattered(dx), dkernel
+
+
+contract_dually.defvjp(_forward, _backward)
+
+
+def _plan(x: Array, kernel: Array, settings: ConvSettings) -> ConvolutionPlan:
+    """Decides what every device does, from shapes, settings and the active mesh alone."""
+    layout, mesh, groups = settings.layout, active_mesh(), settings.groups
+    windows = _windows(x, kernel, settings, mesh)
+    pixels = (
+        math.prod(w.block_out if w.size == 1 else w.extent if w.shards == 1 else w.need for w in windows),
+        math.prod(w.block_out for w in windows),
     )
-    duals = _duals(windows, config, plan, channels)
-
-    def contract(x: Array, kernel: Array) -> Array:
-        x = plan.gathered(reach(x, windows), sharing)
-        if spread is not None:
-            x = block(x, x.ndim - 1, spread.inputs, spread.groups * kernel.shape[-2], plan.cut_out)
-            kernel = _among(kernel, spread.outputs, spread.groups * per_group, plan.cut_out)
-        y = product(x, kernel, **_steps(windows))
-        if spread is not None:
-            y = block(y, y.ndim - 1, spread.outputs, channels[1] // shards, plan.cut_out)
-        return plan.summed(y)
-
-    @jax.custom_vjp
-    def contract_dually(x: Array, kernel: Array) -> Array:
-        return forward(x, kernel)[0]
-
-    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-        x = plan.gathered(reach(x, windows), sharing)
-        return product(x, kernel, **_steps(windows)), (x, kernel)
-
-    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        x, kernel = saved
-        (dkernel,) = jax.vjp(lambda kernel: product(x, kernel, **_steps(windows)), kernel)[1](dy)
-        back = kernels.transposed(kernel, local_groups)
-        return plan.scattered(product(reach(dy, duals), back, **_steps(duals))), dkernel
-
-    contract_dually.defvjp(forward, backward)
-
-    def local(x: Array, kernel: Array, bias: Array | None) -> Array:
-        x = island.mask_padding(x, extents_in, cuts_in, mesh)
-        kernel = island.gather(kernel, kept, layout, vary)
-        y = contract_dually(*compat.match_varying(x, kernel)) if duals else contract(x, kernel)
-        y = y if bias is None else y + island.gather(bias, kept_bias, layout, vary)
-        return island.mask_padding(y, extents_out, cuts_out, mesh)
-
-    if mesh is None:
-        return checkpoint_name(local(x, kernel, bias), CONTRACTION)
-    y = island.run(
-        local,
+    channels = x.shape[-1], kernel.shape[-1]
+    moves = channel_plan(layout, mesh, channels, pixels, groups, settings.channel_mode)
+    shards = size(mesh, moves.cut_out) if mesh is not None and groups > 1 else 1
+    return ConvolutionPlan(
+        layout,
         mesh,
-        (spec(cuts_in), kept, None if bias is None else kept_bias),
-        spec(cuts_out),
-        island.fill_up(x, cuts_in, mesh),
-        kernel,
-        bias,
+        windows,
+        moves,
+        shape=x.shape,
+        kernel_shape=kernel.shape,
+        pixel_dims=0,
+        settings=settings,
+        shards=shards,
+        straddle=straddle(groups, shards, *channels) if moves.straddle else None,
+        duals=tuple(_duals(windows, settings, moves, channels)),
     )
-    return checkpoint_name(island.crop_to(y, extents_out), CONTRACTION)
 
 
 def _duals(
-    windows: Sequence[Window], config: Config, plan: ChannelPlan, channels: tuple[int, int]
+    windows: Sequence[Window], settings: ConvSettings, plan: ChannelPlan, channels: tuple[int, int]
 ) -> list[Window]:
-    """The windows with which the input's gradient is a convolution of the output's, none where that is worse.
+    """Windows of the convolution that gives the input's gradient; none where `jax.vjp` is better.
 
-    Halos of the output's gradient then travel, and every device computes its own rows. Otherwise it computes
-    those of its neighbours' too that its halos held, and sends them back.
+    With them, devices exchange halos of the output's gradient, and each computes the input gradient of its
+    own rows. `jax.vjp` of the forward pass instead computes the gradient of halo rows too, on every device
+    that received them, and sends it back to their owner.
     """
-    simple = config.padding_mode == "constant" and config.preferred_element_type is None
-    if not simple or plan.straddle or plan.mode == "scatter" or (config.groups > 1 and plan.sharing > 1):
+    simple = settings.padding_mode == "constant" and settings.preferred_element_type is None
+    if not simple or plan.straddle or plan.mode == "scatter" or (settings.groups > 1 and plan.sharing > 1):
         return []
     duals = []
     for w in windows:
@@ -339,7 +377,7 @@ def _duals(
 
 
 def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) -> Array:
-    """This device's filters at their place among `channels` output channels, the others zero."""
+    """This device's filters at their index among `channels` output channels, zeros elsewhere."""
     if len(starts) == 1:
         return kernel
     room = lax.pcast(jnp.zeros((*kernel.shape[:-1], channels), kernel.dtype), axes, to="varying")
@@ -347,35 +385,35 @@ def _among(kernel: Array, starts: tuple[int, ...], channels: int, axes: Axes) ->
     return lax.dynamic_update_slice_in_dim(room, kernel, start, kernel.ndim - 1)
 
 
-def _windows(x: Array, kernel: Array, config: Config, mesh: AnyMesh | None) -> list[Window]:
-    """The window of every spatial dimension, cut as the layout says."""
+def _windows(x: Array, kernel: Array, settings: ConvSettings, mesh: AnyMesh | None) -> tuple[Window, ...]:
+    """The window of every spatial dimension with the mesh axes that cut it."""
     found = []
     for dim, name in enumerate(spatial_names(x.ndim - 2)):
-        span = kernels.window_sizes(kernel.shape[:-2], config.dilation)[dim]
-        axes = config.layout.cut(name, mesh)
+        span = kernels.window_sizes(kernel.shape[:-2], settings.dilation)[dim]
+        axes = settings.layout.cut(name, mesh)
         window = Window(
             x.shape[dim + 1],
             span,
-            config.strides[dim],
-            config.pads[dim],
+            settings.strides[dim],
+            settings.pads[dim],
             size(mesh, axes) if mesh is not None else 1,
             axes,
-            config.input_dilation[dim],
-            config.padding_mode,
+            settings.input_dilation[dim],
+            settings.padding_mode,
         )
         check_fits(window, name)
         found.append(window)
-    return found
+    return tuple(found)
 
 
 def _pads(window: Window) -> bool:
-    """Whether the convolution itself pads this dimension: cheaper, and not sent."""
+    """Whether the kernel itself pads this dimension, which is cheaper than padding the block."""
     alone = window.shards == 1 and window.mode == "constant"
     return alone and (window.size > 1 or window.dilation > 1)
 
 
 def _steps(windows: Sequence[Window]) -> dict[str, Any]:
-    """What is left to the kernel once a device has its rows."""
+    """Strides, input dilation and padding that the kernel applies after `with_halos`."""
     strides, dilation, pads = [], [], []
     for w in windows:
         strides.append(1 if w.size == 1 and w.dilation == 1 and not _pads(w) else w.stride)
@@ -386,13 +424,13 @@ def _steps(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def _margins(window: Window) -> tuple[int, int]:
-    """Padding of a shard's dilated rows with which its outputs begin at its first window."""
+    """Padding of a shard's dilated rows such that its first window starts at the first padded row."""
     rows = (window.block_out - 1) * window.stride + window.size
     return -min(window.phases), rows + max(window.phases) - (window.need - 1) * window.dilation - 1
 
 
 def _dilated(x: Array, dim: int, window: Window) -> Array:
-    """Rows with the dilation written out, for shards whose outputs begin at different phases of it."""
+    """The block with its dilation zeros inserted, for shards whose windows start at different phases."""
     low, high = _margins(window)
     config = [(0, 0, 0)] * x.ndim
     config[dim] = (low, max(0, high), window.dilation - 1)

@@ -1,4 +1,4 @@
-"""Embedding tables cut by rows."""
+"""Lookups in embedding tables that are cut by rows."""
 
 import functools
 
@@ -18,22 +18,26 @@ def embed(
     *,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial features"]:
-    """Rows of a table by their numbers, the table cut by rows over the axes that cut channels.
+    """Looks up rows of a table whose rows are cut over the axes that cut channels.
 
-    One island. Every device looks up what it has and has zeros for the rest; the sums are reduce-scattered
-    over the features (all-reduced where those cannot be cut). The gradient adds to a device's own rows.
+    Every device looks up the indices of its own rows and takes zeros for all others; the sum over devices is
+    reduce-scattered over the features, or all-reduced where those cannot be cut. The gradient of a row is
+    added on the device that stores the row.
 
     Args:
-        indices: negative ones count from the end; beyond the table the result is NaN, as in Flax.
-        table: the embeddings. Rows that do not divide by the axes are padded on the way in.
+        indices: integers. Negative ones count from the end; those beyond the table give NaN, as in Flax.
+        table: the embeddings. Rows that do not divide by the axes are padded at each call.
         layout: which mesh axes cut what; by name by default. Dimensions of `indices` after the batch count
             as pixels: the last is `width`.
 
+    Returns:
+        The rows, cut as `indices` are, with their features cut as channels.
+
     Raises:
-        UserError: indices that are no integers, a table that is no matrix.
+        UserError: indices that are not integers, or a table that is not a matrix.
 
     Example:
-        >>> embed(jnp.array([[0, 2, 1]]), jnp.ones((3, 8))).shape
+        >>> st.ops.embed(jnp.array([[0, 2, 1]]), jnp.ones((3, 8))).shape
         (1, 3, 8)
 
     References:
@@ -50,19 +54,20 @@ def embed(
 @functools.partial(jax.jit, static_argnames="layout")
 def _embed(indices: Array, table: Array, layout: Layout) -> Array:
     mesh = active_mesh()
-    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # bytes could not count the rows
+    indices = indices.astype(
+        jnp.promote_types(indices.dtype, jnp.int32)
+    )  # integers of 8 bits could not count the rows
     rows, features = table.shape
     space = [layout.cut(name, mesh) for name in spatial_names(indices.ndim - 1)]
     cut = [layout.cut("batch", mesh), *space]
     by_rows, by_features = layout.cut("channels", mesh), layout.channel_cut(features, mesh)
     vary = tuple(a for axes in cut for a in axes)
-    kept = island.at_rest(layout, table.shape, 0, mesh)
-    spread = island.spread_axes(kept, layout)
-    kept = spec([by_rows + spread[0], spread[1]])
+    gathered = island.gathered_axes(island.stored_spec(layout, table.shape, 0, mesh), layout)
+    stored = spec([by_rows + gathered[0], gathered[1]])
     extents = (*indices.shape, features)
 
     def local(indices: Array, table: Array) -> Array:
-        table = island.gather(table, kept, layout, vary)
+        table = island.gather(table, stored, layout, vary)
         wanted = jnp.where(indices < 0, indices + rows, indices)
         mine = wanted - (lax.axis_index(by_rows) * table.shape[0] if by_rows else 0)
         have = (mine >= 0) & (mine < table.shape[0])
@@ -78,6 +83,7 @@ def _embed(indices: Array, table: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(indices, table)
-    indices, table = island.fill_up(indices, cut, mesh), island.fill_up(table, [axes_of(kept[0]), ()], mesh)
-    y = island.run(local, mesh, (spec(cut), kept), spec([*cut, by_features]), indices, table)
+    indices = island.pad_to_blocks(indices, cut, mesh)
+    table = island.pad_to_blocks(table, [axes_of(stored[0]), ()], mesh)
+    y = island.run(local, mesh, (spec(cut), stored), spec([*cut, by_features]), indices, table)
     return island.crop_to(y, extents)

@@ -1,4 +1,4 @@
-"""Why a convolution is computed as it is."""
+"""Explains which algorithm computes a convolution, and why."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from rich.table import Table
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import conv as kernels
-from shardtrain.ops.conv import configured, convolve
+from shardtrain.ops.conv import conv_settings, convolve
 
 load_conv_table = kernels.load
 
@@ -37,14 +37,14 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a convolution is computed by on one device, and what else there was.
+    """The algorithms that compute a convolution on one device, and the alternatives.
 
     Attributes:
-        kind: of the device.
-        layer: what one device computes, as `tools/tune_conv.py --layer` takes it.
-        choice: the algorithms of the output and of both gradients.
-        rows: every algorithm for every pass.
-        implementation: what Winograd's algorithm would be written in here.
+        kind: `device_kind` of the device.
+        layer: the convolution of one device, in the form that `tools/tune_conv.py --layer` takes.
+        choice: the algorithm of the output and of each gradient.
+        rows: an estimate for every pass and algorithm.
+        implementation: the implementation that Winograd's algorithm would have here.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Explanation:
     implementation: str
 
     def __str__(self) -> str:
-        """A table of at most 100 columns; what is chosen has a star."""
+        """The estimates as a table of at most 100 columns, with a star at each choice."""
         table = Table(title=f"{self.layer} on one {self.kind}", title_justify="left", expand=False)
         for name in ("pass", "algorithm", "ms", "from", "products", "MiB", "error", "why not"):
             table.add_column(name, justify="right" if name in ("ms", "products", "MiB", "error") else "left")
@@ -100,26 +100,28 @@ def explain_conv(
     dtype: Any = "float32",
     **arguments: Any,
 ) -> Explanation:
-    """What `conv` of the same arguments is computed by, and why; nothing is computed.
+    """The algorithms that `conv` would use for the same arguments, and why; nothing is computed.
 
-    Inside `with jax.set_mesh(mesh):` it explains what one device computes of it.
+    Inside `with jax.set_mesh(mesh):` it explains the part of the convolution that one device computes.
 
     Args:
-        x, kernel: arrays, `jax.ShapeDtypeStruct`s or shapes.
-        bias: has no influence.
+        x: an array, a `jax.ShapeDtypeStruct` or a shape.
+        kernel: likewise.
+        bias: ignored.
         dtype: of `x` and `kernel` where they are given as shapes.
-        arguments: those of `conv`. With an `algorithm` by name the rows show what `"auto"` would weigh.
+        arguments: the other arguments of `conv`. If they name an `algorithm`, the rows are those that
+            `"auto"` would choose from.
 
     Returns:
-        The choice, and a row for every algorithm and pass: its time, measured or by the model (operations
-        and bytes against the device's rates), multiplications, workspace, rounding error (a model fitted to
-        `docs/measurements.md`), and why it is refused. `print` shows them as a table.
+        The choice, and a row for every pass and algorithm with its time (measured, or by the model from
+        operations, bytes and the device's rates), multiplications, workspace, rounding error (by a model
+        fitted to `docs/measurements.md`) and, where `"auto"` refuses it, the reason. `print` shows a table.
 
     Raises:
-        UserError: as `conv`.
+        UserError: as `conv`, and for arrays that are not floating point.
 
     Example:
-        >>> found = explain_conv((8, 56, 56, 64), (3, 3, 64, 64), strides=2)
+        >>> found = st.ops.explain_conv((8, 56, 56, 64), (3, 3, 64, 64), strides=2)
         >>> found.choice.input
         'direct'
     """
@@ -133,8 +135,8 @@ def explain_conv(
 
     if not jnp.issubdtype(given[0].dtype, jnp.floating):
         raise UserError(f"explain_conv: {given[0].dtype} is always computed by 'direct'; there is no choice")
-    config = configured(*given, **arguments)
-    traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, config=config)
+    settings = conv_settings(*given, **arguments)
+    traced_anew = functools.partial(inspect.unwrap(convolve), bias=None, settings=settings)
 
     def both(x: Array, kernel: Array) -> Any:
         y, pull = jax.vjp(traced_anew, x, kernel)
@@ -146,7 +148,10 @@ def explain_conv(
 
 
 def _explanation(heard: list[tuple[kernels.ConvTask, kernels.Passes]]) -> Explanation:
-    """Of the convolutions of one island: the first is the output's; one of another shape its dual."""
+    """The explanation of the convolutions that one island ran.
+
+    The first is that of the output. One of another shape is the convolution that gives the input's gradient.
+    """
     task, choice = heard[0]
     kind = compat.device_kind()
     rows = kernels.rows_of(task, kind)

@@ -1,4 +1,4 @@
-"""Halo exchange: a shard of a cut dimension gets the rows its outputs reach into (inside an island)."""
+"""Halo exchange: inside an island, a device gets the rows of its neighbours that its outputs read."""
 
 from collections.abc import Sequence
 
@@ -12,23 +12,25 @@ from shardtrain.ops.window import Reach, Round
 
 
 def exchange(x: Array, dim: int, reach: Reach, *, fill: float = 0.0, grouped: bool = False) -> Array:
-    """The rows of dimension `dim` that this shard's outputs are computed from.
+    """The rows of dimension `dim` that this device's outputs are computed from.
 
-    Call it for one dimension after the other: the later ones carry the earlier halos along, corners too.
+    To be called for one dimension after the other: the halos of later dimensions include those of earlier
+    ones, and so the corners.
 
     Args:
-        x: this shard's block, `reach.block_in` rows on `dim`, with `fill` past the extent.
+        x: this device's block, `reach.block_in` rows on `dim`, with `fill` past the extent.
         dim: the dimension.
-        reach: how it is cut and what its outputs read.
+        reach: how the dimension is cut, and which rows the outputs read.
         fill: the value of padding, where `reach.mode` is `"constant"`.
-        grouped: send by `all_gather` within the axis instead of `ppermute`. A collective-permute's
-            rendezvous is all devices of the program, so it deadlocks in a branch that only some take (a
-            pipeline stage); grouped collectives do not. It costs `shards` times the bytes.
+        grouped: send by `all_gather` within the axis instead of by `ppermute`. All devices of the program
+            take part in a collective-permute, so it deadlocks in a branch that only some of them take, such
+            as a pipeline stage; collectives within groups of devices do not. They send `shards` times the
+            bytes.
 
     Returns:
         `reach.need` rows on `dim`.
     """
-    if reach.mode != "constant":  # padding repeats rows: of a ring, where it comes round again
+    if reach.mode != "constant":  # padding repeats rows of the input
         return rerouted(x, dim, *reach.repeated, reach.axes, grouped=grouped)
     low, high = _grouped(x, dim, reach, fill) if grouped else _neighbours(x, dim, reach, fill)
     x = jnp.concatenate([*low, x, *high], axis=dim)
@@ -40,7 +42,7 @@ def exchange(x: Array, dim: int, reach: Reach, *, fill: float = 0.0, grouped: bo
 
 
 def block(x: Array, dim: int, starts: tuple[int, ...], rows: int, axes: Axes) -> Array:
-    """`rows` rows of dimension `dim`, from where this shard's entry of `starts` says."""
+    """`rows` rows of dimension `dim`, from this shard's entry of `starts` on."""
     if len(set(starts)) == 1:
         return lax.slice_in_dim(x, starts[0], starts[0] + rows, axis=dim)
     start = jnp.asarray(starts, jnp.int32)[lax.axis_index(axes)]
@@ -48,7 +50,7 @@ def block(x: Array, dim: int, starts: tuple[int, ...], rows: int, axes: Axes) ->
 
 
 def _neighbours(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Array], list[Array]]:
-    """Halo rows before and after, by collective-permute: hop h comes from the h-th neighbour."""
+    """Halo rows before and after the block by collective-permute: hop h is sent by the h-th neighbour."""
     n, rows = reach.shards, x.shape[dim]
     low, high = [], []
     for hop, count in enumerate(reach.hops(reach.halo[0]), start=1):
@@ -63,12 +65,12 @@ def _neighbours(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Arr
 
 
 def _missing(part: Array, absent: Array, fill: float) -> Array:
-    """A permute hands zeros to whoever has no sender, which is right where padding is zero."""
+    """A received part with `fill` where no device sent any: a permute gives zeros there."""
     return part if fill == 0 else jnp.where(absent, jnp.asarray(fill, part.dtype), part)
 
 
 def _grouped(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Array], list[Array]]:
-    """The same rows by one all-gather of the edges along the axis."""
+    """Halo rows before and after the block by one all-gather of all blocks' edges along the axis."""
     if reach.halo == (0, 0):
         return [], []
     n, rows = reach.shards, x.shape[dim]
@@ -94,7 +96,7 @@ def _grouped(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Array]
 def rerouted(
     x: Array, dim: int, rounds: Sequence[Round], table: np.ndarray, axes: Axes, *, grouped: bool = False
 ) -> Array:
-    """The rows of dimension `dim` that this shard wants, see `window.reroute`."""
+    """The rows of dimension `dim` that this shard wants, by the rounds and the table of `window.reroute`."""
     pieces = [x, *(_received(x, dim, part, axes, grouped) for part in rounds)]
     x = jnp.concatenate(pieces, axis=dim) if rounds else x
     if (table != table[0]).any():
@@ -112,9 +114,9 @@ def _received(x: Array, dim: int, part: Round, axes: Axes, grouped: bool) -> Arr
 
 
 def sent_by(x: Array, senders: Sequence[int], axes: Axes, *, grouped: bool = False) -> Array:
-    """What the device `senders[i]` of `axes` has, on device `i`; see `exchange` for `grouped`.
+    """The array of device `senders[i]` of `axes`, on device `i`; see `exchange` for `grouped`.
 
-    A device may name itself: it keeps what it has, or gets nothing of use if it sends that elsewhere.
+    A device that names itself keeps its array, or gets zeros if it sends it to another device.
     """
     if not grouped:
         busy = {sender for i, sender in enumerate(senders) if sender != i}

@@ -1,4 +1,8 @@
-"""An island: one `shard_map` that does one operator with its communication written out."""
+"""An island: one `shard_map` that computes one operator, with its communication written out.
+
+Arrays enter an island padded to whole blocks, and leave it cropped to their own extents again. XLA stores an
+uneven array in blocks of the same size, so neither sends anything.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +21,13 @@ from shardtrain.ops.window import Reach
 
 
 def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any, *args: Any) -> Any:
-    """Runs `local` on every device's shards; under a manual outer axis only the other axes are the island's.
+    """Runs `local` on every device's shards.
+
+    Under an outer `shard_map` that is manual over some axes, the island is manual over the others.
+
 
     Raises:
-        UserError: a spec names an axis over which an enclosing `shard_map` is manual already.
+        UserError: a spec names an axis over which the outer `shard_map` is manual already.
     """
     manual = compat.manual_axes(mesh)
     named = {a for s in jax.tree.leaves((in_specs, out_specs)) for entry in s for a in axes_of(entry)}
@@ -34,7 +41,11 @@ def run(local: Callable[..., Any], mesh: AnyMesh, in_specs: Any, out_specs: Any,
 
 
 def grouped(mesh: AnyMesh | None) -> bool:
-    """Whether the op may stand in a branch that only some devices take: under a manual outer axis."""
+    """Whether halos must travel by grouped collectives, see `halo.exchange`.
+
+    They must under a manual outer axis such as `pipe`: the operator may then be in a branch that only some
+    devices take.
+    """
     return mesh is not None and bool(compat.manual_axes(mesh))
 
 
@@ -47,10 +58,10 @@ def pad_to(x: Array, extents: Sequence[int]) -> Array:
 def mask_padding(
     x: Array, extents: Sequence[int], cuts: Sequence[Axes], mesh: AnyMesh | None, fill: float = 0.0
 ) -> Array:
-    """This device's block with `fill` in all that lies past `extents`, inside an island.
+    """This device's block with `fill` written past the global `extents`; for use inside an island.
 
-    What `pad_to` wrote there cannot be relied on: in jax 0.10 XLA pads an uneven array once, with one value,
-    for all who pad it. Applied to outputs too, it keeps the padding's gradient out of the sums.
+    The zeros of `pad_to_blocks` cannot be relied on: XLA of jax 0.10 pads an uneven array once, with one
+    value, for all its uses. Masking the outputs too keeps the gradient of their padding out of the sums.
     """
     for dim, (extent, axes) in enumerate(zip(extents, cuts, strict=True)):
         if round_up(extent, axes, mesh) != extent:
@@ -59,13 +70,13 @@ def mask_padding(
     return x
 
 
-def fill_up(x: Array, cuts: Sequence[Axes], mesh: AnyMesh | None) -> Array:
+def pad_to_blocks(x: Array, cuts: Sequence[Axes], mesh: AnyMesh | None) -> Array:
     """`x` padded so that `cuts` cut every dimension into whole blocks."""
     return pad_to(x, [round_up(n, axes, mesh) for n, axes in zip(x.shape, cuts, strict=True)])
 
 
-def own(table: np.ndarray, reach: Reach) -> Array:
-    """This shard's entry of a table with one for every shard of a dimension."""
+def entry_of_shard(table: np.ndarray, reach: Reach) -> Array:
+    """This shard's entry of a table with one entry for every shard of a dimension."""
     if all((entry == table[0]).all() for entry in table):
         return jnp.asarray(table[0])
     return jnp.asarray(table)[lax.axis_index(reach.axes)]
@@ -77,36 +88,36 @@ def crop_to(x: Array, extents: Sequence[int]) -> Array:
 
 
 def round_up(extent: int, axes: Axes, mesh: AnyMesh | None) -> int:
-    """The extent, raised to a multiple of the shards that `axes` cut it into."""
+    """The extent rounded up to a multiple of the number of shards that `axes` cut it into."""
     shards = size(mesh, axes) if mesh is not None else 1
     return -(-extent // shards) * shards
 
 
-def at_rest(
+def stored_spec(
     layout: Layout, shape: Sequence[int], channel: int | None, mesh: AnyMesh | None, space: int = 0
 ) -> P:
-    """How a parameter enters the island: as it is kept, less axes that are manual outside already."""
+    """The PartitionSpec of a stored parameter, without axes that are manual outside of the island."""
     outside = compat.manual_axes(mesh) if mesh is not None else frozenset()
     entries = layout.parameter(shape, channel, mesh, space)
     return spec([tuple(a for a in axes_of(entry) if a not in outside) for entry in entries])
 
 
-def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0) -> Array:
-    """A parameter's shard made whole over the `parameters` axes; the gradient is reduce-scattered.
+def gather(parameter: Array, stored: P, layout: Layout, vary: Axes, space: int = 0) -> Array:
+    """A parameter gathered over the `parameters` axes of its layout; its gradient is reduce-scattered.
 
     Args:
         parameter: this device's shard.
-        kept: its PartitionSpec.
-        layout: names the axes it is spread over.
-        vary: axes over which the data differ: the gradient is summed over them on the small shard.
-        space: how many leading dimensions are pixels, which stay where they are.
+        stored: its PartitionSpec.
+        layout: names the axes over which it is gathered.
+        vary: axes over which the data differ. The gradient is summed over them after it was scattered.
+        space: how many leading dimensions are pixels, which are not gathered.
     """
-    spread: list[Axes] = [()] * space + spread_axes(kept, layout)[space:]
-    if not any(spread):
+    gathered: list[Axes] = [()] * space + gathered_axes(stored, layout)[space:]
+    if not any(gathered):
         return parameter
-    missing = tuple(a for a in vary if not any(a in axes_of(entry) for entry in kept))
+    missing = tuple(a for a in vary if not any(a in axes_of(entry) for entry in stored))
     parameter = lax.pcast(parameter, missing, to="varying") if missing else parameter
-    for dim, axes in enumerate(spread):
+    for dim, axes in enumerate(gathered):
         idle = [a for a in axes if a not in vary]
         if axes and not idle:
             parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True)
@@ -117,14 +128,14 @@ def gather(parameter: Array, kept: P, layout: Layout, vary: Axes, space: int = 0
     return parameter
 
 
-def gather_same(parameter: Array, kept: P, layout: Layout) -> Array:
-    """As `gather`, for an operator that sums the gradient itself: every device then cuts out its part."""
-    for dim, axes in enumerate(spread_axes(kept, layout)):
+def gather_same(parameter: Array, stored: P, layout: Layout) -> Array:
+    """`gather` for an operator that sums the gradient itself: each device slices its part out of the sum."""
+    for dim, axes in enumerate(gathered_axes(stored, layout)):
         if axes:
             parameter = lax.all_gather(parameter, axes, axis=dim, tiled=True, to="invarying")
     return parameter
 
 
-def spread_axes(kept: P, layout: Layout) -> list[Axes]:
-    """Of every dimension of a parameter, the axes over which `parameters` spreads it at rest."""
-    return [tuple(a for a in axes_of(entry) if a in axes_of(layout.parameters)) for entry in kept]
+def gathered_axes(stored: P, layout: Layout) -> list[Axes]:
+    """For every dimension of a stored parameter, the `parameters` axes that `gather` removes."""
+    return [tuple(a for a in axes_of(entry) if a in axes_of(layout.parameters)) for entry in stored]

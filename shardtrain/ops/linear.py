@@ -1,4 +1,4 @@
-"""Linear maps of channels, their kernel cut by columns or by rows."""
+"""Linear maps of channels whose kernel is cut by columns or by rows."""
 
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -20,17 +20,33 @@ def linear(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial channels_out"]:
-    """`x @ kernel + bias` over the last dimension, cut as a convolution with a window of one pixel.
+    """`x @ kernel + bias` over the last dimension, on batch, pixels and channels that may be cut.
 
-    `channel_mode="gather"` cuts the kernel by columns (outputs), `"scatter"` by rows (inputs); by default
-    whichever moves fewer bytes.
+    This is `conv` with a window of one pixel.
+
+    Args:
+        x: input; dimensions between the batch and the channels are pixels.
+        kernel: the matrix.
+        bias: added to every output.
+        layout: which mesh axes cut what; by name by default.
+        channel_mode: `"gather"` cuts the kernel by columns (output channels) and gathers the input's
+            channels, `"scatter"` cuts it by rows (input channels) and reduce-scatters the partial sums; by
+            default whichever sends fewer bytes.
+        precision: of the products, as in `lax.dot_general`.
+        preferred_element_type: of the sums and the output, as in `lax.dot_general`.
+
+    Returns:
+        The output, cut as the input is.
 
     Raises:
         UserError: shapes that do not agree.
 
     Example:
-        >>> linear(jnp.ones((8, 16)), jnp.ones((16, 10))).shape
+        >>> st.ops.linear(jnp.ones((8, 16)), jnp.ones((16, 10))).shape
         (8, 10)
+
+    References:
+        Shoeybi et al., Megatron-LM, 2019, section 3 (columns and rows).
     """
     if x.ndim < 2 or kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
         raise UserError(

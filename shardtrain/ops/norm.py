@@ -1,24 +1,24 @@
-"""Normalization with the statistics of one device, whatever the mesh."""
+"""Normalization layers whose statistics are the same on every mesh."""
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, active_mesh, chosen, spatial_names, spec
+from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.mesh import size
 from shardtrain.ops import island
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Where the sums of a normalization run: the mesh axes and, on one device, the dimensions."""
+    """What a normalization sums over: mesh axes and, on each device, dimensions of its block."""
 
     axes: tuple[str, ...]
     dims: tuple[int, ...]
@@ -39,26 +39,27 @@ def batch_norm(
 ) -> tuple[Float[Array, "batch *spatial channels"], Float[Array, " channels"], Float[Array, " channels"]]:
     """Normalizes every channel by its mean and variance over the whole batch and all pixels.
 
-    One island: a single all-reduce of `2 * channels` numbers forward and one backward, over all axes that
-    cut batch and space. The variance is `E[x^2] - E[x]^2` in at least float32, as Flax computes it.
+    The forward and the backward pass each all-reduce `2 * channels` numbers once, over all axes that cut
+    batch and pixels. The variance is `E[x^2] - E[x]^2` in at least float32, as Flax computes it.
 
     Args:
         x: input.
-        scale, bias: the learned affine map, if any.
+        scale: multiplies the normalized input, if given.
+        bias: added after the scale, if given.
         epsilon: added to the variance.
-        examples: which examples are real; the others (the padding of a ragged batch) are normalized but
-            do not count.
+        examples: True for real examples. The others, which only pad a ragged batch, are normalized too but
+            left out of the statistics.
         layout: which mesh axes cut what; by name by default.
 
     Returns:
-        The normalized input, the mean and the (biased) variance. The two statistics carry no gradient:
-        they are for running averages.
+        The normalized input, the mean and the (biased) variance. The two statistics, which are for running
+        averages, carry no gradient.
 
     Raises:
         UserError: scale or bias of another size.
 
     Example:
-        >>> y, mean, var = batch_norm(jnp.ones((8, 4, 4, 3)))
+        >>> y, mean, var = st.ops.batch_norm(jnp.ones((8, 4, 4, 3)))
         >>> mean.shape
         (3,)
 
@@ -89,22 +90,22 @@ def _batch_norm(
     cuts = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
     vary = (*batch, *(a for cut in cuts for a in cut))
     channels = layout.channel_cut(x.shape[-1], mesh)
-    kept = island.at_rest(layout, x.shape[-1:], 0, mesh)
+    stored = island.stored_spec(layout, x.shape[-1:], 0, mesh)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
     extents, cut, cut_weight = x.shape, [batch, *cuts, channels], [batch, *cuts, ()]
-    even = [island.round_up(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
+    padded = [island.round_up(n, axes, mesh) for n, axes in zip(extents, cut, strict=True)]
 
-    # 1 for every value that counts, None where all do. It has the size of one channel, no more.
+    # 1 for every value that counts, None where all do. One channel suffices.
     weight = None
-    if examples is not None or even != list(extents):
+    if examples is not None or padded != list(extents):
         counts = jnp.ones(x.shape[0], bool) if examples is None else examples
         weight = jnp.broadcast_to(counts.reshape(-1, *[1] * (x.ndim - 1)), (*extents[:-1], 1)).astype(dtype)
 
     def local(x: Array, scale: Array, bias: Array, weight: Array | None) -> tuple[Array, Array, Array]:
         x = island.mask_padding(x, extents, cut, mesh)
         weight = None if weight is None else island.mask_padding(weight, (*extents[:-1], 1), cut_weight, mesh)
-        scale, bias = (island.gather_same(p, kept, layout) for p in (scale, bias))
+        scale, bias = (island.gather_same(p, stored, layout) for p in (scale, bias))
         sums = _Sums(vary, tuple(range(x.ndim - 1)), epsilon)
         y, mean, var = _normalize(sums, x.astype(dtype), scale, bias, weight)
         y = island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
@@ -117,12 +118,12 @@ def _batch_norm(
     y, mean, var = island.run(
         local,
         mesh,
-        (spec(cut), kept, kept, None if weight is None else spec(cut_weight)),
+        (spec(cut), stored, stored, None if weight is None else spec(cut_weight)),
         (spec(cut), spec([channels]), spec([channels])),
-        island.fill_up(x, cut, mesh),
+        island.pad_to_blocks(x, cut, mesh),
         scale,
         bias,
-        None if weight is None else island.fill_up(weight, cut_weight, mesh),
+        None if weight is None else island.pad_to_blocks(weight, cut_weight, mesh),
     )
     return island.crop_to(y, extents), mean, var
 
@@ -158,7 +159,7 @@ def _normalize_backward(sums, saved, cotangents):  # type: ignore[no-untyped-def
     local = jnp.stack([dy.sum(sums.dims), (dy * normal).sum(sums.dims)])
     dbias, dscale = sums.over_devices(local)
     through = (dbias + normal * dscale) / count
-    if weight is not None:  # what does not count has no part in the statistics
+    if weight is not None:  # examples that do not count have no part in the statistics
         through = through * weight
     dx = scale * inverse * (dy - through)
     return dx, dscale, dbias, None if weight is None else jnp.zeros_like(weight)
@@ -178,21 +179,25 @@ def group_norm(
 ) -> Float[Array, "batch *spatial channels"]:
     """Normalizes each group of channels of each example over all its pixels.
 
-    One island: two sums per example and group cross the axes that cut pixels and, where a group's channels
-    lie on several devices, those that cut channels, in one all-reduce; as many again backward.
+    The forward and the backward pass each all-reduce two sums per example and group, over the axes that cut
+    pixels and, where a group's channels are on several devices, over those that cut channels.
 
     Args:
         x: input.
-        groups: groups of channels; must divide them.
-        scale, bias: the learned affine map, if any.
+        groups: number of groups, which must divide the channels.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
         epsilon: added to the variance.
         layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
 
     Raises:
         UserError: channels that do not divide by the groups; scale or bias of another size.
 
     Example:
-        >>> group_norm(jnp.ones((8, 4, 4, 6)), groups=3).shape
+        >>> st.ops.group_norm(jnp.ones((8, 4, 4, 6)), groups=3).shape
         (8, 4, 4, 6)
 
     References:
@@ -213,10 +218,23 @@ def instance_norm(
     epsilon: float = 1e-6,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
-    """Normalizes each channel of each example over all its pixels; see `group_norm`.
+    """Normalizes each channel of each example over all its pixels: `group_norm` with one channel a group.
+
+    Args:
+        x: input.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
+        epsilon: added to the variance.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
+
+    Raises:
+        UserError: scale or bias of another size.
 
     Example:
-        >>> instance_norm(jnp.ones((8, 4, 4, 6))).shape
+        >>> st.ops.instance_norm(jnp.ones((8, 4, 4, 6))).shape
         (8, 4, 4, 6)
 
     References:
@@ -233,10 +251,26 @@ def layer_norm(
     epsilon: float = 1e-6,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial channels"]:
-    """Normalizes every pixel over its channels; with cut channels, two sums per pixel cross the axis.
+    """Normalizes every pixel of every example over its channels.
+
+    Where channels are cut, the forward and the backward pass each all-reduce two sums per pixel over their
+    axes; otherwise nothing is sent.
+
+    Args:
+        x: input.
+        scale: multiplies the normalized input, if given; one number per channel.
+        bias: added after the scale, if given; one number per channel.
+        epsilon: added to the variance.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The normalized input.
+
+    Raises:
+        UserError: scale or bias of another size.
 
     Example:
-        >>> layer_norm(jnp.ones((8, 16))).shape
+        >>> st.ops.layer_norm(jnp.ones((8, 16))).shape
         (8, 16)
 
     References:
@@ -256,50 +290,116 @@ def _by_example(
     epsilon: float,
     layout: Layout,
 ) -> Array:
-    """Statistics of each example over groups of channels, and over all pixels if `pixels`."""
-    mesh, extents = active_mesh(), x.shape
-    space = [layout.cut(name, mesh) for name in spatial_names(x.ndim - 2)]
-    channels = layout.channel_cut(extents[-1], mesh)
-    cut = [layout.cut("batch", mesh), *space, channels]
-    across = tuple(a for axes in space for a in axes)
-    vary = (*cut[0], *across)
-    kept = island.at_rest(layout, extents[-1:], 0, mesh)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    mesh = active_mesh()
     out_dtype = jnp.result_type(x, *(p for p in (scale, bias) if p is not None))
-    count = extents[-1] // groups * (math.prod(extents[1:-1]) if pixels else 1)
+    plan = _ExampleNorm(layout, mesh, x.shape, groups, pixels, epsilon, out_dtype)
+    if mesh is None:
+        return plan.on_device(x, scale, bias)
+    cut, stored = spec(plan.cuts), plan.affine_spec
+    specs = (cut, None if scale is None else stored, None if bias is None else stored)
+    y = island.run(plan.on_device, mesh, specs, cut, island.pad_to_blocks(x, plan.cuts, mesh), scale, bias)
+    return island.crop_to(y, x.shape)
 
-    mine = extents[-1] // (size(mesh, channels) if mesh is not None else 1)
-    per_group = extents[-1] // groups
-    whole = mine % per_group == 0  # a group's channels are all on one device
-    over = (*(across if pixels else ()), *(() if whole else channels))
 
-    def to_groups(sums: Array) -> tuple[Array, Callable[[Array], Array]]:
-        """Sums of this device's channels as those of its groups, and the way back."""
-        if whole:
-            grouped = sums.reshape(*sums.shape[:-1], mine // per_group, per_group).sum(-1)
-            return grouped, lambda s: jnp.repeat(s, per_group, axis=-1)
-        first = lax.axis_index(channels) * mine
-        member = (first + jnp.arange(mine))[:, None] // per_group == jnp.arange(groups)
-        member = member.astype(sums.dtype)
-        return sums @ member, lambda s: s @ member.T
+@dataclass(frozen=True)
+class _ExampleNorm:
+    """Normalization of each example over groups of channels, on one mesh.
 
-    def local(x: Array, scale: Array | None, bias: Array | None) -> Array:
-        wide = island.mask_padding(x, extents, cut, mesh).astype(dtype)
-        sums = jnp.stack([wide, wide**2])
-        if pixels and x.ndim > 2:
-            sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
-        sums, to_channels = to_groups(sums)
-        if over:  # varying again at once, so that the gradient is summed by groups, not by channels
-            sums = lax.pcast(lax.psum(sums, over), over, to="varying")
-        mean, square = to_channels(sums) / count
-        inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + epsilon)
-        scale, bias = (None if p is None else island.gather(p, kept, layout, vary) for p in (scale, bias))
+    Attributes:
+        layout, mesh: what cuts the input.
+        shape: of the global input.
+        groups: of channels.
+        pixels: whether the statistics are over all pixels, or of each pixel.
+        epsilon: added to the variance.
+        out_dtype: of the output; statistics are in at least float32.
+    """
+
+    layout: Layout
+    mesh: AnyMesh | None
+    shape: tuple[int, ...]
+    groups: int
+    pixels: bool
+    epsilon: float
+    out_dtype: jnp.dtype
+
+    @property
+    def space(self) -> list[Axes]:
+        """Axes that cut every spatial dimension."""
+        return [self.layout.cut(name, self.mesh) for name in spatial_names(len(self.shape) - 2)]
+
+    @property
+    def channel_axes(self) -> Axes:
+        """Axes that cut the channels."""
+        return self.layout.channel_cut(self.shape[-1], self.mesh)
+
+    @property
+    def cuts(self) -> list[Axes]:
+        """Axes that cut every dimension of input and output."""
+        return [self.layout.cut("batch", self.mesh), *self.space, self.channel_axes]
+
+    @property
+    def affine_spec(self) -> P:
+        """How scale and bias are stored."""
+        return island.stored_spec(self.layout, self.shape[-1:], 0, self.mesh)
+
+    @property
+    def local_channels(self) -> int:
+        """Channels of one device."""
+        return self.shape[-1] // (size(self.mesh, self.channel_axes) if self.mesh is not None else 1)
+
+    @property
+    def per_group(self) -> int:
+        """Channels of one group."""
+        return self.shape[-1] // self.groups
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether all channels of a group are on one device."""
+        return self.local_channels % self.per_group == 0
+
+    def on_device(self, x: Array, scale: Array | None, bias: Array | None) -> Array:
+        """One device's block of the output."""
+        wide = island.mask_padding(x, self.shape, self.cuts, self.mesh)
+        wide = wide.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, square = self._moments(wide)
+        inverse = lax.rsqrt(jnp.maximum(0, square - mean**2) + self.epsilon)
+        scale, bias = (None if p is None else self._gather(p) for p in (scale, bias))
         y = (wide - mean) * (inverse if scale is None else inverse * scale)
         y = y if bias is None else y + bias
-        return island.mask_padding(y, extents, cut, mesh).astype(out_dtype)
+        return island.mask_padding(y, self.shape, self.cuts, self.mesh).astype(self.out_dtype)
 
-    if mesh is None:
-        return local(x, scale, bias)
-    where = (spec(cut), None if scale is None else kept, None if bias is None else kept)
-    y = island.run(local, mesh, where, spec(cut), island.fill_up(x, cut, mesh), scale, bias)
-    return island.crop_to(y, extents)
+    def _gather(self, parameter: Array) -> Array:
+        varying = tuple(axis for axes in self.cuts[:-1] for axis in axes)
+        return island.gather(parameter, self.affine_spec, self.layout, varying)
+
+    def _moments(self, x: Array) -> tuple[Array, Array]:
+        """Mean and mean square of the group of every channel of this device."""
+        sums = jnp.stack([x, x**2])
+        if self.pixels and x.ndim > 2:
+            sums = sums.sum(tuple(range(2, x.ndim)), keepdims=True)
+        count = self.per_group * (math.prod(self.shape[1:-1]) if self.pixels else 1)
+        if self.whole_groups:
+            mine = self.local_channels // self.per_group
+            sums = self._over_devices(sums.reshape(*sums.shape[:-1], mine, self.per_group).sum(-1))
+            sums = jnp.repeat(sums, self.per_group, axis=-1)
+        else:
+            member = self._membership(sums.dtype)
+            sums = self._over_devices(sums @ member) @ member.T
+        mean, square = sums / count
+        return mean, square
+
+    def _membership(self, dtype: jnp.dtype) -> Array:
+        """`(channels, groups)`: 1 where this device's channel belongs to the group."""
+        first = lax.axis_index(self.channel_axes) * self.local_channels
+        channels = (first + jnp.arange(self.local_channels))[:, None]
+        return (channels // self.per_group == jnp.arange(self.groups)).astype(dtype)
+
+    def _over_devices(self, sums: Array) -> Array:
+        """Sums over all devices that share a group and, if the statistics are over pixels, an example.
+
+        The result counts as varying over those axes at once, so that the gradient is summed for each group
+        and not for each channel.
+        """
+        across = tuple(axis for axes in self.space for axis in axes) if self.pixels else ()
+        axes = (*across, *(() if self.whole_groups else self.channel_axes))
+        return lax.pcast(lax.psum(sums, axes), axes, to="varying") if axes else sums

@@ -1,4 +1,4 @@
-"""Pooling, cut on batch, space and channels."""
+"""Pooling on arrays that are cut on batch, space and channels."""
 
 import functools
 import math
@@ -29,18 +29,24 @@ def max_pool(
 ) -> Num[Array, "batch *spatial_out channels"]:
     """The largest value in every window; the gradient goes to the first of equal values.
 
+    On a mesh spatial neighbours exchange the halo rows that their windows share.
+
     Args:
         x: input, channels last.
-        window: its rows, one number or one per spatial dimension.
-        strides: 1 by default, as in Flax.
-        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs; padding never wins.
+        window: rows of the window, one number or one per spatial dimension.
+        strides: rows from one window to the next; 1 by default, as in Flax.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs. Padding counts as smaller than
+            every value.
         layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The output, cut as the input is.
 
     Raises:
         UserError: a window that does not fit.
 
     Example:
-        >>> max_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
+        >>> st.ops.max_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
         (2, 4, 4, 3)
     """
     return _pool(x, _windows(x, window, strides, padding), "max", chosen(layout))
@@ -58,14 +64,21 @@ def avg_pool(
     """The mean of every window.
 
     Args:
-        x, window, strides, padding, layout: as in `max_pool`.
+        x: input, channels last.
+        window: rows of the window, one number or one per spatial dimension.
+        strides: rows from one window to the next; 1 by default, as in Flax.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
         count_include_pad: whether padding counts in the mean, as zeros.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The output, cut as the input is.
 
     Raises:
         UserError: a window that does not fit.
 
     Example:
-        >>> avg_pool(jnp.ones((2, 8, 8, 3)), (3, 3), strides=(2, 2), padding="SAME").shape
+        >>> st.ops.avg_pool(jnp.ones((2, 8, 8, 3)), (3, 3), strides=(2, 2), padding="SAME").shape
         (2, 4, 4, 3)
     """
     windows = _windows(x, window, strides, padding)
@@ -83,10 +96,17 @@ def avg_pool(
 def global_avg_pool(
     x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
 ) -> Float[Array, "batch channels"]:
-    """The mean over all pixels.
+    """The mean over all pixels of each channel; one all-reduce of the sums where pixels are cut.
+
+    Args:
+        x: input, channels last.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The means, cut as batch and channels of the input are.
 
     Example:
-        >>> global_avg_pool(jnp.ones((2, 8, 8, 3))).shape
+        >>> st.ops.global_avg_pool(jnp.ones((2, 8, 8, 3))).shape
         (2, 3)
     """
     return _global_avg_pool(x, chosen(layout))
@@ -155,7 +175,7 @@ def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> A
 
     if mesh is None:
         return local(x)
-    y = island.run(local, mesh, (spec(cut),), spec(cut), island.fill_up(x, cut, mesh))
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to_blocks(x, cut, mesh))
     return island.crop_to(y, extents_out)
 
 
@@ -173,5 +193,5 @@ def _global_avg_pool(x: Array, layout: Layout) -> Array:
 
     if mesh is None:
         return local(x)
-    y = island.run(local, mesh, (spec(cut),), spec([cut[0], cut[-1]]), island.fill_up(x, cut, mesh))
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], cut[-1]]), island.pad_to_blocks(x, cut, mesh))
     return island.crop_to(y, (extents[0], extents[-1]))

@@ -1,4 +1,4 @@
-"""Padding, resizing and adaptive pooling: outputs that each read a range of inputs of their own."""
+"""Padding, resizing and adaptive pooling: every output row reads its own range of input rows."""
 
 import functools
 import math
@@ -29,23 +29,26 @@ def pad(
     value: float = 0.0,
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial_out channels"]:
-    """Rows added before and after in every spatial dimension; negative numbers crop.
+    """Adds rows before and after every spatial dimension; negative numbers crop.
 
-    The output is cut in equal blocks again, so padding on one side alone moves rows between neighbours.
-    Convolutions and pooling pad by themselves, which moves less.
+    The output is cut into equal blocks again, so neighbours exchange rows where padding shifts the blocks.
+    The padding of convolutions and pooling itself sends less.
 
     Args:
         x: input, channels last.
         padding: a number, or for each spatial dimension a number or `(before, after)`.
         mode: `"constant"`, `"wrap"`, `"reflect"` or `"edge"`, as in `numpy.pad`.
-        value: for mode `"constant"`.
+        value: of the padding, for mode `"constant"`.
         layout: which mesh axes cut what; by name by default.
 
+    Returns:
+        The padded input, cut as the input is.
+
     Raises:
-        UserError: a mode that there is not; more rows repeated than there are, or none left.
+        UserError: an unknown mode, more repeated rows than the input has, or a crop that leaves no rows.
 
     Example:
-        >>> pad(jnp.ones((2, 7, 8, 3)), ((1, 1), (2, 2)), mode="reflect").shape
+        >>> st.ops.pad(jnp.ones((2, 7, 8, 3)), ((1, 1), (2, 2)), mode="reflect").shape
         (2, 9, 12, 3)
     """
     if mode not in PAD_MODES:
@@ -66,22 +69,26 @@ def resize(
     method: str = "nearest",
     layout: Layout | None = None,
 ) -> Float[Array, "batch *spatial_out channels"]:
-    """Resamples every spatial dimension, pixels centred, without antialiasing.
+    """Resizes every spatial dimension, without antialiasing; pixels are sampled at their centres.
 
-    The numbers of `jax.image.resize(..., antialias=False)`; of PyTorch's `interpolate` with
-    `mode="nearest-exact"`, and with `"linear"`, `"bilinear"` or `"trilinear"`.
+    The result is that of `jax.image.resize(..., antialias=False)`, and of PyTorch's `interpolate`
+    with `mode="nearest-exact"` or with `"linear"`, `"bilinear"` and `"trilinear"`.
 
     Args:
         x: input, channels last.
-        extents: of the output, one number or one per spatial dimension.
-        method: the nearest input, or a mean of the two nearest in each dimension.
+        extents: rows of the output, one number or one per spatial dimension.
+        method: `"nearest"`, or `"linear"` for a weighted mean of the two nearest in each dimension.
         layout: which mesh axes cut what; by name by default.
 
+    Returns:
+        The output, cut as the input is.
+
     Raises:
-        UserError: extents of another number of dimensions, or below 1; values that are no floating point.
+        UserError: extents of another number of dimensions or below 1, an unknown method, or values that are
+            not floating point.
 
     Example:
-        >>> resize(jnp.ones((2, 7, 8, 3)), (14, 16), method="linear").shape
+        >>> st.ops.resize(jnp.ones((2, 7, 8, 3)), (14, 16), method="linear").shape
         (2, 14, 16, 3)
     """
     wanted = _wanted("resize", x, extents)
@@ -93,42 +100,56 @@ def resize(
 def adaptive_avg_pool(
     x: Num[Array, "batch *spatial channels"], extents: int | Sequence[int], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial_out channels"]:
-    """The mean of windows that share the input out among `extents` outputs, as evenly as they can.
+    """The mean of windows that divide the input as evenly as possible among `extents` outputs.
 
     Output `i` of `m` reads the inputs from `floor(i * n / m)` to `ceil((i + 1) * n / m)`, as in PyTorch.
 
     Args:
         x: input, channels last.
-        extents: of the output, one number or one per spatial dimension.
+        extents: rows of the output, one number or one per spatial dimension.
         layout: which mesh axes cut what; by name by default.
 
+    Returns:
+        The output, cut as the input is.
+
     Raises:
-        UserError: extents of another number of dimensions, or below 1; values that are no floating point.
+        UserError: extents of another number of dimensions or below 1, or values that are not floating point.
 
     Example:
-        >>> adaptive_avg_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
+        >>> st.ops.adaptive_avg_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
         (2, 6, 6, 3)
     """
     wanted = _wanted("adaptive_avg_pool", x, extents)
     weights = []
     for n, m in zip(x.shape[1:-1], wanted, strict=True):
-        weights.append(tuple((a, (1 / (b - a),) * (b - a)) for a, b in _shares(n, m)))
+        weights.append(tuple((a, (1 / (b - a),) * (b - a)) for a, b in _ranges(n, m)))
     return _weighted("adaptive_avg_pool", x, tuple(weights), chosen(layout))
 
 
 def adaptive_max_pool(
     x: Float[Array, "batch *spatial channels"], extents: int | Sequence[int], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial_out channels"]:
-    """The largest value of windows as in `adaptive_avg_pool`.
+    """The largest value of windows that divide the input as in `adaptive_avg_pool`.
 
-    Of equal values the first of a column gets the gradient, then the first of the columns.
+    Dimensions are reduced one after the other; of equal values the first gets the gradient in each.
+
+    Args:
+        x: input, channels last.
+        extents: rows of the output, one number or one per spatial dimension; 1 is a global maximum.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The output, cut as the input is.
+
+    Raises:
+        UserError: extents of another number of dimensions or below 1.
 
     Example:
-        >>> adaptive_max_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
+        >>> st.ops.adaptive_max_pool(jnp.ones((2, 13, 8, 3)), (6, 6)).shape
         (2, 6, 6, 3)
     """
     wanted = _wanted("adaptive_max_pool", x, extents)
-    ranges = tuple(_shares(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
+    ranges = tuple(_ranges(n, m) for n, m in zip(x.shape[1:-1], wanted, strict=True))
     return _largest(x, ranges, chosen(layout))
 
 
@@ -138,12 +159,13 @@ def _wanted(what: str, x: Array, extents: int | Sequence[int]) -> tuple[int, ...
     return tuple_of(extents, x.ndim - 2, "extents")
 
 
-def _shares(n: int, m: int) -> tuple[tuple[int, int], ...]:
+def _ranges(n: int, m: int) -> tuple[tuple[int, int], ...]:
+    """The inputs `[start, stop)` of each of `m` adaptive windows over `n` rows."""
     return tuple((i * n // m, -(-(i + 1) * n // m)) for i in range(m))
 
 
 Weights = tuple[tuple[int, tuple[float, ...]], ...]
-"""For every output its first input and the weights of the inputs from there."""
+"""For every output row, its first input row and the weights of the rows from there on."""
 
 
 def _nearest(n: int, m: int) -> Weights:
@@ -162,10 +184,10 @@ def _linear(n: int, m: int) -> Weights:
 
 
 def method_of(method: str) -> Callable[[int, int], Weights]:
-    """The weights of a method of `resize`.
+    """The function that gives a method's weights from the extents of input and output.
 
     Raises:
-        UserError: there is no such method.
+        UserError: an unknown method.
     """
     found = {"nearest": _nearest, "linear": _linear}.get(method)
     if found is None:
@@ -203,7 +225,7 @@ def _sums(x: Array, weights: tuple[Weights, ...], layout: Layout) -> Array:
             for place, o in enumerate(outputs):
                 first, shares = rows[o]
                 matrices[shard, place, first - start : first - start + len(shares)] = shares
-        matrix = island.own(matrices, reach).astype(x.dtype)
+        matrix = island.entry_of_shard(matrices, reach).astype(x.dtype)
         # Full precision: tensor cores would round weights and values.
         y = jnp.tensordot(x, matrix, ((dim,), (1,)), precision=lax.Precision.HIGHEST)
         return jnp.moveaxis(y, -1, dim)
@@ -225,7 +247,7 @@ def _largest(x: Array, ranges: tuple[tuple[tuple[int, int], ...], ...], layout: 
                 first, stop = rows[o]
                 # A shorter window reads its last input again: never a new largest value.
                 places[shard, place] = np.minimum(np.arange(first, first + widest), stop - 1) - start
-        index = island.own(places, reach)
+        index = island.entry_of_shard(places, reach)
         windows = jnp.take(x, index.reshape(-1), axis=dim)
         windows = windows.reshape(*x.shape[:dim], reach.block_out, widest, *x.shape[dim + 1 :])
         chosen = jnp.expand_dims(windows.argmax(dim + 1), dim + 1)  # the first, for the gradient
@@ -235,7 +257,7 @@ def _largest(x: Array, ranges: tuple[tuple[tuple[int, int], ...], ...], layout: 
 
 
 def _each_dimension(x, reaches, layout, combine, fill=0.0):  # type: ignore[no-untyped-def]
-    """One island that gives `combine` the rows which a shard's outputs read, dimension by dimension."""
+    """An island that calls `combine` for each dimension on the rows that this device's outputs read."""
     mesh = active_mesh()
     cuts = [layout.cut(name, mesh) for name in spatial_names(len(reaches))]
     reaches = [
@@ -254,5 +276,5 @@ def _each_dimension(x, reaches, layout, combine, fill=0.0):  # type: ignore[no-u
 
     if mesh is None:
         return local(x)
-    y = island.run(local, mesh, (spec(cut),), spec(cut), island.fill_up(x, cut, mesh))
+    y = island.run(local, mesh, (spec(cut),), spec(cut), island.pad_to_blocks(x, cut, mesh))
     return island.crop_to(y, extents_out)

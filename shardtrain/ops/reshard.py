@@ -1,4 +1,4 @@
-"""Moving an activation from one layout to another, where layouts change along a network."""
+"""Redistributes activations from one layout to another, where layouts change along a network."""
 
 import functools
 import heapq
@@ -21,7 +21,7 @@ from shardtrain.ops.halo import sent_by
 Cuts = tuple[Axes, ...]
 
 SCOPE = "change of layout"
-"""Names what a reshard sends, in jaxprs and profiles."""
+"""The `jax.named_scope` of the collectives of a reshard, in jaxprs and profiles."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Move:
     """One step of a reshard.
 
     Attributes:
-        kind: `"all-to-all"`: the last of the axes that cut dimension `source` comes to cut `target`;
-            `"all-gather"`: it leaves, and cuts nothing; `"slice"`: `axis` comes to cut `target` and sends
-            nothing; `"permute"`: whole blocks change places.
-        axis: the axis that moves.
-        source, target: dimensions.
+        kind: `"all-to-all"`: `axis`, the last of the axes that cut dimension `source`, cuts dimension
+            `target` instead; `"all-gather"`: `axis` cuts no dimension any more; `"slice"`: `axis`, which cut
+            nothing, cuts `target`, without communication; `"permute"`: devices exchange whole blocks.
         after: the axes that cut every dimension after this step.
+        axis: the mesh axis that the step is about.
+        source: the dimension that the axis cut before, -1 for none.
+        target: the dimension that the axis cuts afterwards, -1 for none.
     """
 
     kind: Literal["all-to-all", "all-gather", "slice", "permute"]
@@ -47,23 +48,31 @@ class Move:
 def reshard(
     x: Float[Array, "batch *spatial channels"], before: Layout, after: Layout
 ) -> Float[Array, "batch *spatial channels"]:
-    """`x`, cut as `before` says, cut as `after` says; the gradient goes back the same way.
+    """Redistributes an activation from one layout to another; its gradient is redistributed back.
 
-    One island: an axis that comes to cut another dimension moves by an all-to-all of `(n-1)/n` of a
-    device's block, one that cuts nothing afterwards by an all-gather, one that cut nothing by no
-    communication at all, and where only the places of blocks change, they are permuted. Of all ways to
-    get there by such steps it goes the one that sends the fewest bytes.
+    An axis that cuts another dimension afterwards takes an all-to-all, which sends `(n-1)/n` of a device's
+    block; an axis that cuts nothing afterwards takes an all-gather; an axis that cut nothing before takes a
+    slice, without communication; and where blocks only change their devices they are permuted. Among all
+    sequences of such steps the one that sends the fewest bytes is taken.
 
     Args:
         x: an activation, channels last.
-        before, after: the layouts. A wrong `before` costs a second move, never a wrong number.
+        before: the layout that `x` has. If it has another one, the numbers are right all the same, and XLA
+            redistributes once more.
+        after: the layout of the result.
+
+    Returns:
+        The same values in the layout `after`.
 
     Raises:
-        UserError: something else than two layouts.
+        UserError: arguments that are not layouts.
 
     Example:
-        >>> with jax.set_mesh(make_mesh("data=2,height=4")):
-        ...     reshard(jnp.ones((8, 16, 16, 4)), Layout(), Layout(batch=("data", "height"), height=()))
+        >>> early, late = st.Layout(), st.Layout(batch=("data", "height"), height=())
+        >>> with jax.set_mesh(st.make_mesh("data=2,height=4")):
+        ...     y = jax.jit(lambda x: st.ops.reshard(x, early, late))(jnp.ones((8, 16, 16, 4)))
+        >>> y.sharding.spec[0]
+        ('data', 'height')
     """
     mesh, before, after = active_mesh(), chosen(before), chosen(after)
     if mesh is None:
@@ -73,7 +82,7 @@ def reshard(
 
 
 def move(x: Array, before: Cuts, after: Cuts) -> Array:
-    """`reshard` for the axes that cut every dimension."""
+    """`reshard` for layouts given as the axes that cut every dimension."""
     return x if before == after else _reshard(x, before, after)
 
 
@@ -83,18 +92,21 @@ def _cuts(layout: Layout, shape: Sequence[int], mesh: AnyMesh) -> Cuts:
 
 @functools.lru_cache(maxsize=1024)
 def moves(shape: tuple[int, ...], before: Cuts, after: Cuts, mesh: AnyMesh) -> list[Move]:
-    """The steps that lead from one cut of `shape` to another and send the fewest bytes.
+    """The sequence of steps from one cut of `shape` to another that sends the fewest bytes.
+
+    A dimension whose old and new blocks are padded to different extents is gathered first.
 
     Args:
-        shape: of the whole array.
-        before, after: the axes that cut every dimension.
-        mesh: says how many devices an axis has.
-
-    A dimension whose old and new blocks are both padded and do not line up is gathered first.
+        shape: of the global array.
+        before: the axes that cut every dimension at first.
+        after: the axes that cut every dimension at last.
+        mesh: the mesh.
     """
-    torn = [_torn(n, old, new, mesh) for n, old, new in zip(shape, before, after, strict=True)]
+    uneven = [
+        _padded_differently(n, old, new, mesh) for n, old, new in zip(shape, before, after, strict=True)
+    ]
     steps, now = [], before
-    for dim in itertools.compress(range(len(shape)), torn):
+    for dim in itertools.compress(range(len(shape)), uneven):
         for axis in reversed(before[dim]):
             now = _with(now, dim, now[dim][:-1])
             steps.append(Move("all-gather", now, axis, source=dim))
@@ -103,7 +115,7 @@ def moves(shape: tuple[int, ...], before: Cuts, after: Cuts, mesh: AnyMesh) -> l
     return steps + _cheapest(tuple(blocks), now, after, mesh)
 
 
-def _torn(extent: int, old: Axes, new: Axes, mesh: AnyMesh) -> bool:
+def _padded_differently(extent: int, old: Axes, new: Axes, mesh: AnyMesh) -> bool:
     """Whether old and new blocks of a dimension are padded to different extents."""
     uneven = extent % size(mesh, old) or extent % size(mesh, new)
     return bool(
@@ -116,11 +128,11 @@ def _with(cuts: Cuts, dim: int, axes: Axes) -> Cuts:
 
 
 def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, mesh: AnyMesh) -> list[Move]:
-    """Dijkstra's shortest path: places are cuts of `shape`, the way from one to the next is bytes sent."""
+    """Dijkstra's shortest path: the nodes are cuts of `shape`, the lengths of the edges are bytes sent."""
     paid: dict[Cuts, float] = {start: 0.0}
     came: dict[Cuts, tuple[Cuts, Move]] = {}
     queue = [(0.0, 0, start)]
-    tickets = itertools.count(1)  # of equal costs the first found, and fewest steps: a step costs a little
+    tickets = itertools.count(1)  # among equal costs the first found; steps cost a little, so few of them
     while queue:
         cost, _, here = heapq.heappop(queue)
         if here == goal:
@@ -141,7 +153,7 @@ def _cheapest(shape: tuple[int, ...], start: Cuts, goal: Cuts, mesh: AnyMesh) ->
 
 
 def _next(shape: tuple[int, ...], here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iterator[tuple[Move, float]]:
-    """The steps that can be made from `here` and what each sends, in shares of the whole array."""
+    """The steps that are possible from `here`, each with what it sends as a share of the global array."""
     block = 1 / math.prod(size(mesh, axes) for axes in here)
     used = {a for axes in here for a in axes}
 
@@ -160,7 +172,7 @@ def _next(shape: tuple[int, ...], here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iter
             if to != dim and fits(to, axis):
                 there = _with(without, to, (*here[to], axis))
                 yield Move("all-to-all", there, axis, dim, to), (n - 1) / n * block
-    for axis in sorted({a for axes in goal for a in axes} - used):  # all processes must go the same way
+    for axis in sorted({a for axes in goal for a in axes} - used):  # sorted: all processes must choose alike
         for to in dims:
             if fits(to, axis):
                 yield Move("slice", _with(here, to, (*here[to], axis)), axis, target=to), 0.0
@@ -169,7 +181,7 @@ def _next(shape: tuple[int, ...], here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iter
 
 
 def _orders(here: Cuts, goal: Cuts, mesh: AnyMesh) -> Iterator[Cuts]:
-    """Cuts into as many blocks by the same axes: the goal, one axis made the last, or two exchanged."""
+    """Cuts that permutes reach: the goal, one axis of a dimension made its last, or two axes exchanged."""
 
     def blocks(cuts: Cuts) -> tuple[list[str], list[int]]:
         return sorted(a for axes in cuts for a in axes), [size(mesh, axes) for axes in cuts]
@@ -216,7 +228,9 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
                 x = lax.all_to_all(x, step.axis, step.target, step.source, tiled=True)
             elif step.kind == "all-gather":
                 x = lax.all_gather(x, step.axis, axis=step.source, tiled=True, to="invarying")
-                if after[step.source] and not step.after[step.source]:  # whole: padded as it will be cut
+                if (
+                    after[step.source] and not step.after[step.source]
+                ):  # now whole, and padded as `after` cuts it
                     rows = island.round_up(extents[step.source], after[step.source], mesh)
                     x = _repadded(x, step.source, extents[step.source], rows)
             elif step.kind == "slice":
@@ -228,23 +242,23 @@ def _move(x: Array, before: Cuts, after: Cuts) -> Array:
         return x
 
     either = [old or new for old, new in zip(before, after, strict=True)]
-    y = island.run(local, mesh, (spec(before),), spec(after), island.fill_up(x, either, mesh))
+    y = island.run(local, mesh, (spec(before),), spec(after), island.pad_to_blocks(x, either, mesh))
     return island.crop_to(y, extents)
 
 
 def _repadded(x: Array, dim: int, extent: int, rows: int) -> Array:
-    """A dimension that is whole, padded to `rows` instead of what it was."""
+    """The array with dimension `dim`, which is whole, padded to `rows` instead of its present extent."""
     x = lax.slice_in_dim(x, 0, min(extent, x.shape[dim]), axis=dim)
     return island.pad_to(x, [*x.shape[:dim], rows, *x.shape[dim + 1 :]])
 
 
 def _permuted(x: Array, here: Cuts, there: Cuts, mesh: AnyMesh) -> Array:
-    """Every device's block as `there` cuts, from the one that has it as `here` cuts."""
+    """The block that this device has under the cut `there`, sent by the device that has it under `here`."""
     axes = tuple(a for cut in here for a in cut)
     places = [dict(zip(axes, place, strict=True)) for place in np.ndindex(*(size(mesh, a) for a in axes))]
 
     def block(place: Mapping[str, int], cuts: Cuts) -> tuple[int, ...]:
-        """Its number in every dimension; in none that is not cut."""
+        """The index of the block at `place` in every dimension that is cut."""
         shapes = [[size(mesh, a) for a in cut] for cut in cuts if cut]
         numbers = [[place[a] for a in cut] for cut in cuts if cut]
         return tuple(int(np.ravel_multi_index(n, s)) for n, s in zip(numbers, shapes, strict=True))

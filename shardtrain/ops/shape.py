@@ -1,4 +1,4 @@
-"""Flattening and concatenation: operators that change which values a dimension holds."""
+"""Flattening and concatenation, which change which devices own which channels."""
 
 import functools
 import math
@@ -21,14 +21,21 @@ from shardtrain.ops.window import reroute
 def flatten(
     x: Float[Array, "batch *spatial channels"], *, layout: Layout | None = None
 ) -> Float[Array, "batch features"]:
-    """All pixels and channels of an example in one row, cut as channels are.
+    """All pixels and channels of an example as one vector of features, which is cut as channels are.
 
-    The one operator that undoes the cut of pixels; put it where images are small. Pixels are gathered;
-    where they divide by the axes that cut channels, those come to cut them by an all-to-all, otherwise
-    channels are gathered too and every device keeps its features.
+    Pixels are gathered, so this operator belongs where images are small. Where their number divides by the
+    axes that cut channels, an all-to-all then turns cut channels into cut features; otherwise channels are
+    gathered too, and every device keeps its part of the features.
+
+    Args:
+        x: input, channels last.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The features in row-major order, as `x.reshape(x.shape[0], -1)`.
 
     Example:
-        >>> flatten(jnp.ones((2, 4, 4, 3))).shape
+        >>> st.ops.flatten(jnp.ones((2, 4, 4, 3))).shape
         (2, 48)
     """
     return _flatten(x, chosen(layout))
@@ -46,7 +53,7 @@ def _flatten(x: Array, layout: Layout) -> Array:
     turns = bool(channels) and pixels % shards == 0
 
     def local(x: Array) -> Array:
-        # Every device then has the same: each cuts its part out of the gradient, which moves nothing.
+        # All devices then have the same values: each slices its part out of the gradient and sends nothing.
         for dim, axes in enumerate(cut[1:] if not turns else space, start=1):
             if axes:
                 x = lax.all_gather(x, axes, axis=dim, tiled=True, to="invarying")
@@ -59,7 +66,7 @@ def _flatten(x: Array, layout: Layout) -> Array:
     if mesh is None:
         return local(x)
     rest = channels if turns else ()
-    y = island.run(local, mesh, (spec(cut),), spec([cut[0], rest]), island.fill_up(x, cut, mesh))
+    y = island.run(local, mesh, (spec(cut),), spec([cut[0], rest]), island.pad_to_blocks(x, cut, mesh))
     y = island.crop_to(y, (extents[0], features))
     return move(y, (cut[0], rest), (cut[0], layout.channel_cut(features, mesh)))
 
@@ -67,21 +74,24 @@ def _flatten(x: Array, layout: Layout) -> Array:
 def concat(
     arrays: Sequence[Float[Array, "batch *spatial _"]], *, layout: Layout | None = None
 ) -> Float[Array, "batch *spatial channels"]:
-    """Activations joined along their channels, as `jnp.concatenate(arrays, axis=-1)`.
+    """Concatenates activations along their channels, as `jnp.concatenate(arrays, axis=-1)`.
 
-    Where channels are cut, a device's block of the result comes from other devices' blocks: those
-    channels, and no more, travel between neighbours; all of them where some array's do not divide. XLA's
-    own partitioner moves whole arrays here.
+    Where channels are cut, other devices own some of the channels of a device's block of the result. Only
+    those are sent; if the channels of some array do not divide by their axes, all arrays are gathered. XLA's
+    own partitioner sends whole arrays here.
 
     Args:
-        arrays: of the same batch and pixels.
+        arrays: activations with the same batch and pixels.
         layout: which mesh axes cut what; by name by default.
 
+    Returns:
+        The concatenation, cut as the inputs are.
+
     Raises:
-        UserError: arrays of different batch or pixels, or none.
+        UserError: arrays with different batches or pixels, or no arrays.
 
     Example:
-        >>> concat([jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))]).shape
+        >>> st.ops.concat([jnp.ones((2, 4, 4, 3)), jnp.ones((2, 4, 4, 5))]).shape
         (2, 4, 4, 8)
     """
     if len({x.shape[:-1] for x in arrays}) != 1:
@@ -99,13 +109,13 @@ def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
     space = [layout.cut(name, mesh) for name in spatial_names(len(extents) - 1)]
     others = (layout.cut("batch", mesh), *space)
     channels = [layout.channel_cut(n, mesh) for n in (*(x.shape[-1] for x in arrays), total)]
-    if () in channels:  # some do not divide, and are whole: so the others must be
+    if () in channels:  # some do not divide and are whole: the others must be, too
         whole = [move(x, (*others, c), (*others, ())) for x, c in zip(arrays, channels[:-1], strict=True)]
         return move(jnp.concatenate(whole, axis=-1), (*others, ()), (*others, channels[-1]))
     cut = [*others, channels[-1]]
     shards = size(mesh, cut[-1])
     blocks = [x.shape[-1] // shards for x in arrays]
-    # Every device's channels of the result, as (owner, place among the owner's channels of all arrays).
+    # Every channel of the result as (owner, index among the owner's channels of all arrays).
     places = [
         (c // block, sum(blocks[:k]) + c % block)
         for k, block in enumerate(blocks)
@@ -118,6 +128,6 @@ def _concat(arrays: tuple[Array, ...], layout: Layout) -> Array:
         x = jnp.concatenate(arrays, axis=-1)
         return rerouted(x, x.ndim - 1, rounds, table, cut[-1], grouped=island.grouped(mesh))
 
-    padded = [island.fill_up(x, cut, mesh) for x in arrays]
+    padded = [island.pad_to_blocks(x, cut, mesh) for x in arrays]
     y = island.run(local, mesh, (spec(cut),) * len(arrays), spec(cut), *padded)
     return island.crop_to(y, (*extents, total))

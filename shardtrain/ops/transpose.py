@@ -1,4 +1,4 @@
-"""Transposed convolution, with Flax's and PyTorch's conventions of padding."""
+"""Transposed convolution, with the padding conventions of Flax and of PyTorch."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from shardtrain.kernels import conv as kernels
 from shardtrain.layout import Layout, chosen
 from shardtrain.ops.arguments import Padding, check_repeats, mode_of, pads_of, pairs_of, tuple_of
 from shardtrain.ops.channels import ChannelMode
-from shardtrain.ops.conv import Config, check, convolve
+from shardtrain.ops.conv import ConvSettings, check, convolve
 
 
 def conv_transpose(
@@ -29,22 +29,26 @@ def conv_transpose(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """Transposed convolution in 1, 2 or 3 dimensions: `strides - 1` zeros between inputs, then a window.
+    """Transposed convolution in 1, 2 or 3 dimensions: a convolution of the input with zeros inserted.
 
-    One island, as `conv`; what travels are rows of the small input, not of the large output.
+    `strides - 1` zeros are inserted between two rows. On a mesh it runs as `conv` does; devices exchange
+    halo rows of the small input, not of the large output.
 
     Args:
         x: input; the leading dimension is the batch.
-        kernel: filters, Flax's layout.
+        kernel: filters in Flax's layout, `(*window, channels_in / groups, channels_out)`.
         bias: added to every output pixel.
-        strides: rows of output for one of input.
+        strides: rows of output for one row of input.
         padding: `"SAME"`, `"VALID"` or `"CIRCULAR"` as in `flax.nnx.ConvTranspose`, `"CAUSAL"` (1-D), or
             rows to add around the dilated input; `torch_padding` gives those for PyTorch's convention.
         dilation: of the kernel.
         groups: feature groups, see `conv`.
-        transpose_kernel: the kernel is that of the convolution this one transposes: mirrored, and of
-            shape `(*window, channels_out / groups, channels_in)`. PyTorch's weights are such a kernel.
-        layout, channel_mode, precision, preferred_element_type: see `conv`.
+        transpose_kernel: whether the kernel is that of the convolution which this one transposes: mirrored,
+            and of shape `(*window, channels_out / groups, channels_in)`. PyTorch's weights are such kernels.
+        layout: which mesh axes cut what; by name by default.
+        channel_mode: see `conv`.
+        precision: see `conv`.
+        preferred_element_type: see `conv`.
 
     Returns:
         The output, cut as the input is.
@@ -53,12 +57,13 @@ def conv_transpose(
         UserError: as `conv`.
 
     Example:
-        >>> conv_transpose(jnp.ones((2, 7, 8, 4)), jnp.ones((2, 2, 4, 6)), strides=2, padding="VALID").shape
+        >>> x, kernel = jnp.ones((2, 7, 8, 4)), jnp.ones((2, 2, 4, 6))
+        >>> st.ops.conv_transpose(x, kernel, strides=2, padding="VALID").shape
         (2, 14, 16, 6)
         >>> weight = jnp.ones((4, 6, 3, 3))  # torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1)
-        >>> kernel, pads = weight.transpose(2, 3, 1, 0), torch_padding((3, 3), 1, output_padding=1)
-        >>> x = jnp.ones((2, 7, 8, 4))
-        >>> conv_transpose(x, kernel, strides=2, padding=pads, transpose_kernel=True).shape
+        >>> kernel = weight.transpose(2, 3, 1, 0)
+        >>> pads = st.ops.torch_padding((3, 3), 1, output_padding=1)
+        >>> st.ops.conv_transpose(x, kernel, strides=2, padding=pads, transpose_kernel=True).shape
         (2, 14, 16, 6)
 
     References:
@@ -78,7 +83,7 @@ def conv_transpose(
     pads = transposed_pads(padding, sizes, strides, transpose_kernel)
     mode = mode_of(padding)
     check_repeats(mode, [n * s for n, s in zip(x.shape[1:-1], strides, strict=True)], pads)
-    config = Config(
+    settings = ConvSettings(
         (1,) * rank,
         dilation,
         strides,
@@ -90,7 +95,7 @@ def conv_transpose(
         precision,
         preferred_element_type,
     )
-    return convolve(x, kernel, bias, config=config)
+    return convolve(x, kernel, bias, settings=settings)
 
 
 def torch_padding(
@@ -100,16 +105,26 @@ def torch_padding(
     output_padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> list[tuple[int, int]]:
-    """The `padding` of `conv_transpose` that PyTorch's arguments mean.
+    """The `padding` of `conv_transpose` for the arguments of PyTorch's transposed convolutions.
 
-    PyTorch's `padding` crops the output of the full transposed convolution at both ends, `output_padding`
-    adds rows at its end: `(n - 1) * stride - 2 * padding + dilation * (window - 1) + output_padding + 1`.
+    PyTorch's `padding` crops the output of the full transposed convolution at both ends, and its
+    `output_padding` adds rows at the end. For an input of `n` rows the output has
+    `(n - 1) * stride - 2 * padding + dilation * (window - 1) + output_padding + 1` rows.
+
+    Args:
+        window: rows of the window, one per spatial dimension.
+        padding: PyTorch's `padding`, one number or one per spatial dimension.
+        output_padding: PyTorch's `output_padding`, likewise.
+        dilation: of the kernel, likewise.
+
+    Returns:
+        `(before, after)` for each spatial dimension.
 
     Raises:
-        UserError: another number of values than the window has dimensions, or a single number for it.
+        UserError: another number of values than the window has dimensions, or a window of a single number.
 
     Example:
-        >>> torch_padding((4, 4), 1, output_padding=1)
+        >>> st.ops.torch_padding((4, 4), 1, output_padding=1)
         [(2, 3), (2, 3)]
     """
     if not isinstance(window, Sequence):

@@ -1,4 +1,4 @@
-"""One of several devices hands its examples round."""
+"""Distributes the examples of one device among the devices of its group."""
 
 import functools
 
@@ -20,26 +20,32 @@ def take_turn(
     layout: Layout | None = None,
     axis: str = "channel",
 ) -> Float[Array, "part *spatial channels"]:
-    """The examples of device number `turn` of each group along `axis`, dealt out evenly in the group.
+    """The examples of the `turn`-th device along `axis`, distributed evenly over the devices of that axis.
 
-    The result is cut as `x` is. A device sends `(n-1)/n` of its block in every turn, whoever's turn it is:
-    XLA's collectives have no single sender, so what is no one's turn travels as zeros. After all turns
-    that is n times what the examples amount to, and the gradient sends as much on its way back.
+    The result is cut as `x` is. XLA's collectives have no single sender, so all `n` devices of the axis send
+    `(n-1)/n` of a block in every turn, zeros if it is not theirs. All turns together send `n` times the bytes
+    of the examples, and the backward pass as many.
 
     Args:
-        x: an activation whose batch is cut by several axes, `axis` the last of them.
-        turn: which device along `axis`; may be traced.
-        layout: which mesh axes cut what.
+        x: an activation whose batch is cut by one or several axes, the last of them `axis`.
+        turn: index of a device along `axis`; may be traced.
+        layout: which mesh axes cut what; by name by default.
         axis: the mesh axis whose devices take turns.
+
+    Returns:
+        The examples of one device of every group: `1/n` of the batch.
 
     Raises:
         UserError: a batch that `axis` does not cut last, or blocks that do not divide by its devices.
 
     Example:
-        >>> with jax.set_mesh(make_mesh("channel=4")):
-        ...     part = take_turn(jnp.ones((32, 9)), 1, layout=Layout(batch="channel", channels=()))
-        >>> part.shape
+        >>> layout = st.Layout(batch="channel", channels=())
+        >>> with jax.set_mesh(st.make_mesh("channel=4")):
+        ...     st.ops.take_turn(jnp.ones((32, 9)), 1, layout=layout).shape
         (8, 9)
+
+    References:
+        Krizhevsky, One Weird Trick for Parallelizing Convolutional Neural Networks, 2014, section 3.
     """
     mesh, layout = active_mesh(), chosen(layout)
     n = 1 if mesh is None else size(mesh, axis)

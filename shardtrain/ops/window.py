@@ -1,14 +1,14 @@
 """How one dimension of a windowed operator (convolution, pooling, resizing) is cut: arithmetic, no arrays.
 
-Input and output are both cut in equal blocks of `ceil(extent / shards)` rows, the last ones padded: the
-tiling XLA itself gives to an uneven dimension, so cropping the padding moves nothing. Shard `i` owns the
-outputs `[i*block_out, (i+1)*block_out)` and so needs the inputs `[start(i), start(i) + need)`, of which it
-owns `[i*block_in, (i+1)*block_in)`; the rest are halos, from as many neighbours as it takes.
+Input and output are both cut into equal blocks of `ceil(extent / shards)` rows, of which the last are padded.
+XLA stores an uneven dimension in the same blocks, so cropping the padding sends nothing. Shard `i` owns the
+outputs `[i*block_out, (i+1)*block_out)` and needs the inputs `[start(i), start(i) + need)`. It owns those in
+`[i*block_in, (i+1)*block_in)`; the others are halos, which one or several neighbours send.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -21,7 +21,7 @@ AnyReach = TypeVar("AnyReach", bound="Reach")
 
 
 class Span(NamedTuple):
-    """The inputs `[start, stop)` that the outputs of `shard` are computed from; they may lie outside."""
+    """The inputs `[start, stop)` that the outputs of `shard` read; outside of the input they are padding."""
 
     shard: int
     start: int
@@ -29,76 +29,92 @@ class Span(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One permute of a reroute: every device sends at most once and receives at most once."""
+    """One permute of a reroute, in which every device sends at most once and receives at most once."""
 
     rows: int
     starts: tuple[int, ...]  # for every sender, the first row of its block that it sends
-    senders: tuple[int, ...]  # for every receiver; itself, where nothing comes
+    senders: tuple[int, ...]  # for every receiver; itself, if it receives nothing
+
+
+class Stretch(NamedTuple):
+    """Neighbouring rows that one shard takes from another one's block, or from its own."""
+
+    owner: int
+    receiver: int
+    first: int  # row of the owner's block
 
 
 def reroute(wanted: Sequence[Sequence[tuple[int, int]]], block: int) -> tuple[tuple[Round, ...], np.ndarray]:
-    """How every shard gets the rows that it wants, whoever has them.
+    """The permutes by which every shard gets the rows that it wants, whichever shards own them.
 
     Args:
-        wanted: for every shard, the owner and the place in the owner's block of each row.
+        wanted: for every shard, the owner of each row and the index of the row in the owner's block.
         block: rows of a block.
 
     Returns:
-        Rounds of permutes, as few as rows in one stretch allow; and for every shard its rows as places in
-        its own block and, behind it, what came in each round.
+        Rounds of permutes, as few as one stretch for each sender and receiver in a round allows; and for
+        every shard the indices of its rows in its own block followed by the rows received in each round.
     """
-    n = len(wanted)
-    stretches: dict[tuple[int, int, int], int] = {}  # owner, receiver, first row: rows
-    homes: list[list[tuple[int, int, int]]] = [[] for _ in wanted]
-    for i, rows in enumerate(wanted):
-        for place, (owner, row) in enumerate(rows):
-            key = (owner, i, row)
-            if place and homes[i]:
-                last = homes[i][-1]
-                if last[0] == owner and last[2] + stretches.get(last, 0) == row:
-                    key = last
-            if owner != i:
-                stretches[key] = max(stretches.get(key, 0), row - key[2] + 1)
-            homes[i].append(key)
-    rounds: list[dict[int, tuple[int, int, int]]] = []  # of each: stretches by receiver
-    # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
-    order = sorted(stretches, key=lambda key: (-stretches[key], (key[1] - key[0]) % n, key))
-    for key in order:
-        free = (r for r in rounds if key[1] not in r and all(other[0] != key[0] for other in r.values()))
-        found = next(free, None)
-        if found is None:
-            rounds.append(found := {})
-        found[key[1]] = key
-    done, places, base = [], dict[tuple[int, int, int], int](), block
-    for taken in rounds:
-        count = max(stretches[key] for key in taken.values())
-        starts, senders = [0] * n, list(range(n))
-        for receiver, key in taken.items():
-            starts[key[0]], senders[receiver] = min(key[2], block - count), key[0]
-            places[key] = base + key[2] - starts[key[0]]
-        done.append(Round(count, tuple(starts), tuple(senders)))
-        base += count
-    table = np.array(
+    found = [_stretches(receiver, rows) for receiver, rows in enumerate(wanted)]
+    lengths = {s: n for _, rows_of in found for s, n in rows_of.items() if s.owner != s.receiver}
+    rounds, places, base = [], dict[Stretch, int](), block
+    for sent in _in_rounds(lengths, len(wanted)):
+        rows = max(lengths[stretch] for stretch in sent.values())
+        starts, senders = [0] * len(wanted), list(range(len(wanted)))
+        for receiver, stretch in sent.items():
+            # Everyone sends as many rows as the longest stretch has, which must lie inside the block.
+            starts[stretch.owner] = min(stretch.first, block - rows)
+            senders[receiver] = stretch.owner
+            places[stretch] = base + stretch.first - starts[stretch.owner]
+        rounds.append(Round(rows, tuple(starts), tuple(senders)))
+        base += rows
+    table = [
         [
-            [
-                row if owner == i else places[key] + row - key[2]
-                for (owner, row), key in zip(wanted[i], homes[i], strict=True)
-            ]
-            for i in range(n)
+            row if owner == receiver else places[stretch] + row - stretch.first
+            for (owner, row), stretch in zip(rows_of, found[receiver][0], strict=True)
         ]
-    )
-    return tuple(done), table
+        for receiver, rows_of in enumerate(wanted)
+    ]
+    return tuple(rounds), np.array(table)
+
+
+def _stretches(receiver: int, wanted: Sequence[tuple[int, int]]) -> tuple[list[Stretch], dict[Stretch, int]]:
+    """The stretch of every row that a shard wants, each as long as rows follow one another; their rows."""
+    found: list[Stretch] = []
+    rows: dict[Stretch, int] = {}
+    for owner, row in wanted:
+        stretch = Stretch(owner, receiver, row)
+        if found and found[-1].owner == owner and found[-1].first + rows[found[-1]] == row:
+            stretch = found[-1]
+        rows[stretch] = max(rows.get(stretch, 0), row - stretch.first + 1)
+        found.append(stretch)
+    return found, rows
+
+
+def _in_rounds(lengths: Mapping[Stretch, int], shards: int) -> list[dict[int, Stretch]]:
+    """Rounds of stretches by receiver: in a round every shard sends at most one and receives at most one."""
+    rounds: list[dict[int, Stretch]] = []
+    # Long stretches first, then by distance: in a ring, all neighbours of one side share a round.
+    order = sorted(lengths, key=lambda s: (-lengths[s], (s.receiver - s.owner) % shards, s))
+    for stretch in order:
+        for sent in rounds:
+            if stretch.receiver not in sent and all(s.owner != stretch.owner for s in sent.values()):
+                sent[stretch.receiver] = stretch
+                break
+        else:
+            rounds.append({stretch.receiver: stretch})
+    return rounds
 
 
 class Reach(ABC):
-    """Which inputs each output of one dimension is computed from, and who has them when both are cut.
+    """Which input rows each output row of one dimension reads, and which shards own them.
 
     Attributes:
         extent: input rows, of all shards together.
-        shards: how many devices cut this dimension.
-        axes: the mesh axes they lie on.
-        mode: what lies outside the input: `"constant"`, or rows of the input again: `"wrap"` (a ring),
-            `"reflect"` (mirrored at the border row) or `"edge"` (the border row).
+        shards: into how many blocks the dimension is cut.
+        axes: the mesh axes that cut it.
+        mode: the padding outside the input: `"constant"`, or repeated rows of the input: `"wrap"` (as on a
+            ring), `"reflect"` (mirrored at the border row) or `"edge"` (the border row).
     """
 
     extent: int
@@ -113,23 +129,25 @@ class Reach(ABC):
 
     @abstractmethod
     def rows(self, output: int) -> tuple[int, int]:
-        """The inputs `[start, stop)` that `output` is computed from; both grow with `output`."""
+        """The inputs `[start, stop)` that `output` reads; neither bound decreases with `output`."""
 
     def on(self: AnyReach, axes: tuple[str, ...], shards: int) -> AnyReach:
-        """The same, cut by `axes` into `shards`."""
+        """The same dimension, cut by `axes` into `shards` blocks."""
         return dataclasses.replace(self, axes=axes, shards=shards)  # type: ignore[type-var]
 
     @property
     def block_in(self) -> int:
+        """Input rows of a shard's block."""
         return -(-self.extent // self.shards)
 
     @property
     def block_out(self) -> int:
+        """Output rows of a shard's block."""
         return -(-self.extent_out // self.shards)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """What the shards need that own real outputs; the others' computations are cropped."""
+        """The inputs of every shard that owns outputs; what shards beyond the extent compute is cropped."""
         busy = range(-(-self.extent_out // self.block_out))
         ends = [(i * self.block_out, min((i + 1) * self.block_out, self.extent_out) - 1) for i in busy]
         return tuple(
@@ -139,29 +157,29 @@ class Reach(ABC):
 
     @property
     def need(self) -> int:
-        """Input rows that one shard's outputs are computed from."""
+        """Input rows that the outputs of one shard read, padding included: the most of any shard."""
         return max(1, *(stop - start for _, start, stop in self.spans))
 
     @cached_property
     def halo(self) -> tuple[int, int]:
-        """Rows before and after its own block that some shard must be sent: those that exist."""
+        """Rows of the input before and after a shard's block that it must receive: the most of any shard."""
         reads = [span for span in self.spans if span.start < span.stop]
         low = [min(i * self.block_in - start, i * self.block_in) for i, start, _ in reads]
         high = [min(stop, self.extent) - (i + 1) * self.block_in for i, _, stop in reads]
         return max([0, *low]), max([0, *high])
 
     def hops(self, rows: int) -> list[int]:
-        """`rows` of halo as the rows taken from the 1st, 2nd, ... neighbour."""
+        """`rows` of halo, divided into those of the 1st, 2nd, ... neighbour."""
         return [min(self.block_in, rows - taken) for taken in range(0, rows, self.block_in)]
 
     @cached_property
     def _reach(self) -> int:
-        """Rows before its own block that some shard needs, padding included."""
+        """Rows before a shard's block that it reads, padding included: the most of any shard."""
         return max(0, *(i * self.block_in - start for i, start, _ in self.spans))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each shard's outputs begin in its block extended by `_reach` rows in front."""
+        """For each shard, the first row it reads, counted in its block extended by `_reach` rows in front."""
         found = [start - i * self.block_in + self._reach for i, start, _ in self.spans]
         return (*found, *found[-1:] * (self.shards - len(found)))
 
@@ -173,7 +191,7 @@ class Reach(ABC):
         return self._reach - low, max(0, total - self._reach - self.block_in - high)
 
     def source(self, row: int) -> int:
-        """The input row that stands at `row`, outside the input too; not for mode `"constant"`."""
+        """The input row that the padding repeats at `row`; not for mode `"constant"`."""
         last = self.extent - 1
         if self.mode == "wrap":
             return row % self.extent
@@ -184,7 +202,7 @@ class Reach(ABC):
 
     @cached_property
     def repeated(self) -> tuple[tuple[Round, ...], np.ndarray]:
-        """The `reroute` of every shard's `need` rows, where rows outside the input are rows of it."""
+        """The `reroute` of every shard's `need` rows, where padding repeats rows of the input."""
         wanted = []
         for _, start, stop in self.spans:
             rows = [min(start + place, max(start, stop - 1)) for place in range(self.need)]
@@ -195,16 +213,18 @@ class Reach(ABC):
 
 @dataclass(frozen=True)
 class Window(Reach):
-    """A window that moves over the input.
+    """A window that slides over the input.
 
     Attributes:
         extent: input rows, of all shards together.
         size: rows of the window, dilation included.
         stride: rows from one output to the next.
         pad: rows of padding before and after (negative crops).
-        shards, axes, mode: see `Reach`.
-        dilation: of the input: `dilation - 1` rows of zeros between two of it, which is a transposed
-            convolution. Window, stride and padding count in these rows.
+        shards: see `Reach`.
+        axes: see `Reach`.
+        dilation: of the input, which is a transposed convolution: `dilation - 1` rows of zeros between two
+            rows. Window, stride and padding are counted in the dilated rows.
+        mode: see `Reach`.
     """
 
     extent: int
@@ -227,14 +247,14 @@ class Window(Reach):
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """Dilated rows from each shard's first needed row to the start of its first window; 0 or less."""
+        """Dilated rows from the first row that a shard reads to the start of its first window; 0 or less."""
         step = self.block_out * self.stride
         found = [i * step - self.pad[0] - start * self.dilation for i, start, _ in self.spans]
         return (*found, *found[-1:] * (self.shards - len(found)))
 
 
 def check_fits(window: Window, name: str) -> None:
-    """Refuses a window of a contraction that has no output along the dimension `name`.
+    """Refuses a window that has no output along the dimension `name`.
 
     Raises:
         UserError: it is larger than the padded input.
@@ -248,12 +268,14 @@ def check_fits(window: Window, name: str) -> None:
 
 @dataclass(frozen=True)
 class Bands(Reach):
-    """Outputs with a range of inputs each: adaptive pooling, resizing.
+    """Outputs that each read a range of inputs of their own: adaptive pooling, resizing.
 
     Attributes:
         extent: input rows, of all shards together.
         ranges: for every output its inputs `[start, stop)`, inside the input.
-        shards, axes, mode: see `Reach`.
+        shards: see `Reach`.
+        axes: see `Reach`.
+        mode: see `Reach`.
     """
 
     extent: int

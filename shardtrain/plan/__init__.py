@@ -1,4 +1,4 @@
-"""What a mesh costs: the collectives of a compiled program, and what a step will send and need."""
+"""What a mesh costs before launch: the collectives, memory and parameters of a training step."""
 
 from shardtrain.plan import census
 from shardtrain.plan.program import compiled_step

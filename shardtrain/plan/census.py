@@ -1,13 +1,14 @@
-"""What a compiled program sends between devices: its collectives, how often they run, how many bytes.
+"""The collectives of a compiled program: how often each one runs, and how many bytes it sends.
 
-Read from the optimized HLO text, so it is what XLA made of the model, not what the model asked for. It
-holds for the backend that compiled it: XLA on CPUs, for one, sends a bf16 sum or gather as f32.
+The census is read from the optimized HLO text. It therefore shows what XLA made of the model and not what the
+model asked for, and it holds for the backend that compiled the program: XLA on CPUs, for one, sends a sum or
+a gather of bfloat16 as float32.
 """
 
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -25,20 +26,23 @@ __all__ = ["KINDS", "Collective", "census", "ring", "summary", "table"]
 
 @dataclass(frozen=True)
 class Collective:
-    """One array that one instruction moves. XLA fuses several arrays into one instruction: several rows.
+    """One array that one collective instruction sends.
 
-    The one exception is an all-to-all given as a tuple of its n pieces: one row, shape `"4*f32[1,8]"`.
+    XLA fuses the collectives of several arrays into one instruction, which has one `Collective` for each
+    array. The exception is an all-to-all whose operand is a tuple of its n pieces: it has one `Collective`,
+    of the shape `"4*f32[1,8]"`.
 
     Attributes:
         kind: one of `KINDS`.
-        shape: of the result on one device, `"f32[2,4,8,8]"`.
-        group: devices in one group; for a collective-permute the pairs whose source is not their target.
+        shape: shape of the result on one device, such as `"f32[2,4,8,8]"`.
+        group: number of devices in one group; for a collective-permute the number of pairs whose source is
+            not their target.
         axes: mesh axes that a group (or pair) spans, in mesh order; None if no mesh was given.
-        count: runs in one call of the program.
-        payload: bytes of the operand on one device, for one run.
-        bytes: what one device sends in all runs by the ring algorithm, rounded up. In a permute without
+        count: number of runs in one call of the program.
+        payload: bytes of the operand on one device, in one run.
+        bytes: bytes that one device sends in all runs by the ring algorithm, rounded up. In a permute without
             wrap-around the last device sends nothing; this is the number of the others.
-        source: the last three parts of the op's name, or `file:line`, or `""`.
+        source: the last three parts of the operation's name, or `file:line`, or `""`.
     """
 
     kind: str
@@ -52,18 +56,30 @@ class Collective:
 
 
 def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None = None) -> list[Collective]:
-    """The collectives of a compiled program, or of its HLO text.
+    """Returns the collectives of a compiled program, or of its optimized HLO text.
 
-    What a `while` runs is multiplied by its trip count; if XLA does not know the trips, one is counted and
-    a warning is logged. All branches of a conditional are counted, since which one runs is not known.
-    Groups of one device are left out. Device i of the program is `mesh.devices.flat[i]`. Not looked for:
-    send and recv, collective-broadcast, ragged-all-to-all.
+    The body of a `while` is counted once for each trip of the loop. If XLA does not know the number of trips,
+    one trip is counted and a warning is logged. All branches of a conditional are counted, since it is not
+    known which one runs. Groups of one device are left out, and so are send and recv, collective-broadcast
+    and ragged-all-to-all. Device i of the program is `mesh.devices.flat[i]`.
+
+    Args:
+        compiled: the program, for example `jax.jit(f).lower(...).compile()`.
+        mesh: the mesh that the program was compiled for. Without it, `Collective.axes` is None.
+
+    Returns:
+        One entry for each array that an instruction sends.
 
     Raises:
-        UserError: if `mesh` has another number of devices than the program.
+        UserError: if the mesh has another number of devices than the program.
 
     Example:
-        >>> [c.bytes for c in census(step.lower(state, batch).compile(), mesh)]  # doctest: +SKIP
+        >>> mesh = st.make_mesh("data=8")
+        >>> sharded = jax.NamedSharding(mesh, P("data"))
+        >>> x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=sharded)
+        >>> program = jax.jit(jnp.sum).lower(x).compile()
+        >>> [(c.kind, c.axes, c.payload) for c in st.census.census(program, mesh)]
+        [('all-reduce', ('data',), 4)]
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     devices = hlo.devices(text)
@@ -71,45 +87,56 @@ def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None
         raise UserError(
             f"the mesh has {mesh.size} devices, the program {devices}; give the mesh it was compiled for"
         )
-
     entry, computations = hlo.parse(text)
-    sends = {name: [i for i in body if i.collective] for name, body in computations.items()}
-    calls = {name: [call for i in body for call in i.calls] for name, body in computations.items()}
-    runs: Counter[str] = Counter()
-    unsure = set()
-
-    def visit(name: str, times: int, sure: bool) -> None:
-        runs[name] += times
-        if not sure:
-            unsure.add(name)
-        for call in calls[name]:
-            if call.name in computations:
-                visit(
-                    call.name, times * (1 if call.runs is None else call.runs), sure and call.runs is not None
-                )
-
+    collectives = {name: [i for i in body if i.collective] for name, body in computations.items()}
+    runs = _Runs(computations)
     if entry:
-        visit(entry, 1, True)
-    if any(sends[name] for name in unsure):
+        runs.add(entry, 1, known=True)
+    if any(collectives[name] for name in runs.unknown):
         log.warning("collectives run in a loop of unknown length: the census counts one trip of it")
     return [
         row
-        for name, times in runs.items()
-        for send in sends[name]
-        for row in _rows(send, times, devices, mesh)
+        for name, times in runs.count.items()
+        for instruction in collectives[name]
+        for row in _rows(instruction, times, devices, mesh)
     ]
 
 
+class _Runs:
+    """How often each computation of a program runs.
+
+    Attributes:
+        count: the number of runs, by the name of the computation.
+        unknown: the computations that run in a loop whose number of trips XLA does not know.
+    """
+
+    def __init__(self, computations: Mapping[str, Sequence[hlo.Instruction]]) -> None:
+        self.count: Counter[str] = Counter()
+        self.unknown: set[str] = set()
+        self._calls = {name: [call for i in body for call in i.calls] for name, body in computations.items()}
+
+    def add(self, name: str, times: int, known: bool) -> None:
+        """Counts `times` runs of a computation, and of all that it calls."""
+        self.count[name] += times
+        if not known:
+            self.unknown.add(name)
+        for call in self._calls[name]:
+            if call.name in self._calls:
+                trips = 1 if call.runs is None else call.runs
+                self.add(call.name, times * trips, known and call.runs is not None)
+
+
 def _rows(
-    send: hlo.Instruction, times: int, devices: int, mesh: Mesh | AbstractMesh | None
+    instruction: hlo.Instruction, times: int, devices: int, mesh: Mesh | AbstractMesh | None
 ) -> Iterator[Collective]:
-    kind, shape = send.collective or "", send.shape
-    groups = hlo.groups(send, devices)
+    """The arrays that a collective sends when it runs `times` times."""
+    kind, shape = instruction.collective or "", instruction.shape
+    groups = hlo.groups(instruction, devices)
     if not groups or not times:
         return
     n = len(groups) if kind == "collective-permute" else max(map(len, groups))
-    # of a -start (operands, results, ...); all-reduce-start of jax before 0.12 has only results
-    if send.op != kind and (kind != "all-reduce" or shape.startswith("((")):
+    # The shape of a -start is (operands, results, ...); all-reduce-start before jax 0.12 has only results.
+    if instruction.op != kind and (kind != "all-reduce" or shape.startswith("((")):
         shape = list(hlo.pieces(shape[1:-1], ","))[1]
     arrays = hlo.arrays(shape)
     if kind == "all-to-all" and len(arrays) > 1:
@@ -117,11 +144,23 @@ def _rows(
     axes = None if mesh is None else hlo.crossed(groups, mesh)
     for array, size in arrays:
         payload = {"all-gather": size // n, "reduce-scatter": size * n}.get(kind, size)
-        yield Collective(kind, array, n, axes, times, payload, ring(kind, n, payload * times), send.source)
+        yield Collective(
+            kind, array, n, axes, times, payload, ring(kind, n, payload * times), instruction.source
+        )
 
 
 def ring(kind: str, n: int, payload: int) -> int:
-    """Bytes that one of `n` devices sends."""
+    """Returns the bytes that one of `n` devices sends in a collective by the ring algorithm.
+
+    Args:
+        kind: one of `KINDS`.
+        n: number of devices in the group.
+        payload: bytes of the operand on one device.
+
+    Example:
+        >>> st.census.ring("all-reduce", 4, 1000)
+        1500
+    """
     if kind == "collective-permute":
         return payload
     if kind == "all-gather":
@@ -130,7 +169,18 @@ def ring(kind: str, n: int, payload: int) -> int:
 
 
 def summary(collectives: Iterable[Collective]) -> list[dict]:
-    """Rows `{"kind", "axes", "count", "bytes"}` merged by kind and axes, most bytes first, ready for JSON."""
+    """Returns the sums of a census by kind and mesh axes, most bytes first.
+
+    Returns:
+        Rows `{"kind": ..., "axes": ..., "count": ..., "bytes": ...}`, which JSON can represent.
+
+    Example:
+        >>> mesh = st.make_mesh("data=8")
+        >>> x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=jax.NamedSharding(mesh, P("data")))
+        >>> program = jax.jit(jnp.sum).lower(x).compile()
+        >>> st.census.summary(st.census.census(program, mesh))
+        [{'kind': 'all-reduce', 'axes': ['data'], 'count': 1, 'bytes': 7}]
+    """
     totals: dict[tuple[str, tuple[str, ...] | None], Counter[str]] = defaultdict(Counter)
     for c in collectives:
         totals[c.kind, c.axes].update(count=c.count, bytes=c.bytes)
@@ -142,7 +192,10 @@ def summary(collectives: Iterable[Collective]) -> list[dict]:
 
 
 def table(collectives: Iterable[Collective]) -> Table:
-    """The census for a terminal of 100 columns; equal collectives share a line, most bytes first."""
+    """Returns a census as a table for a terminal of 100 columns, most bytes first.
+
+    Collectives of equal kind, axes, shape and payload share a line.
+    """
     totals: dict[tuple[str, str, str, int], Counter[str]] = defaultdict(Counter)
     for c in collectives:
         axes = "?" if c.axes is None else ",".join(c.axes)

@@ -1,8 +1,10 @@
-"""A compiled pipeline: what it needs, what it sends beside what it should, what it copies."""
+"""A compiled pipeline: the memory it needs, the bytes it sends next to their closed form, what it copies."""
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ from jax.extend.core import Var
 
 from shardtrain import hlo
 from shardtrain.errors import UserError
-from shardtrain.pipeline.runtime.machine import message
-from shardtrain.pipeline.schedules.table import TickTable, build
+from shardtrain.pipeline.runtime.tick_loop import message_lengths
+from shardtrain.pipeline.schedules.tick_table import TickTable, build
 from shardtrain.plan.census import Collective, census
 from shardtrain.plan.trace import sent
 from shardtrain.train.pipelined.step import Pipelined
@@ -21,17 +23,18 @@ from shardtrain.train.pipelined.step import Pipelined
 class Traffic:
     """Collectives of one kind and purpose, in one call of the program.
 
-    A loop's collectives are those of all actions and routes at every tick, as the census counts them; in a
-    tick a device does one action, and messages go along the routes that have any, see `sends`.
+    The census counts the collectives of all actions and routes at every tick of the loop, although in a tick
+    a device does one action, and messages are sent only on the routes that have any, see `sends`.
 
     Attributes:
-        what: `"messages"` between stages, `"in stages"` at every tick, `"gradients"`, or `"others"` (sums of
+        what: `"messages"` between stages, `"in stages"` at every tick, `"gradients"` or `"others"` (sums of
             losses, norms) once a step.
-        kind, axes: as in the census.
-        count: arrays that are moved, one for each run.
-        payload: bytes of all operands on one device.
-        expected: the same by the schedule and the traced stages; None where there is no closed form.
-        merged: the same if what a stage sends twice, out of the same operands, is sent once: XLA may see it.
+        kind: of the collective, as in the census.
+        axes: the mesh axes that it spans.
+        count: how many arrays are moved.
+        payload: the bytes of all operands on one device.
+        expected: the same by the schedule and the traced stages; None if there is no closed form.
+        merged: as `expected`, if collectives of the same operands are done once, as XLA may see.
     """
 
     what: str
@@ -44,79 +47,110 @@ class Traffic:
 
     @property
     def right(self) -> bool:
-        """Whether it is what was expected."""
+        """Whether the bytes are those of the closed form."""
         if self.expected is None or self.merged is None:
             return True
         return self.merged <= self.payload <= self.expected
 
 
 def ticks(pipeline: Pipelined) -> int:
-    """Trips of the compiled loop."""
+    """Returns the number of trips of the compiled loop."""
     return len(_table(pipeline).rows)
 
 
 def sends(pipeline: Pipelined) -> tuple[int, int]:
-    """How often messages go along a route between ranks; and ticks times routes."""
+    """Returns how often messages are sent on a route between ranks; and ticks times routes."""
     table = _table(pipeline)
     travels = table.travels(table.rows)[:, [distance != 0 for distance in table.routes]]
-    return int(travels.sum()) if table.hop == 1 else travels.size, travels.size
+    return int(travels.sum()) if table.latency == 1 else travels.size, travels.size
 
 
 def _table(pipeline: Pipelined) -> TickTable:
-    return build(pipeline.schedule, pipeline.ticks, pipeline.plan.hop)
+    return build(pipeline.schedule, pipeline.ticks, pipeline.plan.latency)
 
 
 def traffic(pipeline: Pipelined, compiled: jax.stages.Compiled | str) -> list[Traffic]:
-    """What a compiled training step sends, beside its closed form.
+    """Returns what a compiled training step sends, next to its closed form.
 
-    Messages: ticks times the routes that the schedule has, each as large as the largest. In stages:
-    the collectives of the traced `F`, `I` and `W`. Gradients: every parameter's, once a step, over the axes
-    over which the ranks of its stage hold parts of the sum.
+    Messages: ticks times the routes of the schedule, each as large as the largest message. In stages: the
+    collectives of the traced `F`, `I` and `W`. Gradients: each parameter's once a step, over the mesh axes
+    over which the devices of its stage have parts of the sum.
     """
+    found: dict[_Row, Counter[str]] = {}
     table = _table(pipeline)
-    trips, mesh = len(table.rows), pipeline.mesh
-    found: dict[tuple[str, str, tuple[str, ...]], Counter[str]] = {}
-
-    def add(what: str, kind: str, axes: tuple[str, ...], **numbers: int) -> None:
-        found.setdefault((what, kind, axes), Counter()).update(numbers)
-
-    for row in census(compiled, mesh):
-        what = _what(row, trips)
-        add(what, row.kind, row.axes or (), count=row.count, payload=row.count * row.payload)
-    size = sum(n * jnp.dtype(d).itemsize for d, n in message(pipeline.programs).items())
-    routes = [distance for distance in table.routes if distance]
-    add("messages", "collective-permute", ("pipe",), expected=trips * len(routes) * size)
-    kinds = {doing for doing in table.branches if doing is not None}
-    for k, kind in kinds:
-        program = pipeline.programs[k]
-        bodies = {"F": [program.forward], "I": [program.input_gradient], "W": [program.weight_gradient]}
-        bodies["B"] = bodies["I"] + bodies["W"]
-        for body in bodies[kind]:
-            for one in sent(body.jaxpr, mesh):
-                add("in stages", one.kind, one.axes, expected=trips * one.payload)
-            for one in sent(_merged(body.jaxpr), mesh):
-                add("in stages", one.kind, one.axes, merged=trips * one.payload)
-    for k, program in enumerate(pipeline.programs):
-        places = {pipeline.names["params"][i]: pipeline.params.places[i] for i in pipeline.params.at_stage[k]}
-        for name, axes in zip(program.stage.params, program.sums, strict=True):
-            over = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
-            if over:
-                place = places[name]
-                add("gradients", "all-reduce", over, expected=place.size * place.dtype.itemsize)
+    parts = (
+        _compiled(pipeline, compiled, len(table.rows)),
+        _messages(pipeline, table),
+        _in_stages(pipeline, table),
+        _gradients(pipeline),
+    )
+    for row, numbers in itertools.chain(*parts):
+        found.setdefault(row, Counter()).update(numbers)
     _move_others(found)
     rows = []
-    for (what, kind, axes), n in sorted(found.items(), key=lambda item: _ORDER.index(item[0][0])):
-        expected = None if what == "others" else n["expected"]
-        merged = n["merged"] if what == "in stages" else expected
-        rows.append(Traffic(what, kind, axes, n["count"], n["payload"], expected, merged))
+    for row, n in sorted(found.items(), key=lambda item: _ORDER.index(item[0].what)):
+        expected = None if row.what == "others" else n["expected"]
+        merged = n["merged"] if row.what == "in stages" else expected
+        rows.append(Traffic(*row, n["count"], n["payload"], expected, merged))
     return rows
+
+
+class _Row(NamedTuple):
+    """Collectives that are counted together, see `Traffic`."""
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+
+
+_Counts = Iterator[tuple[_Row, dict[str, int]]]
+
+
+def _compiled(pipeline: Pipelined, compiled: jax.stages.Compiled | str, trips: int) -> _Counts:
+    """Yields the collectives of the compiled program."""
+    for row in census(compiled, pipeline.mesh):
+        numbers = {"count": row.count, "payload": row.count * row.payload}
+        yield _Row(_what(row, trips), row.kind, row.axes or ()), numbers
+
+
+def _messages(pipeline: Pipelined, table: TickTable) -> _Counts:
+    """Yields the messages between ranks, as the schedule has them."""
+    message = sum(n * jnp.dtype(d).itemsize for d, n in message_lengths(pipeline.programs).items())
+    routes = sum(distance != 0 for distance in table.routes)
+    yield _Row("messages", "collective-permute", ("pipe",)), {"expected": len(table.rows) * routes * message}
+
+
+def _in_stages(pipeline: Pipelined, table: TickTable) -> _Counts:
+    """Yields the collectives of the traced programs of the stages."""
+    trips = len(table.rows)
+    for k, kind in {branch for branch in table.branches if branch is not None}:
+        program = pipeline.programs[k]
+        halves = {"I": [program.input_gradient], "W": [program.weight_gradient]}
+        bodies = {"F": [program.forward], **halves, "B": halves["I"] + halves["W"]}
+        for body in bodies[kind]:
+            for one in sent(body.jaxpr, pipeline.mesh):
+                yield _Row("in stages", one.kind, one.axes), {"expected": trips * one.payload}
+            for one in sent(_merged(body.jaxpr), pipeline.mesh):
+                yield _Row("in stages", one.kind, one.axes), {"merged": trips * one.payload}
+
+
+def _gradients(pipeline: Pipelined) -> _Counts:
+    """Yields the sums of gradients."""
+    mesh, packing = pipeline.mesh, pipeline.packing
+    places = packing.by_name("params", packing.arrays["params"].places)
+    for program in pipeline.programs:
+        for name, axes in zip(program.stage.params, program.unsummed_axes, strict=True):
+            over = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
+            if over:
+                numbers = {"expected": places[name].size * places[name].dtype.itemsize}
+                yield _Row("gradients", "all-reduce", over), numbers
 
 
 _ORDER = ("messages", "in stages", "gradients", "others")
 
 
 def _merged(jaxpr: Any) -> Any:
-    """A jaxpr in which equal equations of equal operands stand once."""
+    """Returns a jaxpr in which equations that compute the same from the same operands appear once."""
     first: dict[Any, Any] = {}
     same: dict[Any, Any] = {}
     for equation in jaxpr.eqns:
@@ -132,22 +166,22 @@ def _what(row: Collective, trips: int) -> str:
     return "messages" if row.kind == "collective-permute" and row.axes == ("pipe",) else "in stages"
 
 
-def _move_others(found: dict[tuple[str, str, tuple[str, ...]], Counter[str]]) -> None:
-    """Sums once a step over axes that no gradient is summed over are others."""
-    for (what, kind, axes), numbers in list(found.items()):
-        if what == "gradients" and not numbers["expected"]:
-            found.setdefault(("others", kind, axes), Counter()).update(numbers)
-            del found[what, kind, axes]
+def _move_others(found: dict[_Row, Counter[str]]) -> None:
+    """Counts sums once a step over axes that no gradient is summed over among the others."""
+    for row, numbers in list(found.items()):
+        if row.what == "gradients" and not numbers["expected"]:
+            found.setdefault(row._replace(what="others"), Counter()).update(numbers)
+            del found[row]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, as the compiler planned them.
+    """Bytes of one device, as the compiler planned them.
 
     Attributes:
-        arguments: the state and the batch.
-        temporary: all else, what waits between `F`, `I` and `W` among it.
-        peak: the most at once; 0 if the compiler does not say.
+        arguments: of the state and the batch.
+        temporary: of all else, among it what is kept between `F`, `I` and `W`.
+        peak: of all at once; 0 if the compiler does not say.
     """
 
     arguments: int
@@ -156,7 +190,7 @@ class Memory:
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What a compiled program needs on each device."""
+    """Returns the memory that a compiled program needs on each device."""
     found: Any = compiled.memory_analysis()
     peak = getattr(found, "peak_memory_in_bytes", 0)
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes, peak)
@@ -164,12 +198,12 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 
 @dataclass(frozen=True)
 class Copies:
-    """Bytes that one tick copies from one buffer into another of the same shape, and computes nothing.
+    """Bytes that one tick copies from a buffer to another one of the same shape.
 
     Attributes:
-        loop: on every device, at every tick.
+        loop: on every device, in every tick.
         branch: in the action that copies most.
-        carried: of all arrays that the loop carries, for comparison.
+        carried: the bytes of all arrays that the loop carries, for comparison.
     """
 
     loop: int
@@ -178,10 +212,10 @@ class Copies:
 
 
 def copies(text: str) -> Copies:
-    """What the loop over ticks of a compiled pipeline copies at every tick.
+    """Returns what the loop over ticks of a compiled pipeline copies in every tick.
 
     Raises:
-        UserError: a program without a loop over loops of one turn.
+        UserError: the program has no loop over loops that run at most once.
     """
     entry, computations = hlo.parse(text)
 
@@ -189,7 +223,7 @@ def copies(text: str) -> Copies:
         return sum(_size(i) for i in computations[name] if i.op in ("copy", "copy-start"))
 
     def inner(name: str) -> list[str]:
-        return [i.called("body") for i in computations[name] if i.once]
+        return [i.called("body") for i in computations[name] if i.at_most_once]
 
     def most(name: str) -> int:
         return copied(name) + max(map(most, inner(name)), default=0)

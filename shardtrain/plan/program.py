@@ -1,4 +1,4 @@
-"""A compiled step of a model on a mesh, from shapes alone."""
+"""Compiles a training step of a model for a mesh from shapes alone."""
 
 from typing import Any
 
@@ -21,28 +21,32 @@ def compiled_step(
     layout: partition.LayoutTable | None = None,
     parameters: str | Axes = (),
 ) -> jax.stages.Compiled:
-    """A step of plain gradient descent, compiled and not run.
+    """Compiles a step of plain gradient descent for a mesh, without running it.
 
-    The loss is half the sum of the outputs' squares: a training step without its targets and the scalars of
-    its metrics, and without an optimizer's state. No array is made, so a model from `nnx.eval_shape` will
-    do, and one that no device here could hold.
+    The loss is half the sum of the squares of the outputs. The step is thus a training step without targets,
+    metrics and optimizer state. No array is created, so the model may come from `nnx.eval_shape`, and it may
+    be larger than the memory of the devices here.
 
     Args:
-        model: any NNX model of one output.
-        mesh: from `make_mesh`.
-        inputs: the batch, `(batch, *spatial, channels)`.
+        model: an NNX model with one output.
+        mesh: a mesh from `make_mesh`.
+        inputs: shape and dtype of the batch, `(batch, *spatial, channels)`.
         layout, parameters: as for `Trainer`.
 
+    Returns:
+        The compiled program, with its `memory_analysis()` and `cost_analysis()`; see also `census`.
+
     Raises:
-        UserError: what the model cannot do on this mesh.
+        UserError: if the model cannot be partitioned over this mesh.
 
     Example:
-        >>> model = nnx.eval_shape(lambda: models.AlexNet(rngs=nnx.Rngs(0)))
-        >>> images = jax.ShapeDtypeStruct((256, 224, 224, 3), jnp.float32)
-        >>> program = compiled_step(model, make_mesh("data=8"), images)  # doctest: +SKIP
-        >>> program.memory_analysis().temp_size_in_bytes  # doctest: +SKIP
+        >>> model = nnx.eval_shape(lambda: st.models.LeNet(10, (16, 16, 1), rngs=nnx.Rngs(0)))
+        >>> images = jax.ShapeDtypeStruct((64, 16, 16, 1), jnp.float32)
+        >>> program = compiled_step(model, st.make_mesh("data=2,height=4"), images)
+        >>> program.memory_analysis().temp_size_in_bytes > 0
+        True
     """
-    model = nnx.clone(model)  # the caller's keeps the layouts that it has
+    model = nnx.clone(model)  # the layouts of the caller's model stay as they are
     default = partition.assign(model, mesh, Layout(parameters=parameters), layout or {})
     specs = partition.parameter_spec(model, mesh, default)
     graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
@@ -50,8 +54,8 @@ def compiled_step(
     def placed(state: nnx.State) -> nnx.State:
         def at(path: tuple, variable: nnx.Variable) -> nnx.Variable:
             value = variable.get_value()
-            where = NamedSharding(mesh, specs[path])
-            return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=where))
+            sharding = NamedSharding(mesh, specs[path])
+            return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
         return nnx.from_flat_state([(path, at(path, v)) for path, v in nnx.to_flat_state(state)])
 
@@ -63,13 +67,12 @@ def compiled_step(
 
         return jax.tree.map(jnp.subtract, params, jax.grad(half_of_squares)(params))
 
-    lies: P = default.activation(inputs.shape, mesh)
-    whole = NamedSharding(mesh, lies)
-    x = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype, sharding=whole)
-    where = jax.tree.map(lambda s: s.sharding, placed(params))
+    spec: P = default.activation(inputs.shape, mesh)
+    x = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype, sharding=NamedSharding(mesh, spec))
+    shardings = jax.tree.map(lambda s: s.sharding, placed(params))
     with jax.set_mesh(mesh):
         return (
-            jax.jit(step, out_shardings=where, donate_argnums=0)
+            jax.jit(step, out_shardings=shardings, donate_argnums=0)
             .lower(placed(params), placed(rest), x)
             .compile()
         )

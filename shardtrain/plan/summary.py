@@ -1,4 +1,4 @@
-"""A model on a mesh, layer by layer, before anything is compiled or placed."""
+"""Summarizes a model on a mesh, layer by layer, before anything is compiled or placed."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,14 +22,14 @@ from shardtrain.nn.base import layer_of, name
 from shardtrain.ops.reshard import SCOPE
 from shardtrain.plan.trace import Sent, sent
 
-WHAT = {
+PURPOSES = {
     "collective-permute": "halos",
     "all-gather": "gather",
     "reduce-scatter": "scatter",
     "all-reduce": "sum",
     "all-to-all": "turn",
 }
-"""What the collectives are for, in the words of the table; what changes a layout is `"reshard"`."""
+"""Column of the table for each kind of collective; those that change a layout are in `"reshard"`."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class Line:
     """One layer of a model on a mesh.
 
     Attributes:
-        path: of the layer; `""` collects what lies outside all layers of ours.
-        kind: its class.
-        shape: of its output, of the last call if there are several; None if it was not called or inputs
-            were not given.
-        cut: the mesh axes of every dimension of the output.
+        path: path of the layer in the model; `""` for everything outside the layers of this package.
+        kind: class of the layer.
+        shape: shape of its output in its last call; None if it is not called or if no inputs were given.
+        cut: for every dimension of the output, the mesh axes that it is sharded over.
         parameters: bytes of its parameters on each device.
-        sent: what a training step moves for it, forward and backward.
+        sent: collectives of the layer in a training step, forward and backward.
     """
 
     path: str
@@ -55,7 +54,7 @@ class Line:
 
     @property
     def bytes(self) -> int:
-        """What one device sends in a step."""
+        """Bytes that one device sends in a step."""
         return sum(s.bytes for s in self.sent)
 
 
@@ -67,31 +66,37 @@ def lines(
     layout: partition.LayoutTable | None = None,
     parameters: str | Axes = (),
 ) -> list[Line]:
-    """The layers of `model` on `mesh`: how they are cut, what they keep, what they send in a step.
+    """Returns the layers of a model on a mesh, with shapes, shardings, parameters and collectives.
 
-    A step is the forward pass and the gradient by all parameters; the loss, metrics and the optimizer's
-    norms add a few numbers. Read from a trace: nothing is compiled, no array is made.
+    A step is the forward pass and the gradients of all parameters. The loss, the metrics and the norms of the
+    optimizer would add a few numbers. The model is only traced: nothing is compiled, and no array is created.
 
     Args:
         model: any NNX model.
-        mesh: from `make_mesh`.
+        mesh: a mesh from `make_mesh`.
         inputs: shape of the batch, `(batch, *spatial, channels)`, or an array or `jax.ShapeDtypeStruct`.
-            Without it only parameters are listed.
+            Without it only the parameters are listed.
         layout, parameters: as for `Trainer`.
 
     Raises:
-        UserError: what the model cannot do on this mesh, or with these inputs.
+        UserError: if the model cannot be partitioned over this mesh, or does not take these inputs.
+
+    Example:
+        >>> model = st.models.LeNet(10, (16, 16, 1), rngs=nnx.Rngs(0))
+        >>> first, *_ = lines(model, st.make_mesh("data=2,height=4"), (64, 16, 16, 1))
+        >>> first.kind, first.shape, first.cut[:2]
+        ('Conv', (64, 16, 16, 8), (('data',), ('height',)))
     """
     if not isinstance(model, nnx.Module) or not isinstance(mesh, Mesh):
         raise UserError(
             f"summary: {type(model).__name__} and {type(mesh).__name__}; give an NNX model and a mesh, "
             f"such as make_mesh('data=2,height=4')"
         )
-    model = nnx.clone(model)  # the caller's keeps the layouts that it has
+    model = nnx.clone(model)  # the layouts of the caller's model stay as they are
     default = partition.assign(model, mesh, Layout(parameters=parameters), layout or {})
     found = partition.leaves(model)
     paths = list(found)
-    kept = _parameter_bytes(model, mesh, default)
+    parameter_bytes = _parameter_bytes(model, mesh, default)
     moved: dict[str, list[Sent]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
     if inputs is not None:
@@ -101,16 +106,16 @@ def lines(
         calls = transitions.trace(model, batch)
         shapes = {call.path: call.shape_out for call in calls if call.path}
         paths.sort(key=lambda path: next((i for i, c in enumerate(calls) if c.path == path), len(calls)))
-    lies = transitions.layouts(model)
+    layouts = transitions.layouts(model)
 
     def line(path: str, kind: str) -> Line:
         shape = shapes.get(path)
-        lie = lies.get(path)
-        cut = () if shape is None or lie is None else tuple(map(axes_of, lie.activation(shape, mesh)))
-        return Line(path, kind, shape, cut, kept.get(path, 0), tuple(moved.get(path, ())))
+        own = layouts.get(path)
+        cut = () if shape is None or own is None else tuple(map(axes_of, own.activation(shape, mesh)))
+        return Line(path, kind, shape, cut, parameter_bytes.get(path, 0), tuple(moved.get(path, ())))
 
     found_lines = [line(path, type(found[path]).__name__) for path in paths]
-    return found_lines + ([line("", "")] if moved.get("") or kept.get("") else [])
+    return found_lines + ([line("", "")] if moved.get("") or parameter_bytes.get("") else [])
 
 
 def summary(
@@ -121,17 +126,33 @@ def summary(
     layout: partition.LayoutTable | None = None,
     parameters: str | Axes = (),
 ) -> Table:
-    """A table of layers: output and how it is cut, parameters per device, bytes sent per step and by what.
+    """Returns a table of a model's layers on a mesh, for the terminal.
 
-    Args, Raises: as `lines`.
+    For every layer it has the shape of the output and how it is sharded, the bytes of the parameters on each
+    device, and the bytes that each device sends in a training step, by kind of collective.
+
+    Args:
+        model: any NNX model.
+        mesh: a mesh from `make_mesh`.
+        inputs: shape of the batch, `(batch, *spatial, channels)`, or an array or `jax.ShapeDtypeStruct`.
+            Without it only the parameters are listed.
+        layout, parameters: as for `Trainer`.
+
+    Returns:
+        A table for `rich.print`.
+
+    Raises:
+        UserError: if the model cannot be partitioned over this mesh, or does not take these inputs.
 
     Example:
-        >>> model = models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0))
-        >>> rich.print(summary(model, make_mesh("data=2,height=4"), (64, 16, 16, 1)))  # doctest: +SKIP
+        >>> model = st.models.LeNet(10, (16, 16, 1), rngs=nnx.Rngs(0))
+        >>> table = st.summary(model, st.make_mesh("data=2,height=4"), (64, 16, 16, 1))
+        >>> table.title
+        'LeNet on data=2,height=4: KiB on, and sent by, each device'
     """
     rows = lines(model, mesh, inputs, layout=layout, parameters=parameters)
     moved = [_by_what(row.sent) for row in rows]
-    kinds = [what for what in ("reshard", *WHAT.values()) if any(m[what] for m in moved)]
+    kinds = [what for what in ("reshard", *PURPOSES.values()) if any(m[what] for m in moved)]
     table = Table(
         title=f"{type(model).__name__} on {text(mesh)}: KiB on, and sent by, each device",
         caption=None
@@ -161,14 +182,14 @@ def summary(
 
 
 def _kib(amount: int) -> str:
-    """KiB with three digits or more, nothing for nothing."""
+    """Returns bytes as KiB with at least three digits; an empty text for 0."""
     return "" if not amount else f"{amount / 1024:,.{max(0, 2 - len(str(amount // 1024)))}f}"
 
 
 def _by_what(moved: Sequence[Sent]) -> Counter[str]:
     totals: Counter[str] = Counter()
     for s in moved:
-        totals["reshard" if SCOPE in s.scope else WHAT[s.kind]] += s.bytes
+        totals["reshard" if SCOPE in s.scope else PURPOSES[s.kind]] += s.bytes
     return totals
 
 
@@ -191,7 +212,7 @@ def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
 
 
 def _step(model: nnx.Module, mesh: Mesh, default: Layout, batch: jax.ShapeDtypeStruct) -> Any:
-    """The jaxpr of a forward pass and the gradient by all parameters."""
+    """Returns the jaxpr of a forward pass and the gradients of all parameters."""
     graph, *values = nnx.split(model, nnx.Param, ...)
 
     def step(params: Any, rest: Any, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A batch on the mesh, made of host arrays: each process brings the rows that its devices hold."""
+"""Batches on the mesh, made of host arrays: each process brings the rows of its own devices."""
 
 import dataclasses
 import math
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardtrain.errors import UserError
-from shardtrain.layout import Layout, spatial_names, spec
-from shardtrain.mesh import size, text
+from shardtrain.layout import Dimensions, Layout, default_dimensions, spec
+from shardtrain.mesh import SPATIAL, size, text
 from shardtrain.ops.island import crop_to, round_up
 
 Cuts = Sequence[tuple[str, ...]]
@@ -21,7 +21,7 @@ Cuts = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on the mesh.
+    """A batch as global arrays on the mesh.
 
     Attributes:
         inputs: for the model; pixels are padded to whole blocks, see `extents`.
@@ -43,7 +43,7 @@ class Batch:
         return jax.tree.leaves(self.inputs)[0].shape[0]
 
     def cropped(self) -> tuple[Any, Any]:
-        """Inputs and targets in their true extents. The crop moves nothing: XLA itself tiles so."""
+        """Returns inputs and targets in their true extents; the crop moves no data, as XLA pads so itself."""
         leaves, tree = jax.tree.flatten((self.inputs, self.targets))
         whole = [(x.shape[0], *extents) for x, extents in zip(leaves, self.extents, strict=True)]
         return jax.tree.unflatten(tree, [crop_to(x, shape) for x, shape in zip(leaves, whole, strict=True)])
@@ -52,8 +52,49 @@ class Batch:
 jax.tree_util.register_dataclass(Batch, ["inputs", "targets", "real", "limit"], ["extents"])
 
 
+@dataclass(frozen=True)
+class InputDimensions:
+    """What the dimensions of a model's inputs are, and which of them may be cut.
+
+    Attributes:
+        declared: the dimensions of every input, a tree like the inputs; one for all; or None, where the
+            number of dimensions says what they are (see `default_dimensions`).
+        pixels: whether pixels and channels may be cut: the model has layers that take them so.
+    """
+
+    declared: Any
+    pixels: bool
+
+    @classmethod
+    def parse(cls, declared: Any, *, pixels: bool) -> "InputDimensions":
+        """Reads `"batch time features"`, or a tree of such strings.
+
+        Raises:
+            UserError: see `Dimensions`.
+        """
+        return cls(None if declared is None else jax.tree.map(Dimensions.parse, declared), pixels)
+
+    def of(self, inputs: Any) -> Any:
+        """The dimensions of every input.
+
+        Raises:
+            UserError: inputs of another structure than the declared one.
+        """
+        if self.declared is None:
+            return jax.tree.map(lambda x: default_dimensions(np.ndim(x)), inputs)
+        if isinstance(self.declared, Dimensions):
+            return jax.tree.map(lambda _: self.declared, inputs)
+        theirs, ours = str(jax.tree.structure(inputs)), str(jax.tree.structure(self.declared))
+        if theirs != ours:
+            raise UserError(
+                f"the inputs are {theirs}, and dimensions= names those of {ours}; give one string for each "
+                f"input"
+            )
+        return self.declared
+
+
 def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
-    """The rows of a global batch that this process's devices hold, and so must load.
+    """Returns the rows of a global batch that the devices of this process store, which it must load.
 
     Raises:
         UserError: a batch that does not divide by the axes that cut it, or rows that are not contiguous.
@@ -79,17 +120,17 @@ def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
 
 
 def place_batch(
-    inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, *, batch_only: bool
+    inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, dimensions: InputDimensions
 ) -> Batch:
-    """A host batch as global arrays: rows filled up to `batch_size`, pixels to whole blocks.
+    """Returns a host batch as global arrays: rows are padded to `batch_size`, pixels to equal shards.
 
     Args:
-        inputs: arrays `(rows, *spatial, channels)`, this process's rows; others are cut on the batch alone.
+        inputs: arrays whose first dimension is the batch, this process's rows.
         targets: arrays `(rows, ...)`, or None. One value for every pixel of the (only) input, as for
             segmentation, is cut as the pixels are.
         batch_size: of the global batch.
         mesh, layout: where to.
-        batch_only: cut no pixels, for models that have no layers which could take them.
+        dimensions: of the inputs.
 
     Raises:
         UserError: arrays that disagree on the rows, or more rows than fit.
@@ -107,7 +148,7 @@ def place_batch(
 
     def put(x: Any, cut: Cuts) -> jax.Array:
         x = np.asarray(x)
-        sharding, extents = _lies(x.shape, cut, mesh)
+        sharding, extents = _sharding_and_extents(x.shape, cut, mesh)
         widths = [
             (0, len(share) - x.shape[0]),
             *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
@@ -126,80 +167,96 @@ def place_batch(
     # Full batches need no mask, but the processes of a job must all run one program, so they keep it.
     full = rows == len(share) and jax.process_count() == 1
     real = None if full else put(np.arange(len(share)) < rows, [layout.cut("batch", mesh)])
-    return _batch(inputs, targets, real, mesh, layout, batch_only, put)
+    return _batch(inputs, targets, real, mesh, layout, dimensions, put)
 
 
-def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, *, batch_only: bool) -> Batch:
-    """What `place` returns for a batch as large as these, as shapes that say where arrays would lie.
+def batch_shapes(inputs: Any, targets: Any, mesh: Mesh, layout: Layout, dimensions: InputDimensions) -> Batch:
+    """Returns what `place_batch` returns for a batch of these shapes, as shapes with shardings.
 
     Args:
         inputs, targets: as for `place`, of the global batch; only their shapes and dtypes are read.
-        mesh, layout, batch_only: as for `place`. On a mesh of several processes' devices there is a mask.
+        mesh, layout, dimensions: as for `place`. On a mesh of several processes' devices there is a mask.
     """
 
     def put(x: Any, cut: Cuts) -> jax.ShapeDtypeStruct:
-        sharding, extents = _lies(x.shape, cut, mesh)
+        sharding, extents = _sharding_and_extents(x.shape, cut, mesh)
         return jax.ShapeDtypeStruct((x.shape[0], *extents), x.dtype, sharding=sharding)
 
     rows = jax.tree.leaves(inputs)[0].shape[0]
     several = len({device.process_index for device in mesh.devices.flat}) > 1
     mask = put(jax.ShapeDtypeStruct((rows,), bool), [layout.cut("batch", mesh)]) if several else None
-    return _batch(inputs, targets, mask, mesh, layout, batch_only, put)
+    return _batch(inputs, targets, mask, mesh, layout, dimensions, put)
 
 
 def with_limit(batch: Batch, limit: float | None, mesh: Mesh) -> Batch:
-    """The batch with the loss above which its update is left out, or with the shape of that."""
+    """Returns the batch with the loss above which its update is skipped, or with the shape of that number."""
     where = NamedSharding(mesh, P())
     if limit is None:
         return dataclasses.replace(batch, limit=jax.ShapeDtypeStruct((), np.float32, sharding=where))
     return dataclasses.replace(batch, limit=scalar(np.float32(limit), where))
 
 
-def scalar(value: np.generic, where: jax.sharding.Sharding) -> jax.Array:
-    """A number on every device of a mesh, which all processes know."""
+def scalar(value: np.generic | np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """Returns a number that all processes know as an array on every device of a mesh."""
     return jax.make_array_from_callback((), where, lambda _: np.asarray(value))
 
 
-def _lies(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
-    """Where an array lies that is cut so, and its extents after the batch, filled up to whole blocks."""
+def _sharding_and_extents(shape: Sequence[int], cut: Cuts, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
+    """Returns the sharding of an array with this cut, and its extents (but the batch) in equal shards."""
     return NamedSharding(mesh, spec(cut)), [
         round_up(n, c, mesh) for n, c in zip(shape[1:], cut[1:], strict=True)
     ]
 
 
 def _batch(
-    inputs: Any, targets: Any, real: Any, mesh: Mesh, layout: Layout, batch_only: bool, put: Callable
+    inputs: Any,
+    targets: Any,
+    real: Any,
+    mesh: Mesh,
+    layout: Layout,
+    dimensions: InputDimensions,
+    put: Callable[[Any, Cuts], Any],
 ) -> Batch:
-    """A batch whose arrays `put(array, cut)` places."""
-    batch = layout.cut("batch", mesh)
+    """Returns a batch of arrays, each of which `put(array, cut)` places on the mesh."""
+    cut_of_batch = layout.cut("batch", mesh)
 
-    def put_input(x: Any) -> Any:
-        shape = np.shape(x)
-        if batch_only or not 3 <= len(shape) <= 5:
-            return put(x, [batch] + [()] * (len(shape) - 1))
-        names = spatial_names(len(shape) - 2)
-        return put(x, [batch, *(layout.cut(n, mesh) for n in names), layout.channel_cut(shape[-1], mesh)])
-
-    images = [np.shape(x) for x in jax.tree.leaves(inputs)]
-    dense = images[0][1:-1] if len(images) == 1 and not batch_only and 3 <= len(images[0]) <= 5 else ()
+    def put_input(x: Any, names: Dimensions) -> Any:
+        return put(x, names.cut(np.shape(x), layout, mesh, pixels=dimensions.pixels))
 
     def put_target(x: Any) -> Any:
         shape = np.shape(x)
         if dense and shape[1 : len(dense) + 1] == dense:
-            space = [layout.cut(name, mesh) for name in spatial_names(len(dense))]
-            return put(x, [batch, *space, *[()] * (len(shape) - len(dense) - 1)])
-        return put(x, [batch] + [()] * (len(shape) - 1))
+            return put(x, [cut_of_batch, *cut_of_dense, *[()] * (len(shape) - len(dense) - 1)])
+        return put(x, [cut_of_batch] + [()] * (len(shape) - 1))
 
+    names = dimensions.of(inputs)
+    dense, cut_of_dense = _dense(inputs, names, layout, mesh) if dimensions.pixels else ((), ())
     return Batch(
-        jax.tree.map(put_input, inputs),
+        jax.tree.map(put_input, inputs, names),
         jax.tree.map(put_target, targets),
         real,
         tuple(tuple(np.shape(x)[1:]) for x in jax.tree.leaves((inputs, targets))),
     )
 
 
+def _dense(
+    inputs: Any, names: Any, layout: Layout, mesh: Mesh
+) -> tuple[tuple[int, ...], Sequence[tuple[str, ...]]]:
+    """The extents between batch and channels of the only input, if pixels are among them, and their cut.
+
+    Targets with a value for every pixel, as for segmentation, have these extents, too.
+    """
+    shapes = [np.shape(x) for x in jax.tree.leaves(inputs)]
+    found = jax.tree.leaves(names, is_leaf=lambda n: isinstance(n, Dimensions))
+    if len(shapes) != 1 or not set(found[0].names) & set(SPATIAL):
+        return (), ()
+    cut = found[0].cut(shapes[0], layout, mesh, pixels=True)
+    inner = slice(1, -1 if found[0].names[-1] == "channels" else None)
+    return tuple(shapes[0][inner]), cut[inner]
+
+
 def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) -> Any:
-    """This process's first `rows` rows of global outputs, as numpy arrays."""
+    """Returns the first `rows` rows of this process's part of global outputs, as numpy arrays."""
     start = local_rows(mesh, layout, batch_size).start
     whole = NamedSharding(mesh, P())
 
@@ -211,7 +268,7 @@ def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) 
 
 
 def rows_of(inputs: Any) -> int:
-    """Rows of a host batch."""
+    """Returns the number of rows of a host batch."""
     leaves = jax.tree.leaves(inputs)
     if not leaves or not np.ndim(leaves[0]):
         raise UserError("a batch has no rows; give arrays whose leading dimension is the batch")
@@ -219,14 +276,14 @@ def rows_of(inputs: Any) -> int:
 
 
 def global_batch_size(rows: int, mesh: Mesh, layout: Layout) -> int:
-    """Size of the global batch of which this process brings `rows`, rounded up to what the mesh divides."""
+    """Returns the size of the global batch of which this process brings `rows`, in whole shards."""
     shards = size(mesh, layout.cut("batch", mesh))
     mine = len(local_rows(mesh, layout, shards))
     return max(1, math.ceil(rows / mine)) * shards
 
 
 def indivisible(rows: int, size: int | float, mesh: Mesh, shards: int, parts: int) -> UserError:
-    """What to say of a batch of `rows`, `size` over all processes, that `shards * parts` does not divide."""
+    """Returns the error for a batch of `rows`, `size` in all processes, that does not divide."""
     near = max(1, round(size / (shards * parts))) * shards * parts
     times = f" times {parts} microbatches" if parts > 1 else ""
     return UserError(

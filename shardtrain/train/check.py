@@ -1,4 +1,4 @@
-"""Refuses what cannot work: arguments, and operators outside the islands that XLA would get wrong."""
+"""Refuses what cannot work: wrong arguments, and operators that XLA would compute wrongly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _WINDOWED = {
 
 
 def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> None:
-    """Raises for convolutions and pooling that are left to XLA on a mesh where it cannot be trusted.
+    """Refuses convolutions and pooling that are left to XLA on a mesh where XLA cannot be trusted with them.
 
     On cut pixels or channels XLA's partitioner returns wrong convolutions (height x output channels) and
     replicates uneven outputs; a grouped convolution gathers the whole batch on every device even on a
@@ -58,7 +58,7 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> N
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations that are not inside a `shard_map`."""
+    """Yields all equations that are not inside a `shard_map`."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "shard_map":
             continue
@@ -70,7 +70,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def refuse_arguments(
     remat: Any, accumulate: int, clip_norm: float | None, dtype: DTypeLike | None, statistics: str
 ) -> None:
-    """Refuses arguments of a trainer that are right for no model and no mesh.
+    """Refuses arguments of a trainer that are wrong whatever the model and the mesh are.
 
     Raises:
         UserError: says which, and what there is.
@@ -87,6 +87,19 @@ def refuse_arguments(
         raise UserError(f"statistics={statistics!r}; there are 'microbatch' and 'batch'")
 
 
+def refuse_two_objectives(loss: Any, objective: Any) -> None:
+    """Refuses a trainer that is told twice what to minimize.
+
+    Raises:
+        UserError: says which to leave out.
+    """
+    if loss is not None and objective is not None:
+        raise UserError(
+            "both loss= and objective= say what to minimize; give one of them (an objective calls the "
+            "model and its loss itself)"
+        )
+
+
 def refuse_replicas_alone(mesh: Mesh) -> None:
     """Refuses a mesh with `replica` and without a pipeline.
 
@@ -101,7 +114,7 @@ def refuse_replicas_alone(mesh: Mesh) -> None:
 
 
 def _dtype(name: DTypeLike) -> Any:
-    """The numpy dtype, or one that nothing computes in for a name that there is not."""
+    """Returns the numpy dtype of a name; for an unknown name bool, in which nothing computes."""
     try:
         return jnp.dtype(name)
     except TypeError:
@@ -109,13 +122,13 @@ def _dtype(name: DTypeLike) -> Any:
 
 
 def plain(model: nnx.Module, kind: type) -> list[str]:
-    """Paths of the layers of a kind that know of no mesh."""
+    """Returns the paths of the layers of a class that are not partitioned."""
     modules = nnx.iter_modules(model)
     return [name(path) for path, m in modules if isinstance(m, kind) and not isinstance(m, Partitioned)]
 
 
 def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
-    """Refuses variables that cannot be trained or saved, and layers that do not tell microbatches apart.
+    """Refuses variables that cannot be trained or saved, and layers that would treat all microbatches alike.
 
     Raises:
         UserError: names the variable or the layer.
@@ -149,6 +162,16 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
         )
 
 
+def refuse_empty(rows: int) -> None:
+    """Refuses a training batch without rows.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if not rows:
+        raise UserError("fit: a batch has no rows; leave empty batches out")
+
+
 def refuse_ragged(rows: int, norms: Sequence[str]) -> None:
     """Refuses a batch that is smaller than the first to a model with plain batch norms.
 
@@ -177,7 +200,7 @@ def refuse_rowless(outputs: Sequence[Any], rows: int) -> None:
 
 
 def refuse_uncut(plan: Any, pipeline: Any) -> None:
-    """Refuses what a trainer with a plan for a pipeline cannot say before it has one.
+    """Refuses questions that a trainer can answer only once its model has been cut into stages.
 
     Raises:
         UserError: says how to get it.
@@ -185,5 +208,5 @@ def refuse_uncut(plan: Any, pipeline: Any) -> None:
     if plan is not None and pipeline is None:
         raise UserError(
             "the pipeline is cut when the first training batch is seen; call fit first, or "
-            "compiled_step(trainer.place(...))"
+            "prepare(inputs, targets)"
         )

@@ -1,155 +1,296 @@
-"""The training loop."""
+"""The training loop: steps, what is read of them, and what a run does besides them."""
 
-import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
 from shardtrain.guard.profile import peak_memory
-from shardtrain.train.batch import scalar
-from shardtrain.train.report import Observer
-
-if TYPE_CHECKING:
-    from shardtrain.train.trainer import Trainer
+from shardtrain.train.batch import Batch
+from shardtrain.train.callbacks.base import Callback, Run
+from shardtrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
-def run(
-    trainer: "Trainer",
-    batches: Iterable[tuple[Any, Any]],
-    steps: int,
-    observers: Sequence[Observer],
-    checkpoints: Checkpoints | None = None,
-    guard: Guard | None = None,
-) -> list[Row]:
-    """Trains until `trainer.state.step` is `steps` or the batches end, under the guard if there is one.
+@runtime_checkable
+class Trains(Protocol):
+    """What the loop needs of a trainer; see `shardtrain.Trainer`."""
 
-    The order matters: the metrics of a step are read only when the next one is under way, so that the
-    devices never wait for the host, but for those of a step that is saved: its arrays are waited for anyway,
-    and what is bad is not to be saved.
+    state: TrainState
+    examples: int
+    recent: Any
+    unit: str
+    skips_bad: bool
+
+    @property
+    def mesh(self) -> Mesh: ...
+    def place(self, inputs: Any, targets: Any, limit: float) -> Batch: ...
+    def advance(self, batch: Batch) -> dict[str, Any]: ...
+    def ready(self, inputs: Any, targets: Any) -> None: ...
+    def compiled_step(self, batch: Batch) -> Any: ...
+    def row(self, sums: Mapping[str, Any]) -> dict[str, Any]: ...
+    def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, Any]: ...
+    def save(self, folder: Checkpoints, metrics: Mapping[str, float] | None = None) -> Path: ...
+    def roll_back(self, checkpoints: Checkpoints, step: int) -> int: ...
+
+
+class Pending(NamedTuple):
+    """A step that was started and whose sums have not been read."""
+
+    step: int
+    rows: int
+    sums: dict[str, Any]
+
+
+class Loop(Run):
+    """Trains until `steps` updates are done in all or the batches end.
+
+    The metrics of a step are read only when the next step has been started, so that the devices never wait
+    for the host. A step is read at once where its state is to be saved or looked at: at a checkpoint, and for
+    callbacks that set `needs_state`. Nothing bad is saved that way.
+
+    Args:
+        trainer: whose state is advanced.
+        batches: host batches `(inputs, targets)`.
+        steps: updates in all.
+        callbacks: called in this order, those that need the state first.
+        checkpoints: saved to as they are due, and at the end.
+        guard: watches over the run.
     """
-    if guard is not None and not guard.watching:
-        with guard:
-            return run(trainer, batches, steps, observers, checkpoints, guard)
-    guard = guard or Guard(watchdog=None, on_nan=None)
-    rows: list[Row] = []
-    begun = done = int(trainer.state.step)
-    pending: tuple[int, int, dict[str, jax.Array]] | None = None
-    kept: int | None = None
-    told = False
-    clock = time.perf_counter()
-    progress, feed = guard.progress, iter(batches)
-    guard.start(done, steps, trainer.mesh.shape)
-    guard.health.recall(trainer.recent)
-    _refuse(trainer, guard, checkpoints)
 
-    def read() -> bool:
-        """Reads the step that is pending; False where its update is to be undone."""
-        nonlocal clock, pending
-        if pending is None:
+    def __init__(
+        self,
+        trainer: Trains,
+        batches: Iterable[tuple[Any, Any]],
+        steps: int,
+        callbacks: Sequence[Callback],
+        checkpoints: Checkpoints | None,
+        guard: Guard | None,
+    ) -> None:
+        self.trainer, self.steps, self.unit, self.rows = trainer, steps, trainer.unit, []
+        self.callbacks = sorted(callbacks, key=lambda callback: not callback.needs_state)
+        self.checkpoints, self.watched = checkpoints, guard is not None
+        self.guard = guard or Guard(watchdog=None, on_nan=None)
+        self.begun = self.done = self.step = int(trainer.state.step)
+        self._feed = iter(batches)
+        self._pending: Pending | None = None
+        self._ahead = False  # whether the state is one step further than `done`
+        self._saved: int | None = None
+        self._reason: str | None = None
+        self._told = False
+        self._last = steps
+        self._clock = time.perf_counter()
+
+    def run(self) -> list[Row]:
+        """Trains, under the guard.
+
+        Returns:
+            The rows of this run's steps.
+        """
+        watch = self.guard if self.watched and not self.guard.watching else nullcontext()
+        with watch:
+            self.guard.start(self.done, self.steps, self.trainer.mesh.shape)
+            self.guard.health.recall(self.trainer.recent)
+            self._refuse_policy()
+            try:
+                for callback in self.callbacks:
+                    callback.on_start(self)
+                self._train()
+            except BaseException as error:
+                self.error = error
+                self._end()
+                raise
+            self._end()
+        return self.rows
+
+    # What callbacks may ask of a run.
+
+    def evaluate(self, batches: Iterable[tuple[Any, Any]], prefix: str = "") -> dict[str, Any]:
+        if (now := self.done + self._ahead) != self.step:
+            raise UserError(
+                f"a callback evaluates at step {self.step} when the state is that of step {now}; set "
+                f"needs_state = True in its class"
+            )
+        self.guard.progress.at("validating")
+        values = {f"{prefix}{name}": value for name, value in self.trainer.evaluate(batches).items()}
+        if self.rows:
+            self.rows[-1] |= values
+        for callback in self.callbacks:
+            callback.on_evaluation(self, values)
+        return values
+
+    def save(self) -> Path | None:
+        self._settle()
+        self.trainer.recent = self.guard.health.losses  # a spike is measured by these
+        if self.checkpoints is None or self._saved == self.done:
+            return None
+        self._saved = self.done
+        self.guard.progress.at("checkpoint")
+        path = self.trainer.save(self.checkpoints, self._scores())
+        self.guard.say("checkpoint", self.done, f"being written to {path}", path=str(path))
+        return path
+
+    def stop(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def best_metric(self) -> str | None:
+        return None if self.checkpoints is None else self.checkpoints.best_metric
+
+    @property
+    def best_mode(self) -> Literal["max", "min"]:
+        return "max" if self.checkpoints is None else self.checkpoints.mode
+
+    # The steps.
+
+    def _train(self) -> None:
+        while self.done < self.steps and self._reason is None:
+            if self.guard.stops_before(self.done + 1):
+                self._told = True
+                break
+            self.guard.progress.at("data", self.done + 1)
+            if (item := next(self._feed, None)) is None:
+                break
+            self._step(item)
+        self._conclude()
+
+    def _step(self, item: tuple[Any, Any]) -> None:
+        """Starts a step, and reads the one before it."""
+        guard, trainer, number = self.guard, self.trainer, self.done + 1
+        trainer.ready(*item)
+        batch = trainer.place(*item, limit=guard.health.limit)
+        guard.progress.at("compiling")
+        trainer.compiled_step(batch)
+        if guard.profiler.is_edge(number):
+            # Reading here could roll back, one step before other processes do.
+            jax.block_until_ready(trainer.state)
+            guard.profile()
+        if not self.rows and self._pending is None:
+            self._clock = time.perf_counter()  # compiling is no step
+            guard.progress.take()
+        guard.progress.at("compute")
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            sums = trainer.advance(batch)
+        self._ahead = True
+        if not self._read():
+            self._roll_back()
+            sums = trainer.advance(batch)
+        self._ahead = False
+        trainer.examples += batch.rows
+        self.done = number
+        self._pending = Pending(number, batch.rows, sums)
+        if self.checkpoints is not None and self.checkpoints.due(number):
+            self.save()
+        elif any(c.needs_state and c.due(number, self._last) for c in self.callbacks):
+            self._settle()
+
+    def _read(self) -> bool:
+        """Reads the pending step and calls the callbacks; False where its update is to be undone."""
+        if self._pending is None:
             return True
-        (step, size, sums), pending = pending, None
-        values = {key: float(np.asarray(value)) for key, value in jax.device_get(sums).items()}
+        (step, size, sums), self._pending = self._pending, None
+        values = jax.device_get(sums)
+        examples = int(values["examples"])
+        first = self.trainer.examples - size  # how many rows of a batch are real is known by its sums
+        self.trainer.examples = first + examples
+        row = self.trainer.row(values) | self._times(examples)
+        good = self.guard.good(step, row, range(first, first + examples))
+        self.step = step
+        self.rows.append(row)
+        for callback in self.callbacks:
+            if callback.due(step, self._last) and (good or not callback.needs_state):
+                callback.on_step(self, row)
+        return good
+
+    def _times(self, examples: int) -> dict[str, float]:
+        """How long the step took, and what the host waited for meanwhile."""
         now = time.perf_counter()
-        examples = values.pop("examples")
-        first = trainer.examples - size  # how many of a batch are real is known when its sums are
-        which = range(first, first + int(examples))
-        trainer.examples = which.stop
-        row = {key: value / max(examples, 1) for key, value in values.items()}
-        row |= {"images_per_second": examples / (now - clock), "seconds": now - clock}
-        spent = progress.take()
+        seconds, self._clock = now - self._clock, now
+        spent = self.guard.progress.take()
+        row = {f"{self.unit}_per_second": examples / seconds, "seconds": seconds}
         row |= {f"{what}_seconds": spent.get(what, 0.0) for what in ("data", "compute", "checkpoint")}
         if (peak := peak_memory()) is not None:
             row["peak_memory"] = peak
-        clock = now
-        good = guard.good(step, row, which)
-        rows.append(row)
-        for observe in observers:
-            observe(step, row)
-        return good
+        return row
 
-    def settle() -> None:
-        """Reads what is pending; afterwards the state is one to keep."""
-        if not read():
-            _roll_back(trainer, guard, checkpoints, done)
+    def _settle(self) -> None:
+        """Reads the pending step, after which the state is one to keep."""
+        if not self._read():
+            self._roll_back()
 
-    def save() -> None:
-        nonlocal kept
-        settle()
-        trainer.recent = guard.health.losses  # a spike is one beside these
-        if checkpoints is not None and kept != done:
-            kept = done
-            progress.at("checkpoint")
-            path = trainer.save(checkpoints, rows[-1] if rows else None)
-            guard.say("checkpoint", done, f"being written to {path}", path=str(path))
+    def _scores(self) -> Mapping[str, float] | None:
+        """The metrics that a checkpoint is judged by.
 
-    while done < steps:
-        if told := guard.stops_before(done + 1):
-            break
-        progress.at("data", done + 1)
-        if (item := next(feed, None)) is None:
-            break
-        batch = trainer.place(*item, limit=guard.health.limit)
-        progress.at("compiling")
-        step = trainer.compiled_step(batch)
-        if guard.profiler.is_edge(done + 1):
-            jax.block_until_ready(trainer.state)  # reading could roll back, a step before other processes do
+        None at a step without an evaluation, where the checkpoints are judged by a metric of one.
+        """
+        if not self.rows:
+            return None
+        if self.best_metric not in (None, *self.rows[-1]) and self._evaluates():
+            return None
+        return {key: value for key, value in self.rows[-1].items() if isinstance(value, float)}
+
+    def _evaluates(self) -> bool:
+        return any(callback.needs_state for callback in self.callbacks)
+
+    def _roll_back(self) -> None:
+        """Puts the run where it was at its last checkpoint, except for the data, which goes on from here."""
+        assert self.checkpoints is not None  # else the policy was refused
+        self.guard.progress.at("checkpoint")
+        saved = self.trainer.roll_back(self.checkpoints, self.done)
+        self.guard.rolled_back(self.done, saved)
+
+    # The ends.
+
+    def _refuse_policy(self) -> None:
+        """Refuses policies that the guard cannot keep; a run that may roll back begins with a checkpoint."""
+        if self.guard.on_nan == "skip" and not self.trainer.skips_bad:
+            raise UserError(
+                "on_nan='skip' leaves out updates within the step; give the Trainer skip_bad=True"
+            )
+        if self.guard.on_nan == "rollback":
+            if self.checkpoints is None:
+                raise UserError("on_nan='rollback' goes back to checkpoints; give fit some: checkpoints=...")
+            self.trainer.save(self.checkpoints)  # nothing happens where the run was taken up from one of them
+
+    def _conclude(self) -> None:
+        """Reads and saves the last step, and says how the run ended."""
+        guard = self.guard
+        told = self._told
+        if not told:
+            self._last = self.done
+        if not told or self.done > self.begun:
+            self.save()
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        if guard.profiler.running:
             guard.profile()
-        if not rows and pending is None:
-            clock = time.perf_counter()  # compiling is no step
-            progress.take()
-        progress.at("compute")
-        with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
-            trainer.state, sums = step(trainer.state, batch)
-        if not read():
-            _roll_back(trainer, guard, checkpoints, done)
-            trainer.state, sums = step(trainer.state, batch)
-        trainer.examples += batch.rows
-        done += 1
-        pending = done, batch.rows, sums
-        if checkpoints is not None and checkpoints.due(done):
-            save()
-    if not told or done > begun:
-        save()
-        if checkpoints is not None:
-            checkpoints.wait()
-    if guard.profiler.running:
-        guard.profile()
-    if told or guard.stops_before(done + 1):  # what comes after the last step counts as another one
-        raise guard.preempted(done, saved=kept == done)
-    progress.at("evaluating")
-    if done < steps:
-        log.warning("the batches ended after step %d of %d", done, steps)
-    guard.say("end", done, f"{done} of {steps} steps are done")
-    return rows
+        if told or guard.stops_before(self.done + 1):  # what comes after the last step counts as another one
+            raise guard.preempted(self.done, saved=self._saved == self.done)
+        guard.progress.at("evaluating")
+        if self._reason is not None:
+            guard.say("stop", self.done, self._reason)
+            log.info("stopped after step %d of %d: %s", self.done, self.steps, self._reason)
+        elif self.done < self.steps:
+            log.warning("the batches ended after step %d of %d", self.done, self.steps)
+        guard.say("end", self.done, f"{self.done} of {self.steps} steps are done")
 
-
-def _refuse(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None) -> None:
-    """Refuses policies that cannot be kept; a run that may go back has a checkpoint to go back to."""
-    if guard.on_nan == "skip" and not trainer._program.skip_bad:
-        raise UserError("on_nan='skip' leaves out updates within the step; give the Trainer skip_bad=True")
-    if guard.on_nan == "rollback":
-        if checkpoints is None:
-            raise UserError("on_nan='rollback' goes back to checkpoints; give fit some: checkpoints=...")
-        trainer.save(checkpoints)  # nothing happens where the run was taken up from one of them
-
-
-def _roll_back(trainer: "Trainer", guard: Guard, checkpoints: Checkpoints | None, step: int) -> None:
-    """Puts the run where it was at its last checkpoint, but for the data, which goes on behind `step`."""
-    assert checkpoints is not None  # else it was refused
-    guard.progress.at("checkpoint")
-    position = trainer.examples
-    saved = trainer.restore(checkpoints, checkpoints.newest(own=True)[0])
-    trainer.examples = position
-    number = scalar(np.int32(step), trainer.state.step.sharding)
-    trainer.state = dataclasses.replace(trainer.state, step=number)
-    guard.rolled_back(step, saved)
+    def _end(self) -> None:
+        """Calls `on_end` of all callbacks; after an error of the run, another one is only logged."""
+        for callback in self.callbacks:
+            try:
+                callback.on_end(self)
+            except Exception as error:
+                if self.error is None:
+                    self.error = error
+                    raise
+                log.error("%s.on_end: %s", type(callback).__name__, error)

@@ -1,4 +1,4 @@
-"""Losses and metrics: one value for every example, so that means are over real examples on any mesh."""
+"""Losses and scores with one value per example, so that means over real examples are exact on any mesh."""
 
 import jax
 import jax.numpy as jnp

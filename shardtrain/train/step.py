@@ -2,30 +2,34 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from shardtrain.errors import UserError
 from shardtrain.layout import Layout, active_mesh
-from shardtrain.mesh import size
+from shardtrain.mesh import PIPE, size
+from shardtrain.metrics import Metric, per_example
 from shardtrain.nn.examples import examples
 from shardtrain.nn.transitions import resharded
 from shardtrain.nn.variables import Variables
-from shardtrain.ops.conv import CONTRACTION
+from shardtrain.ops.contraction import CONTRACTION
 from shardtrain.pipeline.runtime.divergence import refuse_divergent
 from shardtrain.train import check
 from shardtrain.train.batch import Batch
+from shardtrain.train.extra import Extra
+from shardtrain.train.objective import Context, Objective, summed
 from shardtrain.train.state import TrainState
 
-PerExample = Callable[[Any, Any], Array]
+MEAN = per_example(lambda outputs, targets: outputs)
+"""The finish of a metric of which an objective returns one value per example."""
 
 
 Remat = str | Callable[..., bool] | Collection[int] | None
@@ -34,46 +38,50 @@ Remat = str | Callable[..., bool] | Collection[int] | None
 
 @dataclass(frozen=True)
 class Program:
-    """What a step computes; see `shardtrain.train.Trainer` for the meaning of the fields."""
+    """What a step computes, as functions of global arrays; see `shardtrain.Trainer` for the fields.
+
+    Attributes:
+        objective: of the model in training and in evaluation.
+        metrics: those whose sums the objective may return, with their finish.
+        deferred: momenta of the batch norms by path, where running statistics are those of the whole batch.
+        extra: trees that the step updates beside parameters and optimizer state, by name.
+    """
 
     variables: Variables
     optimizer: optax.GradientTransformation
-    loss: PerExample
-    metrics: Mapping[str, PerExample]
+    objective: Objective
+    metrics: Mapping[str, Metric]
     accumulate: int
     dtype: DTypeLike | None
     remat: Remat
     layout: Layout
     deferred: Mapping[str, float] | None = None
-    """Momenta of the batch norms by path, where running statistics are those of the whole batch."""
     skip_bad: bool = False
+    extra: Mapping[str, Extra] = field(default_factory=dict)
 
     def _sums(
-        self, outputs: Any, targets: Any, real: Array | None, rows: int, lies: Layout
-    ) -> dict[str, Array]:
-        """Sums over the real examples; the one place where means are prepared, so none is a mean of means.
+        self, model: Any, inputs: Any, targets: Any, context: Context, summing: bool = False
+    ) -> dict[str, Any]:
+        """Calls the objective, and sums what it returns over the real examples.
 
-        Targets, which arrive as the inputs do, follow the batch of the outputs, which lie as `lies` says:
-        XLA by itself would move the outputs.
+        Targets are placed as the inputs are. They are moved to where the model's outputs are: XLA by itself
+        would move the outputs.
         """
-        mesh = active_mesh()
-        cut = lies.cut("batch", mesh)
-        if mesh is not None and cut != self.layout.cut("batch", mesh) and rows % size(mesh, cut) == 0:
-            targets, real = jax.tree.map(
-                lambda t: lax.with_sharding_constraint(t, P(cut, *[P.UNCONSTRAINED] * (t.ndim - 1))),
-                (targets, real),
-            )
-        outputs = jax.tree.map(lambda y: y.astype(jnp.promote_types(y.dtype, jnp.float32)), outputs)
-        sums = {"examples": jnp.asarray(rows if real is None else real.sum(), jnp.float32)}
-        for key, function in {"loss": self.loss, **self.metrics}.items():
-            value = function(outputs, targets)
-            if value.shape != (rows,):
-                raise UserError(
-                    f"{key} returned shape {value.shape} for {rows} examples; return one value per "
-                    f"example, the mean over the batch is taken here"
+        rows, real = context.rows, context.real
+        with (
+            examples(context.index, real, summing=summing),
+            resharded(model, self.layout, inputs) as outputs_layout,
+        ):
+            mesh = active_mesh()
+            cut = outputs_layout.cut("batch", mesh)
+            if mesh is not None and cut != self.layout.cut("batch", mesh) and rows % size(mesh, cut) == 0:
+                targets, real = jax.tree.map(
+                    lambda t: lax.with_sharding_constraint(t, P(cut, *[P.UNCONSTRAINED] * (t.ndim - 1))),
+                    (targets, real),
                 )
-            sums[key] = (value if real is None else jnp.where(real, value, 0)).sum()
-        return sums
+            context = dataclasses.replace(context, real=real)
+            loss, metrics = self.objective(model, (inputs, targets), context)
+        return summed(loss, metrics, self.metrics, context)
 
     def _cast(self, tree: Any) -> Any:
         if self.dtype is None:
@@ -83,7 +91,7 @@ class Program:
         )
 
     def _policy(self) -> Callable[..., bool] | None:
-        """What the backward pass may keep of the forward pass."""
+        """Returns the policy for what the backward pass may keep of the forward pass."""
         policies = jax.checkpoint_policies
         if callable(self.remat):
             return self.remat
@@ -100,32 +108,29 @@ class Program:
 
     def microbatch(
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
-    ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+    ) -> tuple[Array, tuple[dict[str, Any], dict[str, Array]]]:
         """The summed loss of one (micro)batch, all sums, and the model's state after it."""
-        model: Any = self.variables.model(self._cast(params), model_state, train=True)
-        inputs = self._cast(inputs)
-        summing = self.deferred is not None
-        with examples(index, real, summing=summing), resharded(model, self.layout, inputs) as lies:
-            outputs = model(inputs)
-        sums = self._sums(outputs, targets, real, index.shape[0], lies)
+        model = self.variables.model(self._cast(params), model_state, train=True)
+        context = Context(True, index.shape[0], index, real)
+        sums = self._sums(model, self._cast(inputs), targets, context, summing=self.deferred is not None)
         return sums["loss"], (sums, Variables.state_of(model))
 
     def _gradients(self, params: dict, *args: Any) -> Any:
-        """Gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
+        """Returns the gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
         policy = self._policy()
         function = self.microbatch if policy is None else jax.checkpoint(self.microbatch, policy=policy)
         return jax.grad(function, has_aux=True)(params, *args)
 
     def before(self, model_state: dict[str, Array]) -> dict[str, Array]:
-        """The model's other variables as the first microbatch finds them."""
+        """Returns the model's other variables as the first microbatch receives them."""
         if self.deferred is None:
             return model_state
         sums = {f"{path}.{which}" for path in self.deferred for which in ("mean", "var")}
         return {key: jnp.zeros_like(v) if key in sums else v for key, v in model_state.items()}
 
     def finish(
-        self, state: TrainState, grads: dict, moved: dict[str, Array], sums: dict[str, Array]
-    ) -> tuple[TrainState, dict[str, Array]]:
+        self, state: TrainState, grads: dict, moved: dict[str, Array], sums: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One update from a batch's summed gradients, and what is reported of it.
 
         Args:
@@ -138,15 +143,11 @@ class Program:
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        model_state = dict(moved)
-        for path, momentum in (self.deferred or {}).items():
-            mean = moved[f"{path}.mean"] / count
-            whole = {"mean": mean, "var": jnp.maximum(moved[f"{path}.var"] / count - mean**2, 0)}
-            for which, new in whole.items():
-                old = state.model_state[key := f"{path}.{which}"]
-                model_state[key] = (momentum * old + (1 - momentum) * new).astype(old.dtype)
+        model_state = self._with_statistics(state.model_state, moved, count)
+        after = TrainState(state.step + 1, params, model_state, opt_state, state.extra)
+        extra = {name: one.update(state.extra[name], after) for name, one in self.extra.items()}
+        after = dataclasses.replace(after, extra=extra)
         norm = optax.tree.norm(grads)
-        after = TrainState(state.step + 1, params, model_state, opt_state)
         if not self.skip_bad:
             return after, sums | {"grad_norm": norm * count}
         loss = sums["loss"] / count
@@ -156,51 +157,75 @@ class Program:
         reported = {key: value for key, value in sums.items() if key != "limit"}
         return after, reported | {"grad_norm": norm * count, "skipped": jnp.where(good, 0, count)}
 
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def _with_statistics(
+        self, before: Mapping[str, Array], moved: Mapping[str, Array], count: Array
+    ) -> dict[str, Array]:
+        """Returns the model's variables after a batch; running statistics move by the whole batch's."""
+        after = dict(moved)
+        for path, momentum in (self.deferred or {}).items():
+            mean = moved[f"{path}.mean"] / count
+            whole = {"mean": mean, "var": jnp.maximum(moved[f"{path}.var"] / count - mean**2, 0)}
+            for which, new in whole.items():
+                old = before[key := f"{path}.{which}"]
+                after[key] = (momentum * old + (1 - momentum) * new).astype(old.dtype)
+        return after
+
+    def row(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Means and finished metrics from the sums that `train_step` and `eval_step` return, on the host."""
+        examples = max(float(sums["examples"]), 1)
+        row: dict[str, Any] = {"loss": float(sums["loss"]) / examples}
+        for name, total in sums["metrics"].items():
+            value = self.metrics.get(name, MEAN).finish(total)
+            row[name] = float(value) if np.ndim(value) == 0 else value
+        return row | {key: float(sums[key]) / examples for key in ("grad_norm", "skipped") if key in sums}
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """One update.
 
         With `accumulate=m`, microbatch `i` holds the examples `i, i+m, i+2m, ...`: every device cuts it out
         of the rows that it has already.
         """
-        inputs, targets = batch.cropped()
-        real = batch.real
-        rows, parts = batch.rows, self.accumulate
-        first_state = self.before(state.model_state)
-        if parts == 1:
-            grads, (sums, model_state) = self._gradients(
-                state.params, first_state, inputs, targets, real, jnp.arange(rows)
-            )
+        whole = (*batch.cropped(), batch.real, jnp.arange(batch.rows))
+        if self.accumulate == 1:
+            first_state = self.before(state.model_state)
+            grads, (sums, model_state) = self._gradients(state.params, first_state, *whole)
         else:
-            split = jax.tree.map(
-                lambda x: jnp.swapaxes(x.reshape(rows // parts, parts, *x.shape[1:]), 0, 1),
-                (inputs, targets, real, jnp.arange(rows)),
-            )
-            random = self.variables.is_random()
-
-            def one(carry: Any, micro: Any) -> tuple[Any, Any]:
-                grads, sums, moving = carry
-                # Each microbatch starts from the same random streams: dropout draws by example.
-                before = {k: state.model_state[k] if random[k] else v for k, v in moving.items()}
-                new, (more, after) = self._gradients(state.params, before, *micro)
-                return (jax.tree.map(jnp.add, grads, new), jax.tree.map(jnp.add, sums, more), after), None
-
-            first = jax.tree.map(lambda x: x[0], split)
-            grads, (sums, _) = jax.eval_shape(self._gradients, state.params, state.model_state, *first)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
-            (grads, sums, model_state), _ = lax.scan(one, (*zeros, first_state), split)
+            grads, sums, model_state = self._accumulated(state, whole)
         if self.skip_bad:
             sums = sums | {"limit": batch.limit}
         return self.finish(state, grads, model_state, sums)
 
+    def _accumulated(self, state: TrainState, whole: Any) -> tuple[dict, dict[str, Any], dict[str, Array]]:
+        """Returns gradients and sums over the microbatches, and the model's other variables afterwards."""
+        parts = self.accumulate
+        split = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), whole
+        )
+        random = self.variables.is_random()
+
+        def one(carry: Any, micro: Any) -> tuple[Any, None]:
+            grads, sums, moving = carry
+            # Each microbatch starts from the same random streams: dropout draws by example.
+            before = {k: state.model_state[k] if random[k] else v for k, v in moving.items()}
+            new, (more, after) = self._gradients(state.params, before, *micro)
+            return (jax.tree.map(jnp.add, grads, new), jax.tree.map(jnp.add, sums, more), after), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        grads, (sums, _) = jax.eval_shape(self._gradients, state.params, state.model_state, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+        carry, _ = lax.scan(one, (*zeros, self.before(state.model_state)), split)
+        return carry
+
     def evaluated(
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
-    ) -> tuple[Any, dict[str, Array]]:
-        """Outputs in evaluation mode, and the sums over real examples (if there are targets)."""
+    ) -> tuple[Any, dict[str, Any]]:
+        """In evaluation mode: the outputs where there are no targets, else the sums over real examples."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
         inputs = self._cast(inputs)
-        with examples(index, real), resharded(model, self.layout, inputs) as lies:
-            outputs = model(inputs)
-        return outputs, {} if targets is None else self._sums(outputs, targets, real, index.shape[0], lies)
+        if targets is not None:
+            return (), self._sums(model, inputs, targets, Context(False, index.shape[0], index, real))
+        with examples(index, real), resharded(model, self.layout, inputs):
+            return model(inputs), {}
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
         """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
@@ -211,14 +236,14 @@ class Program:
 def compiled(
     function: Callable, state: TrainState, batch: Batch, mesh: Mesh, out: TrainState | None, *, staged: bool
 ) -> Any:
-    """A step, compiled for a state and batches that lie as these do.
+    """Compiles a step for states and batches that are placed as these are.
 
     Args:
         function: `(state, batch) -> two results`.
-        state, batch: arrays or shapes.
-        mesh: that they lie on.
+        state, batch: arrays or shapes, placed on the mesh.
+        mesh: of the run.
         out: shardings of the first result, which then takes the memory of the state.
-        staged: it has pipeline stages, which differ from rank to rank.
+        staged: whether the step has pipeline stages, whose programs differ from rank to rank.
 
     Raises:
         UserError: operators that XLA cannot be trusted with.
@@ -237,5 +262,5 @@ def compiled(
         check.refuse_outside_islands(traced.jaxpr, mesh)
         program = traced.lower().compile()
     if staged:
-        refuse_divergent(program.as_text(), mesh, ["pipe"])
+        refuse_divergent(program.as_text(), mesh, [PIPE])
     return program

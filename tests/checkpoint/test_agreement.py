@@ -1,4 +1,4 @@
-"""Two real processes that see other files, or read other parts of them, come to the same judgement."""
+"""Two real processes that see different files, or read different parts, agree on what is damaged."""
 
 import json
 import shutil
@@ -61,10 +61,10 @@ def test_processes_judge_alike_and_see_what_one_of_them_sees(folder):
         )
         for rank in range(2)
     ]
-    said = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said
+    errors = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
     for rank in range(2):
         found = json.loads((folder / f"{rank}.json").read_text())
         # The damage is in the share of one process, and both go back; of steps the first one knows.
         assert found == {"steps": [1, 2, 3], "whole": 3, "even": 2, "odd": 2}
-        assert said[rank].count("DAMAGED CHECKPOINT") == 2
+        assert errors[rank].count("DAMAGED CHECKPOINT") == 2

@@ -1,4 +1,4 @@
-"""A run is taken up anywhere as if it had never stopped, and damage is seen before it is restored."""
+"""A run resumes on any mesh as if it had not stopped, and damage is found before anything is restored."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,11 +16,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from forked_process import ForkedProcess
 from pipelined_models import Small, close, trainer, wide
 from recipe_process import environment
 
 import shardtrain as st
-from shardtrain import Checkpoints, UserError
+from shardtrain import Checkpoints, UserError, versions
 from shardtrain.checkpoint import manifest
 from shardtrain.checkpoint.storage import Handler, Restore
 from shardtrain.launch.local import free_port
@@ -41,7 +41,7 @@ def make(mesh):
 
 
 def go_on(one, steps, **kwargs):
-    """Losses of so many steps from where a run stands in the data."""
+    """The losses of more steps, from the run's position in the data."""
     feed = st.data.train_batches(ARRAYS, BATCH, seed=3, start=one.examples // BATCH)
     rows = one.fit(feed, steps=int(one.state.step) + steps, progress=False, **kwargs)
     return [row["loss"] for row in rows]
@@ -92,16 +92,16 @@ def other():
 
 @pytest.mark.parametrize("forgotten", ["examples", "opt_state", "model_state", "params", "nothing"])
 def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved, other, monkeypatch):
-    """Every part of the tree matters: a restore that leaves one at its start gives another run."""
+    """Every part of the tree matters: a restore that leaves out one part gives other losses."""
     fresh = make("data=2")
-    start = {"examples": np.int64(0)} | {
-        key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")
-    }
+    start = {key: getattr(fresh.state, key) for key in ("opt_state", "model_state", "params")}
+    start["examples"] = fresh.state.extra
     right = Checkpoints.restore
 
     def wrong(self, *args):
         step, tree = right(self, *args)
-        return step, tree | ({} if forgotten == "nothing" else {forgotten: start[forgotten]})
+        field = {"examples": "extra"}.get(forgotten, forgotten)
+        return step, tree | ({} if forgotten == "nothing" else {field: start[forgotten]})
 
     monkeypatch.setattr(Checkpoints, "restore", wrong)
     assert other.restore(saved) == 6
@@ -110,7 +110,7 @@ def test_what_a_restore_forgets_is_seen_in_the_losses(forgotten, straight, saved
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(other, tmp_path):
-    """What is written is the state as it was, though the next step takes its memory."""
+    """The state is written as it was, although the next step reuses its memory."""
     go_on(other, 1)
     before = whole(other)
     examples = other.examples
@@ -152,14 +152,14 @@ def test_the_revision_is_that_of_the_program(tmp_path):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
 
-    assert manifest.revision(tmp_path) is None
+    assert versions.revision(tmp_path) is None
     (tmp_path / "program.py").write_text("1\n")
     for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
         git(*words)
     head = git("rev-parse", "HEAD").stdout.strip()
-    assert manifest.revision(tmp_path) == head
+    assert versions.revision(tmp_path) == head
     (tmp_path / "program.py").write_text("2\n")
-    assert manifest.revision(tmp_path) == f"{head}-dirty"
+    assert versions.revision(tmp_path) == f"{head}-dirty"
 
 
 def test_arrays_of_another_type_are_refused(tmp_path):
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
 
 
 def test_orbax_alone_restores_a_flipped_bit(tmp_path, monkeypatch):
-    """Why there are checksums; when this fails, Orbax has its own and ours may go."""
+    """The reason for checksums; when this test fails, Orbax has its own and ours are not needed."""
     state = {"x": np.arange(100_000.0)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state)
@@ -379,15 +379,19 @@ for step in itertools.count(start + 1):
 def test_a_kill_while_saving_leaves_a_whole_one(tmp_path):
     """Killed again and again, at other moments of a save; a writer that is not atomic loses some."""
     like = {"x": np.zeros(1_000_000, np.float32), "y": np.zeros(7, np.int64)}
+    folder, program = tmp_path / "run", tmp_path / "saves.py"
+    program.write_text(SAVES)
     last = 0
     for delay in (0.0, 0.004, 0.013, 0.037):
-        job = python(SAVES, tmp_path)
-        for _ in range(2):
-            job.stdout.readline()
-        time.sleep(delay)
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
-        step, state = Checkpoints(tmp_path).restore(like)
+        os.mkfifo(pipe := tmp_path / f"out of {delay}")
+        job = ForkedProcess(program, [folder], pipe, os.devnull)
+        with pipe.open() as out:
+            for _ in range(2):
+                out.readline()
+            time.sleep(delay)
+            job.kill()
+            job.wait()
+        step, state = Checkpoints(folder).restore(like)
         assert step > last
         assert (state["x"] == step).all()
         assert (state["y"] == step).all()
@@ -401,7 +405,7 @@ import sys
 import numpy as np
 import pickle
 from shardtrain import Checkpoints
-from shardtrain.train import exchange
+from shardtrain.checkpoint import export
 like = {"x": np.zeros(6), "y": {"z": np.zeros(2, np.int32)}}
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, {"x": np.arange(6.0), "y": {"z": np.ones(2, np.int32)}})
@@ -429,16 +433,19 @@ def job(processes, mesh, folder, steps):
     """Results of every process of a job on four devices."""
     port = free_port()
     outs = [folder.with_name(f"out{rank}") for rank in range(processes)]
-    commands = [
-        [sys.executable, WORKER, port, processes, rank, 4 // processes, mesh, folder, steps, out]
-        for rank, out in enumerate(outs)
-    ]
+    errors = [folder.with_name(f"err{rank}") for rank in range(processes)]
+    folder.parent.mkdir(exist_ok=True)
     jobs = [
-        subprocess.Popen(list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True)
-        for command in commands
+        ForkedProcess(
+            WORKER,
+            [port, processes, rank, 4 // processes, mesh, folder, steps, outs[rank]],
+            os.devnull,
+            errors[rank],
+        )
+        for rank in range(processes)
     ]
-    errors = [one.communicate(timeout=200)[1] for one in jobs]
-    assert [one.returncode for one in jobs] == [0] * processes, errors
+    statuses = [one.wait(200) for one in jobs]
+    assert statuses == [0] * processes, [error.read_text() for error in errors]
     return [json.loads(out.read_text()) for out in outs]
 
 

@@ -1,4 +1,4 @@
-"""Weights handed on in one file."""
+"""Export and import of a model's variables as one file."""
 
 import pickle
 import zipfile

@@ -1,4 +1,4 @@
-"""A folder in which no checkpoint can be begun is a sentence, and the process ends with it."""
+"""A folder that cannot take a checkpoint is one sentence, after which the process ends."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 from recipe_process import environment
 
-from shardtrain.checkpoint.checkpoints import _of_disk
+from shardtrain.checkpoint.checkpoints import _disk_error
 
 PROGRAM = """
 import pathlib, shutil, sys
@@ -52,4 +52,4 @@ FULL = {
 
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 def test_a_full_disk_is_the_same_reason_whoever_says_it(error):
-    assert _of_disk(error) == "No space left on device"
+    assert _disk_error(error) == "No space left on device"

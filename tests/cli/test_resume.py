@@ -1,4 +1,4 @@
-"""From where a run is taken up, and which flags must be those that it was made with."""
+"""Which checkpoint a run resumes from, and which flags must be equal."""
 
 import logging
 from dataclasses import dataclass, replace

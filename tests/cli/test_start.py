@@ -13,13 +13,13 @@ from recipe_process import ROOT, environment
 
 from shardtrain import UserError, cli
 from shardtrain.cli.flags import check
-from shardtrain.cli.start import held, start_jax
+from shardtrain.cli.start import lock_folder, start_jax
 from shardtrain.errors import StartError
 from shardtrain.launch.local import free_port
 
 
 def enter(folder, wait):
-    with held(folder, wait):
+    with lock_folder(folder, wait):
         return None
 
 
@@ -58,7 +58,7 @@ def test_no_devices_at_all(monkeypatch):
 
 
 def test_a_run_that_is_started_again_waits_for_the_one_on_its_way_out(tmp_path):
-    with ThreadPoolExecutor(1) as elsewhere, held(tmp_path, wait=0.0):
+    with ThreadPoolExecutor(1) as elsewhere, lock_folder(tmp_path, wait=0.0):
         with pytest.raises(StartError, match="another run is writing there"):
             enter(tmp_path, 0.0)
         later = elsewhere.submit(enter, tmp_path, 30.0)

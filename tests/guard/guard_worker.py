@@ -93,10 +93,11 @@ def feed(rows, start):
         yield x[rows.start : stop], y[rows.start : stop]
 
 
-def observe(step, row):
-    print(json.dumps({"step": step, "loss": row["loss"]}), flush=True)
-    if here("sigterm in save", step):
-        terminate()
+class Observe(st.callbacks.Callback):
+    def on_step(self, run, row):
+        print(json.dumps({"step": run.step, "loss": row["loss"]}), flush=True)
+        if here("sigterm in save", run.step):
+            terminate()
 
 
 trainer = st.Trainer(Net(), optax.adam(0.01), mesh=st.make_mesh("data=2"))
@@ -121,7 +122,7 @@ with guard, checkpoints:
         progress=False,
         checkpoints=checkpoints,
         guard=guard,
-        observers=[observe],
+        callbacks=[Observe()],
     )
     print(f"trained to example {trainer.examples}", flush=True)
     if wishes.get("fault") == "late" and rank == wishes["rank"]:

@@ -1,4 +1,4 @@
-"""Bad steps: what is left out, gone back from or refused is exactly that; events, profiles and times."""
+"""Bad steps are skipped, rolled back or refused exactly; events, profiles and times of phases."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def deep(mesh, **kwargs):
 
 
 def poisoned(at, value=np.nan):
-    """The batches, of which the one of step `at` has a pixel that is no number."""
+    """The batches, with one pixel of the batch of step `at` that is not finite."""
     data = [(x.copy(), y) for x, y in DATA]
     data[at - 1][0][5, 0, 0, 0] = value
     return data
@@ -41,7 +41,7 @@ def run(one, data, guard=None, checkpoints=None):
 
 
 def weights(one):
-    """All that a run is but for the step's number."""
+    """The whole state of a run except the number of the step."""
     return dataclasses.replace(one._named(), step=0)
 
 
@@ -92,7 +92,7 @@ def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(me
 
 
 def test_rollback_goes_back_on_its_own_way(tmp_path):
-    """Not to later checkpoints of the way that the run has left."""
+    """It does not restore later checkpoints of a continuation that the run has left."""
     ours, theirs = deep("data=2"), deep("data=2")
     with st.Checkpoints(tmp_path / "checkpoints", every=2) as kept:
         run(ours, DATA, checkpoints=kept)
@@ -145,7 +145,7 @@ def test_bad_steps_without_end_end_the_run(tmp_path):
 
 @pytest.mark.parametrize("on_nan", ["skip", "rollback"])
 def test_a_spike_counts_as_not_finite(on_nan, tmp_path):
-    """Labels from 10 on count a hundredfold; the median is of steps before it."""
+    """The loss counts labels from 10 on a hundredfold; the median is that of earlier steps."""
 
     def loss(outputs, labels):
         each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels % 10)

@@ -1,4 +1,4 @@
-"""Guards over real processes: what is signalled, stopped, killed or raised, and who says what, how fast."""
+"""Guards in real processes that are signalled, suspended, killed or raise: exit statuses and messages."""
 
 import json
 import re
@@ -9,21 +9,22 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_process import ForkedProcess
 from recipe_process import environment
 
 from shardtrain.launch.local import free_port
 
 WORKER = Path(__file__).parent / "guard_worker.py"
 
-LIMIT = 240
-"""Seconds for what hangs. Which guard ended a process is told by its status and words, not by how soon.
+LIMIT_SECONDS = 240
+"""After this a process hangs. Status and messages say which guard ended a process, not the time that it took.
 
-Orbax saves with many threads: a job that takes a second here took 60 beside four busy processes.
+Orbax saves with many threads: a job that takes a second here took 60 next to four busy processes.
 """
 
 
 class Job:
-    """Processes of `guard_worker.py`, each with its files of output."""
+    """Processes that run `guard_worker.py`, each with files for its output."""
 
     def __init__(self, folder, processes=2, **wishes):
         folder.mkdir(exist_ok=True)
@@ -31,13 +32,11 @@ class Job:
         port = free_port()
         self.processes = []
         for rank in range(processes):
-            command = [sys.executable, str(WORKER), str(port), str(processes), str(rank), str(self.run)]
-            with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, json.dumps(wishes)], stdout=out, stderr=err, env=environment()
-                    )
-                )
+            out, err = folder / f"{rank}.out", folder / f"{rank}.err"
+            out.write_text("")
+            err.write_text("")
+            arguments = [port, processes, rank, self.run, json.dumps(wishes)]
+            self.processes.append(ForkedProcess(WORKER, arguments, out, err))
 
     def __enter__(self):
         return self
@@ -62,13 +61,14 @@ class Job:
 
     def codes(self, ranks=None):
         """Exit statuses."""
-        until = time.monotonic() + LIMIT
+        until = time.monotonic() + LIMIT_SECONDS
         ranks = range(len(self.processes)) if ranks is None else ranks
         try:
             return [self.processes[r].wait(max(0.1, until - time.monotonic())) for r in ranks]
         except subprocess.TimeoutExpired:
             pytest.fail(
-                f"still there after {LIMIT} s:\n" + "\n".join(map(self.err, range(len(self.processes))))
+                f"still there after {LIMIT_SECONDS} s:\n"
+                + "\n".join(map(self.err, range(len(self.processes))))
             )
 
     def out(self, rank):
@@ -110,7 +110,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_of_both(rank, tmp_path):
     "fault", [pytest.param("sigterm", marks=pytest.mark.slow), "sigterm in save"], ids=["step", "save"]
 )
 def test_sigterm_in_the_last_step_or_its_save_stops_after_the_save(fault, tmp_path):
-    """Nothing comes after it, and the same command again has nothing left to train."""
+    """No evaluation follows, and the same command has nothing left to train."""
     with Job(tmp_path, fault=fault, rank=1, at=6, steps=6) as job:
         assert job.codes() == [75, 75]
         assert job.saved() == [6]
@@ -123,7 +123,7 @@ def test_sigterm_in_the_last_step_or_its_save_stops_after_the_save(fault, tmp_pa
 
 
 def test_a_ragged_batch_counts_the_rows_that_there_are(tmp_path):
-    """Of 8 rows a batch the fourth has 4 and 1; the run that takes this one up goes on behind them."""
+    """The fourth batch has 4 and 1 rows instead of 8; a resumed run continues after these 5 examples."""
     with Job(tmp_path, ragged=[4, [4, 1]], steps=6) as job:
         assert job.codes() == [0, 0]
         assert "trained to example 45" in job.out(0)
@@ -152,7 +152,7 @@ def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
 
 @pytest.mark.parametrize("at", [pytest.param("looking", marks=pytest.mark.slow), "writing"])
 def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
-    """It is named, and the other one ends so that it is run again; the checkpoint before is whole."""
+    """The other rank names it and exits with 76; the checkpoint before it is intact."""
     with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=8) as job:
         assert job.codes() == [76, -signal.SIGKILL]
         assert "rank 1 did not answer" in job.err(0), job.err(0)
@@ -167,15 +167,15 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         job.processes[rank].send_signal(signal.SIGSTOP)
         other = 1 - rank
         assert job.codes(ranks=[other]) == [76]
-        said = job.err(other)
-        assert re.search(rf"rank {rank}\b.* (did|does) not answer", said), said
-        assert re.search("no(t answer| progress) for 5 s", said), said
-        assert 'guard_worker.py", line' in said  # stacks, down to the user's own code
-        assert "in run" in said
+        stderr = job.err(other)
+        assert re.search(rf"rank {rank}\b.* (did|does) not answer", stderr), stderr
+        assert re.search("no(t answer| progress) for 5 s", stderr), stderr
+        assert 'guard_worker.py", line' in stderr  # stacks, down to the user's own code
+        assert "in run" in stderr
 
 
 def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
-    """The host of one is gone before the others have saved, as preempted ones are."""
+    """A preempted host may be gone before the others have saved."""
     with Job(tmp_path, watchdog=5) as job:
         job.wait_for_step(5)
         job.processes[1].send_signal(signal.SIGSTOP)
@@ -191,8 +191,8 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tmp_path):
         assert job.codes() == [76, 76]
         assert "no progress for 5 s" in job.err(0) + job.err(1)
         assert "in spin" in job.err(1)
-        told = job.err(0)
-        assert "rank 1 is behind, at step 6 in 'data'" in told or "rank 1 saw no progress" in told
+        stderr = job.err(0)
+        assert "rank 1 is behind, at step 6 in 'data'" in stderr or "rank 1 saw no progress" in stderr
 
 
 def test_a_killed_rank_is_named(tmp_path):
@@ -217,13 +217,13 @@ def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
 
 
 def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
-    """Which stays until the others have heard of its failure."""
+    """Rank 0 stays until the others have read of its failure."""
     wishes = {"fault": "user error", "rank": 0, "at": 4}
     place = f'{sys.executable} {WORKER} "${{SHARDTRAIN_COORDINATOR#*:}}" 2 "$SHARDTRAIN_PROCESS_ID" "$0" "$1"'
     job = ["sh", "-c", place, str(tmp_path / "run"), json.dumps(wishes)]
     command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", *job]
     done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     assert done.returncode == 2
     _, first, words = done.stderr.partition("launch: process 0 failed first: it ended with status 2")
@@ -264,7 +264,7 @@ def test_a_rank_that_does_not_come_to_the_end_is_named(tmp_path):
 
 
 def test_one_process(tmp_path):
-    """Saves on SIGTERM, goes on where it was, and its watchdog ends it."""
+    """A single process saves on SIGTERM, resumes, and is ended by its watchdog."""
     with Job(tmp_path, processes=1) as job:
         job.wait_for_step(5)
         job.processes[0].send_signal(signal.SIGTERM)
@@ -279,7 +279,7 @@ def test_one_process(tmp_path):
 
 LAST = """
 from shardtrain import Guard
-from shardtrain.train.peers import Peers
+from shardtrain.guard.peers import Peers
 
 class Gone:
     def __getattr__(self, name):
@@ -298,7 +298,7 @@ def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=LIMIT_SECONDS,
         check=False,
     )
     assert done.returncode == 76

@@ -1,4 +1,4 @@
-"""What the watch over one real process does with its signals and its limits; its main thread only waits."""
+"""The watch over one real process whose main thread only waits: signals and time limits."""
 
 import re
 import signal
@@ -11,7 +11,12 @@ from recipe_process import environment
 
 from shardtrain import Guard
 from shardtrain.guard.profile import Clock
-from shardtrain.guard.watch import AGAIN, PATIENCE, SILENT, SLOW
+from shardtrain.guard.watch import (
+    MOST_SILENT_SECONDS,
+    REPEATED_SIGNAL_SECONDS,
+    SLOW_PHASE_FACTOR,
+    SLOW_PHASES,
+)
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def test_a_second_signal_leaves_at_once_and_one_sent_twice_does_not(begin):
     job.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     job.send_signal(signal.SIGTERM)  # as a scheduler and a launcher both do
-    time.sleep(AGAIN + 0.5)
+    time.sleep(REPEATED_SIGNAL_SECONDS + 0.5)
     assert job.poll() is None  # it would stop after this step, which has no end
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=10)
@@ -65,10 +70,12 @@ def test_a_job_that_slept_as_a_whole_was_not_silent_all_the_while(monkeypatch):
     for pause in (1.0, 3600.0, 1.0):
         now[0] += pause
         clock.tick()
-    assert clock.now() == 2.0 + Clock.LONGEST
+    assert clock.now() == 2.0 + Clock.LONGEST_TICK_SECONDS
 
 
-@pytest.mark.parametrize(("watchdog", "silence"), [(None, SILENT), (600.0, SILENT), (20.0, 20.0)])
+@pytest.mark.parametrize(
+    ("watchdog", "silence"), [(None, MOST_SILENT_SECONDS), (600.0, MOST_SILENT_SECONDS), (20.0, 20.0)]
+)
 def test_who_says_nothing_is_lost_before_jax_aborts(watchdog, silence):
     assert Guard(watchdog=watchdog)._watch.silence == silence
 
@@ -77,8 +84,8 @@ SECONDS = 0.4
 
 
 def test_slow_parts_have_more_time_and_an_end(begin):
-    """Each takes twice what a step may; the last one never ends."""
-    *parts, last = SLOW
+    """Each phase takes twice the limit of a step; the last one never ends."""
+    *parts, last = SLOW_PHASES
     job = begin(f"""
 import time
 from shardtrain import Guard
@@ -94,5 +101,5 @@ with Guard(watchdog={SECONDS}) as guard:
     start = time.monotonic()
     _, err = job.communicate(timeout=20)
     assert job.returncode == 76
-    assert re.search(rf"no progress for {PATIENCE * SECONDS:.0f} s in {last!r}", err), err
-    assert PATIENCE * SECONDS - 0.2 < time.monotonic() - start < PATIENCE * SECONDS + 5
+    assert re.search(rf"no progress for {SLOW_PHASE_FACTOR * SECONDS:.0f} s in {last!r}", err), err
+    assert SLOW_PHASE_FACTOR * SECONDS - 0.2 < time.monotonic() - start < SLOW_PHASE_FACTOR * SECONDS + 5

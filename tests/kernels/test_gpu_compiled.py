@@ -158,5 +158,5 @@ def test_evidence_speaks_to_its_user(tmp_path):
 def test_budgets(monkeypatch, changes, said):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool, cards = importlib.import_module("gpu_evidence"), importlib.import_module("cards")
-    row = tool.Row("product", "", "sm_90a", 100, 0, 100000, 16, 1, 1, 1, 1.0)
+    row = tool.KernelEvidence("product", "", "sm_90a", 100, 0, 100000, 16, 1, 1, 1, 1.0)
     assert tool.broken(dataclasses.replace(row, **changes), cards.CARDS["sm_90a"]) == said

@@ -1,4 +1,4 @@
-"""The place of a process, from environments as schedulers really set them."""
+"""The place of a process, found in environments as real schedulers set them."""
 
 import importlib
 
@@ -181,16 +181,18 @@ def test_processes_of_a_host_share_its_gpus():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_start_says_what_differs_and_goes_on(monkeypatch, rank):
-    """Once for all processes."""
-    module, said = importlib.import_module("shardtrain.launch.connect"), []
-    cards = [{"host": host, "versions": {"grain": version}} for host, version in (("a", "1"), ("b", "2"))]
-    monkeypatch.setattr(module, "meet", lambda *_: cards)
-    monkeypatch.setattr(module.log, "warning", lambda text, *words: said.append(text % words))
+    """One warning for all processes."""
+    module, warnings = importlib.import_module("shardtrain.launch.connect"), []
+    identities = [
+        {"host": host, "versions": {"grain": version}} for host, version in (("a", "1"), ("b", "2"))
+    ]
+    monkeypatch.setattr(module, "meet", lambda *_: identities)
+    monkeypatch.setattr(module.log, "warning", lambda text, *words: warnings.append(text % words))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     for name, value in (LOCAL | {"SHARDTRAIN_PROCESS_ID": str(rank)}).items():
         monkeypatch.setenv(name, value)
     assert connect().process_id == rank
-    assert [line.split(";")[0] for line in said] == [
+    assert [line.split(";")[0] for line in warnings] == [
         "grain is 2 in process 1 (b) and 1 in process 0 (a)" for _ in range(1 - rank)
     ]
 

@@ -1,4 +1,4 @@
-"""What each check of the doctor says of a host that has what it looks for."""
+"""Each check of the doctor, on a host that has the defect it looks for."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 from shardtrain import UserError
 from shardtrain.cli.doctor import Doctor
-from shardtrain.launch import Cluster, doctor
+from shardtrain.launch import Cluster, doctor, identity
 from shardtrain.launch.identity import own_identity
 
 FAR = Cluster("Slurm", "n1:62000", 2, 1, hosts=2)
@@ -23,12 +23,12 @@ def bad(findings):
 
 
 def install(monkeypatch, **versions):
-    """These packages are the ones for GPUs, beside jaxlib 0.10.2."""
+    """Pretends that these packages for GPUs are installed, with jaxlib 0.10.2."""
     found = {"jax": "0.10.2", "jaxlib": "0.10.2"} | {k.replace("_", "-"): v for k, v in versions.items()}
     dist = namedtuple("Distribution", "metadata")
     every = [dist({"Name": name.replace("-", "_")}) for name in found]
     monkeypatch.setattr(identity.metadata, "distributions", lambda: every)
-    for module in (card, doctor):
+    for module in (identity, doctor):
         monkeypatch.setattr(module, "installed", lambda names: {n: found[n] for n in names if n in found})
 
 
@@ -53,8 +53,8 @@ def test_a_plugin_beside_another_jaxlib(monkeypatch):
     ]
 
 
-def cards(*others):
-    """Those of process 0 on host a and of others, with what differs in them."""
+def identities(*others):
+    """The identities of process 0 on host a, and of others with these differences."""
     first = own_identity() | {"host": "a", "skew": 0.0}
     return [first] + [
         first | {"host": "b", "versions": first["versions"] | more.pop("versions", {})} | more
@@ -63,12 +63,12 @@ def cards(*others):
 
 
 def test_processes_that_are_alike():
-    assert bad(doctor.together(cards({}, {"skew": -0.9}))) == []
+    assert bad(doctor.together(identities({}, {"skew": -0.9}))) == []
 
 
 @pytest.mark.parametrize("package", ["jax", "python", "numpy", "nvidia-nccl-cu13"])
 def test_versions_that_differ_between_hosts(package):
-    ((check, found, fix),) = bad(doctor.together(cards({}, {"versions": {package: "0.1"}})))
+    ((check, found, fix),) = bad(doctor.together(identities({}, {"versions": {package: "0.1"}})))
     assert check == "versions"
     assert found.startswith(f"{package} is 0.1 in process 2 (b) and ")
     assert fix == "install the same on all hosts"
@@ -86,7 +86,7 @@ def test_what_gpus_need_is_compared(monkeypatch):
 
 @pytest.mark.parametrize("skew", [1.2, -3.0])
 def test_clocks_of_hosts(skew):
-    ((check, found, fix),) = bad(doctor.together(cards({"skew": 0.5}, {"skew": skew})))
+    ((check, found, fix),) = bad(doctor.together(identities({"skew": 0.5}, {"skew": skew})))
     assert (check, found) == ("clocks", f"process 2 (b) is {skew:+.1f} s off process 0")
     assert fix == "let b keep its time by NTP"
 
@@ -122,8 +122,8 @@ def test_gpus_that_jax_does_not_use(monkeypatch, platforms, fix):
     if platforms:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    ((check, found, said),) = bad(doctor.devices(None))
-    assert (check, said) == ("devices", fix)
+    ((check, found, proposal),) = bad(doctor.devices(None))
+    assert (check, proposal) == ("devices", fix)
     assert found.endswith("but the host has 2 NVIDIA GPUs")
 
 

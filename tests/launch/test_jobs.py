@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import recipe_process
 from recipe_process import ROOT, environment
 
 from shardtrain import UserError
 from shardtrain.checkpoint.checkpoints import UNFINISHED
 from shardtrain.cli.start import check_out
-from shardtrain.guard.watch import BEGUN
+from shardtrain.guard.protocol import says_that_training_begins
 from shardtrain.launch.doctor import address, folder
-from shardtrain.launch.local import free_port
+from shardtrain.launch.local import free_port, run_local
 
 RECIPE = [sys.executable, str(ROOT / "recipes" / "train_cnn.py"), "--model", "lenet"]
 DOCTOR = [sys.executable, "-m", "shardtrain", "doctor"]
@@ -31,6 +33,22 @@ def run(command, limit=240, **more):
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment(**more), timeout=limit, check=False
     )
+
+
+def run_forked(command):
+    """The same for a Python command, in the fork of a process that has imported what recipes import."""
+    python, program, *flags = command
+    assert python == sys.executable
+    if program == "-m":
+        program, *flags = Path(__file__).with_name("shardtrain_command.py"), *flags[1:]
+    return recipe_process.run(program, *flags)
+
+
+def run_locally(command, processes, capfd, **more):
+    """What `launch local` returns and prints, without an interpreter for the launcher itself."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        status = run_local(command, processes, **more)
+    return subprocess.CompletedProcess(command, status, *capfd.readouterr())
 
 
 def launch(*flags):
@@ -80,7 +98,7 @@ def test_a_wrong_coordinator_name(tmp_path):
         str(tmp_path / "a"),
     ]
     start = time.monotonic()
-    done = run([*RECIPE, *flags])
+    done = run_forked([*RECIPE, *flags])
     assert done.returncode == 2
     assert "error: --coordinator no-such-host:62000: the coordinator's name" in done.stderr
     assert "'no-such-host' does not resolve" in done.stderr
@@ -91,13 +109,13 @@ def test_a_wrong_coordinator_name(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
-    """A coordinator that is dead, and a coordinator that waits for one that is."""
+    """Rank 1 without a coordinator, and the coordinator without rank 1."""
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", *SENTENCE_2, "--process-id", str(rank)]
     start = time.monotonic()
-    done = run([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
+    done = run_forked([*RECIPE, *flags, "--start-limit", "2", "--out", str(tmp_path / "a")])
     assert done.returncode == 76, done.stderr
-    said = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
-    assert said in done.stderr
+    message = "nothing answers at the coordinator" if rank else "1 did not come to process 0"
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - start < 40
 
@@ -105,7 +123,7 @@ def test_who_is_not_there_is_named_within_the_limit(tmp_path, rank):
 def test_a_port_that_is_taken(tmp_path):
     with socket.create_server(("", free_port())) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        done = run(
+        done = run_forked(
             [
                 *RECIPE,
                 "--coordinator",
@@ -121,15 +139,15 @@ def test_a_port_that_is_taken(tmp_path):
     assert "cannot be used (Address already in use)" in done.stderr
 
 
-def test_a_mesh_that_processes_cannot_share(tmp_path):
-    done = run([*launch("-n", 2), *RECIPE, "--mesh", "data=3", "--out", str(tmp_path / "a")])
+def test_a_mesh_that_processes_cannot_share(tmp_path, capfd):
+    done = run_locally([*RECIPE, "--mesh", "data=3", "--out", str(tmp_path / "a")], 2, capfd)
     assert done.returncode == 2
     assert "mesh 'data=3' has 3 devices, which 2 processes cannot share evenly" in done.stderr
 
 
 @pytest.mark.parametrize("there", [pytest.param([0, 1], marks=pytest.mark.slow), [1]])
 def test_processes_with_different_folders_are_refused(tmp_path, there):
-    """As two hosts are whose --out is the same path on disks of their own."""
+    """Like two hosts whose --out is the same path on different disks."""
     outs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for rank in there:
         outs[rank].mkdir(parents=True)
@@ -146,10 +164,10 @@ def test_processes_with_different_folders_are_refused(tmp_path, there):
         )
         for rank, out in enumerate(outs)
     ]
-    said = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [2, 2], said
+    texts = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], texts
     sentence = f"process 1 on {socket.gethostname()} cannot see what process 0 writes there"
-    assert all(sentence in text and "Traceback" not in text for text in said), said
+    assert all(sentence in text and "Traceback" not in text for text in texts), texts
     assert [rank for rank, out in enumerate(outs) if out.exists()] == there  # as they were
     assert not any(list(outs[rank].iterdir()) for rank in there)
 
@@ -161,8 +179,8 @@ def test_doctor_alone(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_doctor_of_a_job(tmp_path):
-    done = run([*launch("-n", 3, "--devices", 2), *DOCTOR, "--out", str(tmp_path / "not" / "yet")])
+def test_doctor_of_a_job(tmp_path, capfd):
+    done = run_locally([*DOCTOR, "--out", str(tmp_path / "not" / "yet")], 3, capfd, devices=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 3 are there" in done.stdout
     assert "equal in all processes" in done.stdout
@@ -181,11 +199,11 @@ def test_doctor_finds_what_is_wrong(tmp_path):
             "--process-id",
             "0",
         ]
-        done = run([*DOCTOR, *job, "--out", "/proc/nowhere", "--start-limit", "1"])
+        done = run_forked([*DOCTOR, *job, "--out", "/proc/nowhere", "--start-limit", "1"])
     assert done.returncode == 1
     assert "cannot be used (Address already in use)" in done.stdout
     assert "name a folder that you may write to with --out" in done.stdout
-    done = run([*DOCTOR, "--coordinator", "no-such-host:62000", "--out", str(tmp_path)])
+    done = run_forked([*DOCTOR, "--coordinator", "no-such-host:62000", "--out", str(tmp_path)])
     assert done.returncode == 1
     assert "does not resolve" in done.stdout
     done = run([*DOCTOR, "--out", str(tmp_path)], SLURM_JOB_ID="7", SLURM_NTASKS="4")
@@ -214,7 +232,7 @@ def test_doctor_where_a_folder_may_not_be_looked_into(monkeypatch):
 
 
 def begin(tmp_path, *flags, steps):
-    """A supervised run of 3 processes, and its log."""
+    """A run of 3 processes under `launch local`, its folder and its log."""
     out = tmp_path / "run"
     recipe = [*RECIPE, "--mesh", "data=-1", "--batch-size", "24", "--checkpoint-every", "10", "--x64"]
     with (tmp_path / "log").open("wb") as log:
@@ -229,7 +247,7 @@ def begin(tmp_path, *flags, steps):
 
 
 def processes_of(job):
-    """The processes that a supervisor has started, by number."""
+    """The process ids of the processes that a launcher has started, by rank."""
     found = {}
     for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
         try:
@@ -266,7 +284,7 @@ def reference(tmp_path, steps):
         "--out",
         str(tmp_path / "one"),
     ]
-    done = run([*RECIPE, *flags])
+    done = run_forked([*RECIPE, *flags])
     assert done.returncode == 0, done.stderr
     return result(tmp_path / "one")["losses"]
 
@@ -277,11 +295,13 @@ def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_pat
     until(lambda: steps_done(out) > 25, job)
     os.kill(processes_of(job)[1], signal.SIGKILL)
     job.wait(240)
-    said = log.read_text(errors="replace")
-    assert job.returncode == 0, said
-    assert "restart 1: 2 processes, 1 fewer than at first; 1 of 2 restarts are left" in said
-    assert "resumed at step" in said
-    assert len(BEGUN.findall(said)) == 2  # after which a 2 is not of the number of processes
+    text = log.read_text(errors="replace")
+    assert job.returncode == 0, text
+    assert "restart 1: 2 processes, 1 fewer than at first; 1 of 2 restarts are left" in text
+    assert "resumed at step" in text
+    assert (
+        sum(map(says_that_training_begins, text.splitlines())) == 2
+    )  # after which a 2 is not of the number of processes
     assert result(out)["processes"] == 2
     np.testing.assert_allclose(result(out)["losses"], losses, rtol=1e-6)
 
@@ -298,7 +318,7 @@ def unfinished(out):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(tmp_path):
-    """Of any process, also while one saves: every run ends, with the losses of the undisturbed one."""
+    """Kills of any process, also in a save: the run completes, with the losses of an undisturbed one."""
     random = np.random.default_rng(0)
     losses = reference(tmp_path, 500)
     job, out, log = begin(tmp_path, "--restarts", 20, "--elastic", steps=500)
@@ -327,12 +347,12 @@ def test_twenty_kills_at_random_moments(tmp_path):
             saving & unfinished(out)
         )  # what was being written never came to its end
     job.wait(600)
-    said = log.read_text(errors="replace")
-    assert job.returncode == 0, said[-5000:]
+    text = log.read_text(errors="replace")
+    assert job.returncode == 0, text[-5000:]
     assert kills == 20
     assert max(waits) < 15
     assert torn >= 1
-    begun = [int(step) for step in re.findall(r"resumed at step (\d+) of 500", said)]
+    begun = [int(step) for step in re.findall(r"resumed at step (\d+) of 500", text)]
     assert len(set(begun) - {0}) > 3  # restarts went on, and none from further back than the one before
     assert begun == sorted(begun)
     print(f"{torn} kills in a save; resumed at {begun}; at most {max(waits):.1f} s until the next start")

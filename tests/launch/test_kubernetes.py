@@ -73,8 +73,8 @@ def test_a_jobset_of_the_same_name_is_another_job():
     _, _, pod = read(JOBS["large"])
     entries = pod["containers"][0]["env"]
     names = [entry["name"] for entry in entries]
-    said = entries[names.index("SHARDTRAIN_JOB")]["value"]
-    used = re.findall(r"\$\((\w+)\)", said)
+    job_name = entries[names.index("SHARDTRAIN_JOB")]["value"]
+    used = re.findall(r"\$\((\w+)\)", job_name)
     assert used == ["NAMESPACE", "JOBSET_UID"]
     assert max(map(names.index, used)) < names.index("SHARDTRAIN_JOB")
     source = entries[names.index("JOBSET_UID")]["valueFrom"]["fieldRef"]["fieldPath"]

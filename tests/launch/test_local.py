@@ -1,5 +1,7 @@
-"""The supervisor with small real processes: who failed first, who is ended, who is started again."""
+"""`launch local` with small real processes: which failed first, which are ended, which start again."""
 
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,15 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_process import ForkedProcess
 
 from shardtrain import UserError
-from shardtrain.launch import local
+from shardtrain.launch import detect, local
 from shardtrain.launch.local import run_local
 
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch):
-    monkeypatch.setattr(local, "PAUSE", 0.0)
+    monkeypatch.setattr(local, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 START = """
@@ -30,6 +33,32 @@ def launch(capfd, program, processes, **more):
     status = run_local([sys.executable, "-c", START + program], processes, **more)
     out, err = capfd.readouterr()
     return status, out, err
+
+
+COMMAND = Path(__file__).with_name("shardtrain_command.py")
+
+
+class Launcher(ForkedProcess):
+    """`shardtrain launch local` in a forked process, whose output comes through pipes."""
+
+    def __init__(self, folder, *arguments, program=COMMAND):
+        streams = [folder / name for name in ("launcher.out", "launcher.err")]
+        for stream in streams:
+            os.mkfifo(stream)
+        super().__init__(program, ["launch", "local", *arguments], *streams)
+        self.stdout, self.stderr = (stream.open() for stream in streams)
+
+    def communicate(self, timeout=None):
+        """Waits for its end, and returns the rest of its output."""
+        self.wait(timeout)
+        with self.stdout, self.stderr:
+            return self.stdout.read(), self.stderr.read()
+
+
+def fresh_launcher(folder, *arguments):
+    """`shardtrain launch local` as a user starts it."""
+    command = [sys.executable, "-m", "shardtrain", "launch", "local", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def sizes(out):
@@ -54,10 +83,10 @@ time.sleep(60)
     status, _, err = launch(capfd, program, 3)
     assert status == 3
     assert time.monotonic() - start < 5
-    said = [line for line in err.splitlines() if not line.startswith("[")]
-    assert said[0] == "launch: process 2 failed first: it ended with status 3, its last words:"
-    assert said[1].strip() == "bad batch 17"
-    assert "was killed by SIGTERM" in said[2]
+    lines = [line for line in err.splitlines() if not line.startswith("[")]
+    assert lines[0] == "launch: process 2 failed first: it ended with status 3, its last words:"
+    assert lines[1].strip() == "bad batch 17"
+    assert "was killed by SIGTERM" in lines[2]
 
 
 def test_a_consequence_is_not_the_cause(capfd):
@@ -116,8 +145,8 @@ def test_75_is_not_counted(capfd):
 def pauses(monkeypatch):
     """The seconds between attempts, which are not waited for."""
     found = []
-    monkeypatch.setattr(local, "PAUSE", 1.0)
-    monkeypatch.setattr(local.Attempts, "rest", lambda self, seconds: found.append(seconds))
+    monkeypatch.setattr(local, "FIRST_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(local.Attempts, "pause", lambda self, seconds: found.append(seconds))
     return found
 
 
@@ -131,7 +160,7 @@ def test_who_is_told_to_stop_at_once_again_and_again_waits_longer_and_longer(cap
 
 def test_who_was_told_to_stop_later_does_not_wait(capfd, monkeypatch):
     found = pauses(monkeypatch)
-    monkeypatch.setattr(local, "SHORT", 3.0)
+    monkeypatch.setattr(local, "SHORT_ATTEMPT_SECONDS", 3.0)
     program = "time.sleep(3 if restart == 2 else 0); sys.exit(75 if restart < 4 else 0)"
     assert launch(capfd, program, 1, restarts=1)[0] == 0
     assert found == [1, 2, 0, 1]
@@ -143,10 +172,18 @@ def test_failures_follow_each_other_at_once(capfd, monkeypatch):
     assert found == []
 
 
-def test_a_pause_ends_when_the_launcher_is_told_to_stop():
-    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "1", "--restarts", "1", "--"]
-    job = subprocess.Popen([*command, "sh", "-c", "exit 75"], stderr=subprocess.PIPE, text=True)
-    assert job.stderr is not None
+LONG_PAUSE = """
+from shardtrain.cli.command import main
+from shardtrain.launch import local
+local.FIRST_PAUSE_SECONDS = 8.0
+main()
+"""
+
+
+def test_a_pause_ends_when_the_launcher_is_told_to_stop(tmp_path):
+    (tmp_path / "launcher.py").write_text(LONG_PAUSE)
+    command = ["-n", "1", "--restarts", "1", "--", "sh", "-c", "exit 75"]
+    job = Launcher(tmp_path, *command, program=tmp_path / "launcher.py")
     while "in 8 s" not in job.stderr.readline():
         assert job.poll() is None
     begin = time.monotonic()
@@ -180,7 +217,7 @@ def test_75_passes_where_nothing_restarts(capfd):
 
 
 def test_who_leaves_with_75_is_given_time(capfd):
-    """All save together; the last of them is still busy when the first one has ended."""
+    """All processes save; the last is still saving when the first has ended."""
     program = (
         "print(restart, processes); time.sleep(0 if rank == 0 else 3); sys.exit(75 if restart == 0 else 0)"
     )
@@ -191,7 +228,7 @@ def test_who_leaves_with_75_is_given_time(capfd):
 
 
 def test_who_never_ends_after_75_is_killed(capfd):
-    """Of those that save together one hangs."""
+    """One of the processes that save hangs."""
     start = time.monotonic()
     status, _, err = launch(capfd, "time.sleep(0 if rank == 0 else 60); sys.exit(75)", 2, grace=1.0)
     assert status == 75, err
@@ -200,10 +237,10 @@ def test_who_never_ends_after_75_is_killed(capfd):
 
 def test_a_coordinator_of_another_job_is_not_ours(capfd, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "another-job:62000")
-    program = "from shardtrain.launch import detect; print(detect(os.environ).coordinator)"
-    status, out, _ = launch(capfd, program, 2)
+    status, out, _ = launch(capfd, "import json; print(json.dumps(dict(os.environ)))", 2)
     assert status == 0
-    assert out.count("127.0.0.1:") == 2
+    environments = [json.loads(line.partition("] ")[2]) for line in out.splitlines()]
+    assert [detect(env).coordinator.partition(":")[0] for env in environments] == ["127.0.0.1"] * 2
 
 
 def test_elastic_leaves_out_what_was_lost_and_grows_again(capfd, tmp_path):
@@ -263,7 +300,7 @@ time.sleep(60) if restart == 0 else sys.exit(2)
 
 
 def test_2_of_a_run_that_had_begun_is_the_end(capfd):
-    """A loss that is not finite, a full disk: it is not the number of processes that was refused."""
+    """After a bad loss or a full disk, it is not the number of processes that was refused."""
     program = """
 if rank == 0: print(restart, processes, flush=True)
 if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
@@ -279,7 +316,7 @@ sys.exit(2)
 
 
 def test_who_is_killed_by_the_launcher_is_not_lost(capfd, monkeypatch):
-    monkeypatch.setattr(local, "AFTERMATH", 0.5)
+    monkeypatch.setattr(local, "TERMINATION_SECONDS", 0.5)
     program = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if rank == 0: print(restart, processes, flush=True)
@@ -305,29 +342,25 @@ sys.exit(75 if restart == 1 else 0)
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_reader_that_goes_away_ends_nothing(closed):
-    """As in `launch local ... | head -1`: more comes after it than pipes hold."""
+def test_a_reader_that_goes_away_ends_nothing(tmp_path, closed):
+    """As in `launch local ... | head -1`, with more output than a pipe takes."""
     program = f"import sys\nfor k in range(20000): print('line', k, file=sys.{closed})\nsys.exit(3)"
-    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", "--", sys.executable, "-c"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*command, program], text=True, **pipes) as job:
-        getattr(job, closed).readline()
-        getattr(job, closed).close()
-        said = (job.stderr if closed == "stdout" else job.stdout).read()
-    assert job.returncode == 3, said
-    assert "Traceback" not in said
-    assert "Error" not in said
-    assert (closed == "stderr") == (said == "")
+    job = Launcher(tmp_path, "-n", "2", "--", sys.executable, "-c", program)
+    getattr(job, closed).readline()
+    getattr(job, closed).close()
+    with job.stderr if closed == "stdout" else job.stdout as stream:
+        text = stream.read()
+    assert job.wait(60) == 3, text
+    assert "Traceback" not in text
+    assert "Error" not in text
+    assert (closed == "stderr") == (text == "")
 
 
-def start(tmp_path, program, *flags):
-    """The command, once its processes say that they are there."""
-    command = [sys.executable, "-m", "shardtrain", "launch", "local", "-n", "2", *flags, "--"]
+def start(tmp_path, program, *flags, launcher=Launcher):
+    """The command, as soon as its two processes run."""
     ready = tmp_path / "ready"
     program = START + f"open({str(ready)!r} + str(rank), 'w').close()\n" + program
-    job = subprocess.Popen(
-        [*command, sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    job = launcher(tmp_path, "-n", "2", *flags, "--", sys.executable, "-c", program)
     while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
         time.sleep(0.05)
         assert job.poll() is None, job.communicate()
@@ -341,7 +374,7 @@ SAVES = (
 
 
 def test_sigterm_is_passed_on_and_nothing_restarts(tmp_path):
-    job = start(tmp_path, SAVES, "--restarts", "3")
+    job = start(tmp_path, SAVES, "--restarts", "3", launcher=fresh_launcher)
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=20)
     assert job.returncode == 75, err
@@ -371,7 +404,7 @@ def test_the_grace_has_an_end(tmp_path):
 
 
 def test_the_grace_is_counted_from_the_signal(tmp_path):
-    """And not from the end of the first of those that save."""
+    """It is not counted from the end of the first process that has saved."""
     program = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(75)) if rank == 0 else None)"
     job = start(tmp_path, f"{program}\nfor _ in range(60): time.sleep(1)", "--grace", "4")
     begin = time.monotonic()

@@ -78,8 +78,8 @@ def start(up, rank, processes, command, coordinator=None):
 
 
 def ends(jobs, limit=240):
-    said = [job.communicate(timeout=limit)[0] for job in jobs]
-    return [job.returncode for job in jobs], said
+    output = [job.communicate(timeout=limit)[0] for job in jobs]
+    return [job.returncode for job in jobs], output
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -88,49 +88,49 @@ def test_hosts_give_the_losses_of_one_process(up, tmp_path, processes):
     one.mkdir()
     many.mkdir()
     subprocess.run([*WORKER, str(one), "10"], env=on_cpu(), check=True, cwd=ROOT)
-    statuses, said = ends(
+    statuses, output = ends(
         [start(up, rank, processes, [*WORKER, str(many), "10"]) for rank in range(processes)]
     )
-    assert statuses == [0] * processes, said
+    assert statuses == [0] * processes, output
     assert set(losses(many)[1]) == {processes}
     np.testing.assert_allclose(losses(many)[0], losses(one)[0], rtol=1e-5)
 
 
 def test_doctor_over_hosts(up, tmp_path):
-    statuses, said = ends([start(up, rank, 3, [*DOCTOR, "--out", str(tmp_path)]) for rank in range(3)])
-    assert statuses == [0, 0, 0], said
-    assert "all 3 are there, on 3 hosts" in said[0]
-    assert "shared folder" in said[0]
+    statuses, output = ends([start(up, rank, 3, [*DOCTOR, "--out", str(tmp_path)]) for rank in range(3)])
+    assert statuses == [0, 0, 0], output
+    assert "all 3 are there, on 3 hosts" in output[0]
+    assert "shared folder" in output[0]
 
 
 def test_doctor_sees_folders_that_are_not_shared(up, tmp_path):
     commands = [[*DOCTOR, "--out", str(tmp_path / str(rank))] for rank in range(2)]
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    statuses, said = ends([start(up, rank, 2, command) for rank, command in enumerate(commands)])
-    assert statuses == [1, 1], said
-    assert "is not the folder that process 0 writes to" in said[0]
+    statuses, output = ends([start(up, rank, 2, command) for rank, command in enumerate(commands)])
+    assert statuses == [1, 1], output
+    assert "is not the folder that process 0 writes to" in output[0]
 
 
 def test_a_host_that_is_cut_off_is_named(up, tmp_path):
     command = [*DOCTOR, "--out", str(tmp_path), "--start-limit", "5"]
     up.cut(up.names[2])
     try:
-        statuses, said = ends([start(up, rank, 3, command) for rank in range(3)])
+        statuses, output = ends([start(up, rank, 3, command) for rank in range(3)])
     finally:
         up.cut(up.names[2], plug=True)
-    assert statuses == [1, 1, 1], said
-    assert "1 did not come to process 0" in said[0]
-    assert "within 5 s: 2" in said[0]
-    assert "nothing answers at the coordinator" in said[2]
+    assert statuses == [1, 1, 1], output
+    assert "1 did not come to process 0" in output[0]
+    assert "within 5 s: 2" in output[0]
+    assert "nothing answers at the coordinator" in output[2]
 
 
 def test_the_wrong_host_as_coordinator(up, tmp_path):
     (tmp_path / "run").mkdir()
     wrong = f"{up.names[1]}:61500"
-    (status,), (said,) = ends([start(up, 0, 2, [*WORKER, str(tmp_path / "run"), "5"], wrong)])
+    (status,), (output,) = ends([start(up, 0, 2, [*WORKER, str(tmp_path / "run"), "5"], wrong)])
     assert status != 0
-    assert f"process 0 is the coordinator and runs on {up.names[0]}, but '{up.names[1]}' is" in said
+    assert f"process 0 is the coordinator and runs on {up.names[0]}, but '{up.names[1]}' is" in output
 
 
 slurm = pytest.mark.skipif(
@@ -159,13 +159,13 @@ def submit(env, folder, command, *flags):
 def state(env, number):
     """What Slurm says of a job."""
     show = ["scontrol", "show", "job", number]
-    said = subprocess.run(show, env=env, capture_output=True, text=True, check=True).stdout
-    return dict(word.strip().split("=", 1) for word in re.split(r"\n| (?=\w+=)", said) if "=" in word)
+    output = subprocess.run(show, env=env, capture_output=True, text=True, check=True).stdout
+    return dict(word.strip().split("=", 1) for word in re.split(r"\n| (?=\w+=)", output) if "=" in word)
 
 
-def until_it_ends(env, number, said):
+def until_it_ends(env, number, output):
     ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-    wait(lambda: state(env, number)["JobState"] in ends, said, 600)
+    wait(lambda: state(env, number)["JobState"] in ends, output, 600)
     return state(env, number)
 
 
@@ -183,16 +183,16 @@ for k in $(seq 600); do sleep 0.1; done
         env = on_cpu(SLURM_CONF=env["SLURM_CONF"])
         number = submit(env, tmp_path, ["sh", "-c", program], "--restarts", "1", "--nodes", "2")
         last = until_it_ends(env, number, lambda: (tmp_path / "log").read_text())
-    said = (tmp_path / "log").read_text()
-    assert last["JobState"] == "FAILED", said
+    output = (tmp_path / "log").read_text()
+    assert last["JobState"] == "FAILED", output
     assert (last["Restarts"], last["Comment"]) == ("2", "failures: 1")
-    ended = [line for line in said.splitlines() if line.startswith("srun ended")]
+    ended = [line for line in output.splitlines() if line.startswith("srun ended")]
     assert ended == [
         "srun ended with status 75; restarts: 0, for failures: 0",
         "srun ended with status 1; restarts: 1, for failures: 0",
         "srun ended with status 1; restarts: 2, for failures: 1",
     ]
-    assert said.count("saved") == 2
+    assert output.count("saved") == 2
 
 
 @slurm
@@ -204,7 +204,7 @@ def test_a_recipe_is_told_to_stop_and_loses_a_node_and_goes_on(tmp_path):
     command = [*recipe, "--devices", "1", "--out", str(one)]
     subprocess.run(command, env=on_cpu(), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
-    def said():
+    def output():
         return (tmp_path / "log").read_text(errors="replace") if (tmp_path / "log").exists() else "no log"
 
     def steps():
@@ -214,18 +214,18 @@ def test_a_recipe_is_told_to_stop_and_loses_a_node_and_goes_on(tmp_path):
     with namespace_hosts.hosts(3) as up, namespace_hosts.slurm(up) as env:
         env = on_cpu(SLURM_CONF=env["SLURM_CONF"])
         number = submit(env, tmp_path, [*recipe, "--out", str(out)], "--name", "cnn", "--nodes", "2-3")
-        wait(lambda: steps() > 60, said)
+        wait(lambda: steps() > 60, output)
         subprocess.run(["scancel", "--signal=TERM", number], env=env, check=True)
-        wait(lambda: "resumed at step" in said(), said)
-        wait(lambda: steps() > 250, said)
+        wait(lambda: "resumed at step" in output(), output)
+        wait(lambda: steps() > 250, output)
         up.end(up.names[1])
-        last = until_it_ends(env, number, said)
-    print(f"{last}\n{said()}")  # for those who want to see it: pytest -s
-    assert last["JobState"] == "COMPLETED", said()
+        last = until_it_ends(env, number, output)
+    print(f"{last}\n{output()}")  # for those who want to see it: pytest -s
+    assert last["JobState"] == "COMPLETED", output()
     assert int(last["Restarts"]) == 2
-    assert "srun ended with status 75; restarts: 0, for failures: 0" in said()
-    first, second = (int(step) for step in re.findall(r"resumed at step (\d+) of 600", said()))
-    assert f"step {first} is saved" in said()  # the step at which it was told to stop
+    assert "srun ended with status 75; restarts: 0, for failures: 0" in output()
+    first, second = (int(step) for step in re.findall(r"resumed at step (\d+) of 600", output()))
+    assert f"step {first} is saved" in output()  # the step at which it was told to stop
     assert first > 60
     assert second >= 200  # or 250, unless the kill fell into that save
     found, expected = (json.loads((run / "result.json").read_text()) for run in (out, one))

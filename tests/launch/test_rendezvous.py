@@ -15,7 +15,7 @@ from shardtrain.launch.identity import own_identity, refuse_unequal
 from shardtrain.launch.local import free_port
 from shardtrain.launch.rendezvous import meet, refuse_elsewhere, split_address
 
-CARD = own_identity()
+IDENTITY = own_identity()
 
 
 def job(processes, port, **more):
@@ -26,9 +26,9 @@ class Refused(str):
     """What an error says, and whether a new start may succeed."""
 
     def __new__(cls, text, *, may_pass):
-        said = super().__new__(cls, text)
-        said.may_pass = may_pass
-        return said
+        error_text = super().__new__(cls, text)
+        error_text.may_pass = may_pass
+        return error_text
 
 
 def all_meet(clusters, limit=5.0, late=0.0):
@@ -37,7 +37,7 @@ def all_meet(clusters, limit=5.0, late=0.0):
     def one(cluster):
         time.sleep(late * cluster.process_id)
         try:
-            return meet(cluster, CARD | {"mine": cluster.process_id}, limit)
+            return meet(cluster, IDENTITY | {"mine": cluster.process_id}, limit)
         except UserError as error:
             return Refused(str(error), may_pass=isinstance(error, StartError))
 
@@ -57,18 +57,18 @@ def dial(cluster):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_all_get_the_cards_of_all(backwards):
+def test_all_get_the_identities_of_all(backwards):
     clusters = job(5, free_port())
     results = all_meet(clusters[::-1] if backwards else clusters, late=0.05)
-    for cards in results:
-        assert [card["mine"] for card in cards] == [0, 1, 2, 3, 4]
-        assert max(abs(card["skew"]) for card in cards) < 1
+    for identities in results:
+        assert [identity["mine"] for identity in identities] == [0, 1, 2, 3, 4]
+        assert max(abs(identity["skew"]) for identity in identities) < 1
 
 
 def test_they_can_meet_again_at_once_at_the_same_port():
     port = free_port()
     for _ in range(10):
-        assert all(len(cards) == 3 for cards in all_meet(job(3, port)))
+        assert all(len(identities) == 3 for identities in all_meet(job(3, port)))
 
 
 def test_missing_processes_are_named_to_all():
@@ -84,12 +84,12 @@ def test_missing_processes_are_named_to_all():
 
 def test_no_coordinator():
     start = time.monotonic()
-    (said,) = all_meet(job(2, free_port(), source="SHARDTRAIN_COORDINATOR")[1:], limit=1.0)
-    assert said.startswith("SHARDTRAIN_COORDINATOR=127.0.0.1:")
-    assert "process 1 on" in said
-    assert "nothing answers at the coordinator 127.0.0.1:" in said
-    assert "within 1 s (Connection refused, and 127.0.0.1 is this host itself)" in said
-    assert said.may_pass
+    (error_text,) = all_meet(job(2, free_port(), source="SHARDTRAIN_COORDINATOR")[1:], limit=1.0)
+    assert error_text.startswith("SHARDTRAIN_COORDINATOR=127.0.0.1:")
+    assert "process 1 on" in error_text
+    assert "nothing answers at the coordinator 127.0.0.1:" in error_text
+    assert "within 1 s (Connection refused, and 127.0.0.1 is this host itself)" in error_text
+    assert error_text.may_pass
     assert time.monotonic() - start < 3
 
 
@@ -98,10 +98,10 @@ def test_a_coordinator_that_dies_while_others_wait():
     with socket.create_server(("127.0.0.1", port)) as server:
         thread = threading.Thread(target=lambda: server.accept()[0].close())
         thread.start()
-        (said,) = all_meet(job(2, port)[1:])
+        (error_text,) = all_meet(job(2, port)[1:])
         thread.join()
-    assert "broke off before all processes were there" in said
-    assert said.may_pass
+    assert "broke off before all processes were there" in error_text
+    assert error_text.may_pass
 
 
 def test_someone_else_at_the_port():
@@ -116,9 +116,9 @@ def test_someone_else_at_the_port():
     with socket.create_server(("127.0.0.1", port)) as server:
         thread = threading.Thread(target=web_server)
         thread.start()
-        (said,) = all_meet(job(2, port)[1:])
+        (error_text,) = all_meet(job(2, port)[1:])
         thread.join()
-    assert "is no process of this job; name another port" in said
+    assert "is no process of this job; name another port" in error_text
 
 
 def test_strangers_do_not_disturb():
@@ -133,7 +133,7 @@ def test_strangers_do_not_disturb():
     thread.start()
     results = all_meet(clusters, late=1.0)
     thread.join()
-    assert [len(cards) for cards in results] == [2, 2]
+    assert [len(identities) for identities in results] == [2, 2]
 
 
 def test_a_process_that_leaves_is_missing():
@@ -146,13 +146,13 @@ def test_a_process_that_leaves_is_missing():
 
     thread = threading.Thread(target=leave)
     thread.start()
-    said = all_meet(clusters[:2], limit=1.5)
+    error_text = all_meet(clusters[:2], limit=1.5)
     thread.join()
-    assert all("2 did not come to process 0" in text and "within 1.5 s: 2, 3;" in text for text in said)
+    assert all("2 did not come to process 0" in text and "within 1.5 s: 2, 3;" in text for text in error_text)
 
 
 def test_a_stranger_that_never_ends_is_left(monkeypatch):
-    monkeypatch.setattr(rendezvous, "LONGEST", 1000)
+    monkeypatch.setattr(rendezvous, "LONGEST_MESSAGE_BYTES", 1000)
     clusters = job(2, free_port())
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(all_meet, clusters[:1], limit=4.0)
@@ -175,64 +175,71 @@ def test_a_coordinator_that_hangs():
 
 
 def test_a_process_that_takes_its_time_to_leave_and_has_another_clock(monkeypatch):
-    monkeypatch.setattr(rendezvous, "FAREWELL", 0.3)
+    monkeypatch.setattr(rendezvous, "CLOSE_SECONDS", 0.3)
     clusters = job(2, free_port())
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(all_meet, clusters[:1])
         with dial(clusters[0]) as peer:
-            said = CARD | {"process_id": 1, "processes": 2, "time": time.time() + 100}
-            peer.sendall(json.dumps(said).encode() + b"\n")
+            error_text = IDENTITY | {"process_id": 1, "processes": 2, "time": time.time() + 100}
+            peer.sendall(json.dumps(error_text).encode() + b"\n")
             assert peer.recv(1 << 16).endswith(b"\n")
             done, _ = wait([meeting], timeout=4)
             assert done
-        (cards,) = meeting.result()
-    assert cards[0]["skew"] == 0
-    assert 95 < cards[1]["skew"] < 101
+        (identities,) = meeting.result()
+    assert identities[0]["skew"] == 0
+    assert 95 < identities[1]["skew"] < 101
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", free_port())) as server:
-        (said,) = all_meet(job(2, server.getsockname()[1])[:1])
-    assert "cannot be used (Address already in use)" in said
-    assert "JAX_COORDINATOR_PORT" in said
-    assert said.may_pass
+        (error_text,) = all_meet(job(2, server.getsockname()[1])[:1])
+    assert "cannot be used (Address already in use)" in error_text
+    assert "JAX_COORDINATOR_PORT" in error_text
+    assert error_text.may_pass
 
 
 def test_two_of_the_same_number_and_two_sizes():
     port = free_port()
     zero, one, _ = job(3, port)
     refused = all_meet([zero, one, one])
-    assert all("two processes with the number 1" in said and not said.may_pass for said in refused)
+    assert all(
+        "two processes with the number 1" in error_text and not error_text.may_pass for error_text in refused
+    )
     other = Cluster("flags", f"127.0.0.1:{port}", 2, 1)
-    assert all("was told of 2 processes, process 0 of 3" in said for said in all_meet([zero, other]))
+    assert all(
+        "was told of 2 processes, process 0 of 3" in error_text for error_text in all_meet([zero, other])
+    )
 
 
 def test_a_wrong_name_is_said_at_once_but_in_kubernetes(monkeypatch):
-    monkeypatch.setattr("shardtrain.launch.rendezvous.NAME_LIMIT", 0.5)
+    monkeypatch.setattr("shardtrain.launch.rendezvous.NAME_LIMIT_SECONDS", 0.5)
     start = time.monotonic()
-    (said,) = all_meet([Cluster("Slurm", "no-such-node:62000", 2, 1)], limit=60.0)
-    assert "the coordinator's name 'no-such-node' does not resolve" in said
+    (error_text,) = all_meet([Cluster("Slurm", "no-such-node:62000", 2, 1)], limit=60.0)
+    assert "the coordinator's name 'no-such-node' does not resolve" in error_text
     assert time.monotonic() - start < 20  # a resolver without a network takes its time
-    assert said.may_pass  # Slurm knows its nodes
+    assert error_text.may_pass  # Slurm knows its nodes
     named = Cluster("Slurm", "no-such-node:62000", 2, 1, source="JAX_COORDINATOR_ADDRESS")
-    (said,) = all_meet([named], limit=60.0)
-    assert said.startswith("JAX_COORDINATOR_ADDRESS=no-such-node:62000: the coordinator's name")
-    assert not said.may_pass
+    (error_text,) = all_meet([named], limit=60.0)
+    assert error_text.startswith("JAX_COORDINATOR_ADDRESS=no-such-node:62000: the coordinator's name")
+    assert not error_text.may_pass
     start = time.monotonic()
     all_meet([Cluster("Kubernetes", "no-such-pod.a:62000", 2, 1)], limit=2.0)
     assert time.monotonic() - start >= 2
 
 
 def test_a_loopback_coordinator_of_another_host():
-    (said,) = all_meet([Cluster("Slurm", "localhost:62000", 2, 1, hosts=2, apart=True)])
-    assert "'localhost' is 127.0.0.1 here, which is this host itself" in said or "'localhost' is ::1" in said
+    (error_text,) = all_meet([Cluster("Slurm", "localhost:62000", 2, 1, hosts=2, apart=True)])
+    assert (
+        "'localhost' is 127.0.0.1 here, which is this host itself" in error_text
+        or "'localhost' is ::1" in error_text
+    )
 
 
 def test_process_0_on_another_host_than_the_coordinator(monkeypatch):
     named = Cluster("Slurm", "192.0.2.1:62000", 2, 0, source="JAX_COORDINATOR_ADDRESS")  # of nobody
-    (said,) = all_meet([named])
-    assert said.startswith("JAX_COORDINATOR_ADDRESS=192.0.2.1:62000: process 0 is the coordinator")
-    assert "but '192.0.2.1' is 192.0.2.1, another host" in said
+    (error_text,) = all_meet([named])
+    assert error_text.startswith("JAX_COORDINATOR_ADDRESS=192.0.2.1:62000: process 0 is the coordinator")
+    assert "but '192.0.2.1' is 192.0.2.1, another host" in error_text
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:62000")  # of someone who knows of a router
     refuse_elsewhere("192.0.2.1", "192.0.2.1")
 
@@ -248,11 +255,11 @@ def test_ipv6():
 
 
 def test_unequal_versions():
-    card = own_identity()
-    assert refuse_unequal([card, card]) == []
-    other = card | {"versions": card["versions"] | {"jax": "0.1"}, "host": "b"}
+    own = own_identity()
+    assert refuse_unequal([own, own]) == []
+    other = own | {"versions": own["versions"] | {"jax": "0.1"}, "host": "b"}
     with pytest.raises(UserError, match=r"jax is 0.1 in process 1 \(b\) and .* in process 0"):
-        refuse_unequal([card, other])
-    other = card | {"versions": card["versions"] | {"nvidia-nccl-cu13": "2.31.2"}, "host": "b"}
-    (said,) = refuse_unequal([card, other, other])  # nobody knows that it does harm
-    assert said.startswith("nvidia-nccl-cu13 is 2.31.2 in process 1 (b) and missing in process 0 (")
+        refuse_unequal([own, other])
+    other = own | {"versions": own["versions"] | {"nvidia-nccl-cu13": "2.31.2"}, "host": "b"}
+    (error_text,) = refuse_unequal([own, other, other])  # nobody knows that it does harm
+    assert error_text.startswith("nvidia-nccl-cu13 is 2.31.2 in process 1 (b) and missing in process 0 (")

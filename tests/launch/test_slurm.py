@@ -78,9 +78,9 @@ def run(tmp_path, *statuses, comment="(null)", restarts=3, command=None):
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-eu", "-c", f"set +e\n{text}"], env=env, capture_output=True, text=True)
     requests = tmp_path / "asked"
-    said = requests.read_text().splitlines() if requests.exists() else []
+    scontrol_calls = requests.read_text().splitlines() if requests.exists() else []
     assert f"srun ended with status {done.returncode};" in done.stdout, done.stderr
-    return done.returncode, said
+    return done.returncode, scontrol_calls
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def run(tmp_path, *statuses, comment="(null)", restarts=3, command=None):
     ],
 )
 def test_what_starts_again(tmp_path, status, comment, again):
-    ended, said = run(tmp_path, status, comment=comment)
+    ended, scontrol_calls = run(tmp_path, status, comment=comment)
     assert ended == status
-    assert said[-1:] == (["requeue 7"] if again else [])
+    assert scontrol_calls[-1:] == (["requeue 7"] if again else [])
 
 
 def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):
@@ -117,8 +117,8 @@ def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):
 def test_a_failure_is_not_hidden_by_those_that_were_stopped_for_it(tmp_path, status, first):
     """They save, and say that they were told to stop."""
     statuses = [status, 75, 0] if first else [75, 75, status]
-    ended, said = run(tmp_path, *statuses, comment="failures: 3")
-    assert (ended, said) == (status, [])
+    ended, scontrol_calls = run(tmp_path, *statuses, comment="failures: 3")
+    assert (ended, scontrol_calls) == (status, [])
     assert run(tmp_path, 75, 0, 75, comment="failures: 3") == (75, ["requeue 7"])
 
 

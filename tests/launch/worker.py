@@ -34,16 +34,17 @@ start = trainer.restore(saved) if saved.is_dir() and any(saved.iterdir()) else 0
 print(f"process {jax.process_index()} of {jax.process_count()} begins at step {start}", flush=True)
 
 
-def watch(step, row):
-    if first:
-        with (out / "losses.jsonl").open("a") as file:
-            line = {"step": step, "loss": row["loss"], "processes": jax.process_count()}
-            file.write(json.dumps(line) + "\n")
+class Watch(st.callbacks.Callback):
+    def on_step(self, run, row):
+        if first:
+            with (out / "losses.jsonl").open("a") as file:
+                line = {"step": run.step, "loss": row["loss"], "processes": jax.process_count()}
+                file.write(json.dumps(line) + "\n")
 
 
 feed = st.data.train_batches(digits.train, BATCH, seed=0, start=start, rows=trainer.rows(BATCH))
 while start < steps:
     start += EVERY
-    trainer.fit(feed, steps=start, observers=[watch], progress=False)
+    trainer.fit(feed, steps=start, callbacks=[Watch()], progress=False)
     trainer.save(saved)
 print(f"process {jax.process_index()} is done", flush=True)

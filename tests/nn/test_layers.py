@@ -221,7 +221,10 @@ def test_filters_that_cannot_be_cut_are_said(caplog):
     mesh = make_mesh("height=2,width=4")
     layer = nn.LocallyConnected(1, 4, (7, 8), 3, rngs=nnx.Rngs(0))
     nn.assign(layer, mesh, Layout(), {})
-    assert layer.kept(mesh) == {"kernel": P(None, "width", None, None), "bias": P(None, "width", None)}
+    assert layer.parameter_specs(mesh) == {
+        "kernel": P(None, "width", None, None),
+        "bias": P(None, "width", None),
+    }
     (said,) = (r.getMessage() for r in caplog.records if "filters" in r.getMessage())
     assert "7 rows of height, which do not divide by height=2: each device keeps all" in said
 
@@ -235,3 +238,15 @@ def test_a_table_that_cannot_be_cut_is_said(caplog):
         {},
     )
     assert "1001 rows of 'layers.0' do not divide by channel=8: each device keeps all" in caplog.text
+
+
+def test_layers_that_compute_all_channels_are_said_once(caplog):
+    mesh = make_mesh("data=4,channel=2")
+    layers = [nn.Linear(n, m, rngs=nnx.Rngs(0)) for n, m in ((8, 5), (5, 5), (5, 5))]
+    model = nnx.Sequential(*layers)
+    nn.assign(model, mesh, Layout(), {})
+    assert [list(layer.undivided(mesh)) for layer in layers[:1]] == [[]]  # its inputs divide
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        "channels do not divide by channel=2 in layers.1, layers.2: there every device computes all of them"
+    )

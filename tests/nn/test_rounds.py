@@ -50,8 +50,8 @@ def pulled(model, x, cotangent, mesh=None):
     def run(params, x, cotangent):
         def forward(params, x):
             merged = nnx.merge(graph, params, rest, copy=True)
-            with transitions.resharded(merged, default, x) as lies:
-                assert mesh is None or lies == Layout()  # as the head lies
+            with transitions.resharded(merged, default, x) as layout:
+                assert mesh is None or layout == Layout()  # that of the head
                 y = merged(x)
             return y, nnx.to_pure_dict(nnx.state(merged, nnx.RngCount))
 
@@ -82,7 +82,7 @@ def test_every_scheme_has_the_numbers_of_one_device(scheme, remat, mesh, one_dev
 
 
 def wrong_order(rows, outer, inner, right=rounds._swapped):
-    """Shares are dealt out, but what comes back stays in the order of the rounds."""
+    """Examples are distributed to rounds, but the results stay in the order of the rounds."""
     return rows if rows.ndim == 2 and rows.shape[-1] == 10 else right(rows, outer, inner)
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(make, message):
 
 
 def step(trainer, rows):
-    return trainer.compiled_step(trainer.place(*labelled(rows)))
+    return trainer.prepare(*labelled(rows))
 
 
 def turned(rows, layout):

@@ -1,4 +1,4 @@
-"""Whose output arrives where, and what is moved for it."""
+"""Which layers' outputs reach which layer, and which of them are redistributed."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 
 from shardtrain import Layout, Trainer, make_mesh, models, nn, ops
 from shardtrain.nn import partition, transitions
-from shardtrain.nn.base import Changes
+from shardtrain.nn.base import LayoutChanges
 from shardtrain.plan.census import census
 
 LATE = {"batch": ("data", "height"), "height": ()}
@@ -83,7 +83,7 @@ def test_origins_go_through_branches_and_loops():
     ],
 )
 def test_what_is_moved(table, expected):
-    assert transitions.changes(branches(table)[0], EARLY, X) == Changes(*expected)
+    assert transitions.layout_changes(branches(table)[0], EARLY, X) == LayoutChanges(*expected)
 
 
 @pytest.mark.parametrize(

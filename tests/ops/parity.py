@@ -103,7 +103,7 @@ def parity(
 
     Args:
         op, reference, args, mesh: what to compare, on what, where.
-        placed: `args` as they lie on the mesh; by default XLA places them.
+        placed: `args` placed on the mesh; by default XLA places them.
         tolerance: relative to the largest value of an array, or absolute below 1.
 
     Returns:
@@ -180,7 +180,7 @@ def manual_over_pipe(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
 
 
 def on_stages(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` on every stage's own arrays, which lie along a leading dimension of 2."""
+    """`op` on every stage's own arrays, which a leading dimension of 2 indexes."""
 
     def staged(*args: Any) -> Any:
         def stage(*args: Any) -> Any:

@@ -32,7 +32,7 @@ def activations(mesh):
 
 
 def sent(f, mesh, shapes, specs, *, out=None, backward=True):
-    """The census of `f`, or of `f` and all its gradients; arguments and gradients lie as `specs` say."""
+    """The census of `f`, or of `f` and all its gradients; arguments and gradients are sharded by `specs`."""
     places = [NamedSharding(mesh, s) for s in specs]
     args = [jax.ShapeDtypeStruct(s, jnp.float64, sharding=p) for s, p in zip(shapes, places, strict=True)]
     home = NamedSharding(mesh, out if out is not None else activations(mesh))

@@ -247,7 +247,7 @@ def test_notorious(mesh, case):
 
 @pytest.mark.parametrize("mode", ["gather", "scatter"])
 def test_both_channel_modes_from_cut_arrays(mode):
-    """Arrays that lie as the layout says, and no jit around the operator."""
+    """Arrays sharded as the layout says, and no jit around the operator."""
     mesh = make_mesh("data=2,height=2,channel=2")
     x, kernel = numbers(4, 8, 6, 4), numbers(3, 3, 4, 6)
     expected = reference_conv(2, "SAME")(x, kernel)

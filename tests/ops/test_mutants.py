@@ -17,8 +17,8 @@ from shardtrain.ops import halo, island, norm, pool
 from shardtrain.ops.window import Reach, Window
 
 from .parity import numbers, on_stages, parity, reference_conv
-from .test_local import Case as Local
-from .test_local import test_filters_stay_with_their_pixels as filters_stay
+from .test_locally_connected import Case as Local
+from .test_locally_connected import test_filters_stay_with_their_pixels as filters_stay
 from .test_norm import affine_args, flax_norm, statistics_parity
 from .test_transpose import Case as Transposed
 from .test_window import halos_are_minimal, rows_arrive
@@ -143,15 +143,15 @@ def gradient_of_one_shard(patch, axes=("data", "height"), lost="height"):
         return (lax.psum(jnp.where(lax.axis_index(lost) == 0, gradient, 0), axes),)
 
     whole.defvjp(lambda kernel: (whole(kernel), None), backward)
-    patch.setattr(island, "gather", lambda parameter, kept, layout, vary: whole(parameter))
+    patch.setattr(island, "gather", lambda parameter, *_: whole(parameter))
 
 
 def mean_of_gradients(patch):
     """The spread kernel's gradient is a mean over the shards, as of a loss that is a mean already."""
     right = island.gather
 
-    def wrong(parameter, kept, layout, vary):
-        y = right(parameter, kept, layout, vary)
+    def wrong(*args):
+        y = right(*args)
         return y / 2 + lax.stop_gradient(y / 2)
 
     patch.setattr(island, "gather", wrong)
@@ -191,7 +191,7 @@ def padded_rows_count(patch):
         return jnp.pad(x, ones, constant_values=1) if x.shape[-1] == 1 else right(x, extents)
 
     patch.setattr(island, "pad_to", wrong)
-    patch.setattr(island, "real", lambda x, *_: x)
+    patch.setattr(island, "mask_padding", lambda x, *_: x)
 
 
 def frozen_statistics(patch):
@@ -280,7 +280,7 @@ def permutes_in_mesh_order(patch):
 
 
 def straddling_groups_shifted(patch):
-    """Filters of groups that lie on two devices are put one output channel too far."""
+    """Filters of groups on two devices are put one output channel too far."""
     module = importlib.import_module("shardtrain.ops.conv")
     right = module._among
 

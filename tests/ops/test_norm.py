@@ -216,7 +216,7 @@ def _group_norm(groups, x, *affine, layout):
 
 
 def test_norms_of_an_uneven_array_that_is_cut():
-    """After an island the rows lie unevenly on the devices: sums must not count the padding."""
+    """After an island devices have different numbers of rows: sums must not count the padding."""
     x, kernel = numbers(2, 7, 6, 4), numbers(1, 1, 4, 4)
 
     def op(x, kernel):

@@ -93,7 +93,7 @@ def test_many_poolings(drawn, kind):
 
 @pytest.mark.parametrize("mesh", ["height=2,width=2", "height=8"])
 def test_all_values_equal(mesh):
-    """The gradient goes to the first of equal values, also where it lies on the neighbour."""
+    """The gradient goes to the first of equal values, also where the neighbour owns it."""
     options = {"window": (3, 3), "strides": (1, 1), "padding": "SAME"}
     parity(ours(ops.max_pool, options), plain(nnx.max_pool, options), [np.zeros((2, 7, 9, 2))], mesh)
 
@@ -157,7 +157,7 @@ def test_where_the_outputs_lie():
         pooled = ops.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
         assert ops.global_avg_pool(x).sharding.is_equivalent_to(NamedSharding(mesh, P("data", "channel")), 2)
         assert ops.flatten(x).sharding.is_equivalent_to(NamedSharding(mesh, P("data", "channel")), 2)
-    # 3 rows are uneven on height, so the eager result may lie as XLA likes; its numbers are what counts.
+    # 3 rows are uneven on height, so XLA chooses the sharding of the eager result; only its numbers are compared.
     np.testing.assert_array_equal(pooled, nnx.max_pool(np.asarray(x), (2, 2), (2, 2), "SAME"))
 
 

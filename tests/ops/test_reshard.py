@@ -182,7 +182,7 @@ def bill(steps, shape, old, mesh):
 
 
 def moved(change, shape, old, new, mesh, backward=True):
-    """The census of a change of cuts and of its gradient; arrays lie as the cuts say."""
+    """The census of a change of cuts and of its gradient; arrays are sharded by the cuts."""
     start, end = (NamedSharding(mesh, spec(cuts)) for cuts in (old, new))
 
     def both(x, cotangent):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shardtrain import UserError
 from shardtrain.ops.arguments import pads_of, tuple_of
-from shardtrain.ops.window import Window
+from shardtrain.ops.window import Window, reroute
 
 # Drawn as plain numbers: beartype, at work inside shardtrain, asks `random`, which strategies must not.
 WINDOWS = st.tuples(
@@ -142,3 +142,37 @@ def test_numbers_of_other_kinds():
     for value in (2.0, (1.0, 2), "two"):
         with pytest.raises(UserError, match="is not made of whole numbers"):
             tuple_of(value, 2, "strides")
+
+
+def rerouted(rounds, table, shards, block):
+    """The global rows that every shard ends up with, by playing the rounds on row numbers."""
+    blocks = np.arange(shards * block).reshape(shards, block)
+    have = [list(own) for own in blocks]
+    for rows, starts, senders in rounds:
+        sent = [list(blocks[i][start : start + rows]) for i, start in enumerate(starts)]
+        assert all(len(part) == rows for part in sent)
+        receivers = [sender for i, sender in enumerate(senders) if sender != i]
+        assert len(receivers) == len(set(receivers))  # a permute: nobody sends twice
+        for i, sender in enumerate(senders):
+            have[i] += sent[sender]
+    return [[have[i][place] for place in places] for i, places in enumerate(table)]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_every_shard_receives_the_rows_that_it_wants(data):
+    shards, block = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    count = data.draw(st.integers(1, 8))
+    rows = st.integers(0, shards * block - 1)
+    wanted = [data.draw(st.lists(rows, min_size=count, max_size=count)) for _ in range(shards)]
+    rounds, table = reroute([[divmod(row, block) for row in one] for one in wanted], block)
+    assert rerouted(rounds, table, shards, block) == wanted
+
+
+def test_both_sides_of_a_ring_take_one_round_each():
+    """A ring of 4 shards of 3 rows, a window of 2 rows before and 1 row after its block."""
+    wanted = [[divmod(row % 12, 3) for row in range(3 * i - 2, 3 * i + 4)] for i in range(4)]
+    rounds, table = reroute(wanted, 3)
+    assert [part.rows for part in rounds] == [2, 1]
+    assert [part.senders for part in rounds] == [(3, 0, 1, 2), (1, 2, 3, 0)]
+    assert (table == table[0]).all()

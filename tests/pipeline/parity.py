@@ -19,9 +19,11 @@ from jax.sharding import PartitionSpec as P
 import shardtrain as st
 from shardtrain.mesh import parse
 from shardtrain.pipeline import Schedule, lockstep, make
-from shardtrain.pipeline.runtime.machine import Machine
-from shardtrain.pipeline.schedules.table import COLUMNS, TickTable, build
-from shardtrain.train.pipelined.step import Microbatch, Pipelined, _back, _rows
+from shardtrain.pipeline.runtime.tick_loop import TickLoop
+from shardtrain.pipeline.schedules.tick_table import COLUMNS, TickTable, build
+from shardtrain.train.extra import on_devices
+from shardtrain.train.pipelined.microbatch import Microbatch
+from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.state import TrainState
 
 from .models import MODELS, data
@@ -83,69 +85,69 @@ class Case:
     ) -> "Case":
         options = {"optimizer": optax.sgd(0.1), "loss": st.losses.cross_entropy} | kwargs
         plan_changes = options.pop("plan", {})
+        asked = st.Pipeline(schedule, options.pop("stages", None))
         trainer = st.Trainer(
-            model, mesh=st.make_mesh(mesh), accumulate=schedule.microbatches, schedule=schedule, **options
+            model,
+            mesh=st.make_mesh(mesh),
+            accumulate=schedule.microbatches,
+            pipeline=asked,
+            **options,
         )
         batch = trainer.place(inputs, targets)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainer.state)
+        state = on_devices(trainer.state)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         plan = dataclasses.replace(trainer._plan, **plan_changes)
         pipeline = Pipelined(trainer._program, shapes, trainer._specs, trainer.mesh, batch, plan)
-        return cls(trainer, pipeline, batch, pipeline.packed(trainer.state))
+        return cls(trainer, pipeline, batch, pipeline.packing.pack(state))
 
-    def program(
-        self, table: TickTable, change: Callable[[Machine], Machine] = lambda machine: machine
-    ) -> Any:
+    def program(self, table: TickTable, change: Callable[[TickLoop], TickLoop] = lambda loop: loop) -> Any:
         """`(rows, state, batch)` to packed gradients, packed variables and sums, compiled once.
 
         Args:
             table: whose branches, routes and slots are enough for all rows.
-            change: makes the machine a wrong one, for tests of the tests.
+            change: makes the loop a wrong one, for tests of the tests.
         """
         pipe = self.pipeline
         micro = Microbatch.of(self.batch, table.microbatches)
-        machine = pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums))
-        machine = change(dataclasses.replace(machine, table=table, bubble=float("nan")))
+        loop = pipe._loop(pipe.schedule, pipe.programs, 1 + pipe.sums)
+        loop = change(dataclasses.replace(loop, table=table, filler=float("nan")))
+        arrays = pipe.packing.arrays
 
         def step(rows: Any, state: TrainState, batch: Any) -> Any:
-            (params, _), (before, shared) = map(_rows, (state.params, state.model_state))
-            known = pipe._by_name("model_state", shared)
-            grads, moved, sums, _ = machine.run(params, before, known, micro.blocks(batch), rows)
-            axes = len(pipe.mesh.axis_names)
-            return _back(machine.summed(grads), axes), _back(moved, axes), lax.psum(sums, "pipe")
+            grads, moved, sums, _ = loop.run(*pipe._own(state), micro.blocks(batch), rows)
+            grads = arrays["params"].as_row(loop.summed(grads))
+            return grads, arrays["model_state"].as_row(moved), lax.psum(sums, "pipe")
 
         rest = P(*pipe.mesh.axis_names)
-        lie = jax.tree.map(lambda x: x.sharding.spec, self.batch)
+        batch_specs = jax.tree.map(lambda x: x.sharding.spec, self.batch)
         manual = jax.shard_map(
             step,
             mesh=pipe.mesh,
-            in_specs=(P(), pipe.state_specs, lie),
+            in_specs=(P(), pipe.packing.specs, batch_specs),
             out_specs=(rest, rest, P()),
             check_vma=False,
         )
         return jax.jit(manual)
 
-    def run(self, schedules: Sequence[Schedule], hop: int = 1) -> list[tuple[dict, dict, list]]:
+    def run(self, schedules: Sequence[Schedule], latency: int = 1) -> list[tuple[dict, dict, list]]:
         """Of every schedule: gradients and variables by name, and the sums."""
         pipe = self.pipeline
-        tables = [build(s, lockstep(s, hop=hop), hop) for s in schedules]
+        tables = [build(s, lockstep(s, latency=latency), latency) for s in schedules]
         whole = merged(tables)
         ticks = max(len(t.rows) for t in tables)
         program = self.program(whole)
         out = []
         for table in tables:
             grads, moved, sums = program(jnp.asarray(rows_in(table, whole, ticks)), self.state, self.batch)
-            named = dict(
-                zip(pipe.names["params"], pipe.params.unpack(grads, self.state.params[1]), strict=True)
-            )
-            held = dict(
-                zip(
-                    pipe.names["model_state"],
-                    pipe.state.unpack(moved, self.state.model_state[1]),
-                    strict=True,
+            named = [
+                pipe.packing.by_name(group, dict(enumerate(pipe.packing.arrays[group].unpack(new, shared))))
+                for group, new, (_, shared) in (
+                    ("params", grads, self.state.params),
+                    ("model_state", moved, self.state.model_state),
                 )
-            )
-            held = {k: v for k, v in held.items() if k in pipe.stage_of}
-            out.append((jax.device_get(named), jax.device_get(held), jax.device_get(sums)))
+            ]
+            named[1] = {k: v for k, v in named[1].items() if k in pipe.stage_of}
+            out.append(jax.device_get((*named, sums)))
         return out
 
     def alone(self, parts: int | None = None) -> tuple[dict, dict, list]:
@@ -174,7 +176,7 @@ class Case:
 
         (loss, (sums, moved)), grads = jax.jit(jax.value_and_grad(summed, has_aux=True))(params)
         moved = {k: v for k, v in moved.items() if k in self.pipeline.stage_of}
-        return jax.device_get((grads, moved, [loss, *(sums[k] for k in sorted(sums))]))
+        return jax.device_get((grads, moved, [loss, *jax.tree.leaves(sums)]))
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:

@@ -11,9 +11,9 @@ from flax import nnx
 
 import shardtrain as st
 from shardtrain.pipeline import Schedule, lockstep
-from shardtrain.pipeline.runtime.machine import Machine
-from shardtrain.pipeline.runtime.resident import ResidentArrays
-from shardtrain.pipeline.schedules.table import TickTable, build
+from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
+from shardtrain.pipeline.runtime.tick_loop import TickLoop
+from shardtrain.pipeline.schedules.tick_table import TickTable, build
 
 from .models import wide
 from .parity import Case, largest_difference, merged, rows_in
@@ -62,45 +62,49 @@ class Runs:
         cls,
         mesh: str,
         schedules: Sequence[Schedule],
-        hop: int = 1,
-        change: Callable[[Machine], Machine] = lambda machine: machine,
+        latency: int = 1,
+        change: Callable[[TickLoop], TickLoop] = lambda loop: loop,
     ) -> "Runs":
         draw = np.random.default_rng(0)
         inputs, targets = draw.standard_normal((24, 4)), draw.integers(0, 5, 24).astype(np.int32)
         # Statistics of the batch, since those of microbatches depend on their order.
         case = Case.of(wide(Tiny()), mesh, inputs, targets, schedules[0], statistics="batch")
-        pipe = case.pipeline
+        arrays, names = case.pipeline.packing.arrays, case.pipeline.packing.names
         grads, moved, sums = case.alone()
-        expected, _ = pipe.params.pack([grads[name] for name in pipe.names["params"]])
+        expected, _ = arrays["params"].pack([grads[name] for name in names["params"]])
         before = case.trainer.state.model_state
-        after, _ = pipe.state.pack([moved.get(name, before[name]) for name in pipe.names["model_state"]])
-        tables = [build(s, lockstep(s, hop=hop), hop) for s in schedules]
+        after, _ = arrays["model_state"].pack(
+            [moved.get(name, before[name]) for name in names["model_state"]]
+        )
+        tables = [build(s, lockstep(s, latency=latency), latency) for s in schedules]
         together = merged(tables)
         program = case.program(together, change)
         whole = jax.device_get((expected, after, sums))
         return cls(case, together, max(len(t.rows) for t in tables), program, whole)
 
     def rows(self, schedule: Schedule) -> np.ndarray:
-        hop = self.together.hop
-        return rows_in(build(schedule, lockstep(schedule, hop=hop), hop), self.together, self.ticks)
+        latency = self.together.latency
+        return rows_in(
+            build(schedule, lockstep(schedule, latency=latency), latency), self.together, self.ticks
+        )
 
     def gap(self, rows: np.ndarray) -> float:
         """How much gradients, variables and sums differ from those of one device."""
         ours = jax.device_get(self.program(jnp.asarray(rows), self.case.state, self.case.batch))
-        pipe = self.case.pipeline
-        held = (pipe.params, pipe.state, None)
+        packed = self.case.pipeline.packing.arrays
+        arrays = (packed["params"], packed["model_state"], None)
         return max(
-            largest_difference(_parts(kept, mine), _parts(kept, alone))
-            for kept, mine, alone in zip(held, ours, self.whole, strict=True)
+            largest_difference(_parts(resident, mine), _parts(resident, alone))
+            for resident, mine, alone in zip(arrays, ours, self.whole, strict=True)
         )
 
 
-def _parts(held: ResidentArrays | None, values: Any) -> Any:
+def _parts(arrays: ResidentArrays | None, values: Any) -> Any:
     """Packed arrays one by one, as every device has them; and the buffers, whose padding counts too."""
-    if held is None:
+    if arrays is None:
         return values
-    axis = held.mesh.axis_names.index("pipe")
+    axis = arrays.mesh.axis_names.index("pipe")
     return values, [
-        values[place.buffer].take(held.ranks[i], axis)[..., place.start : place.start + place.size]
-        for i, place in held.places.items()
+        values[place.buffer].take(arrays.ranks[i], axis)[..., place.start : place.start + place.size]
+        for i, place in arrays.places.items()
     ]

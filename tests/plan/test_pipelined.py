@@ -29,7 +29,7 @@ def step():
     mesh = st.make_mesh("pipe=2,data=2,height=2")
     trainer = st.Trainer(nnx.eval_shape(make), optax.adam(1e-3), mesh=mesh, accumulate=2)
     images = jax.ShapeDtypeStruct((8, 16, 16, 1), jnp.float32)
-    program = trainer.compiled_step(trainer.shapes_of(images, jax.ShapeDtypeStruct((8,), jnp.int32)))
+    program = trainer.prepare(images, jax.ShapeDtypeStruct((8,), jnp.int32))
     return trainer.pipeline, program
 
 
@@ -48,7 +48,7 @@ def test_what_is_sent_is_the_closed_form(step):
     assert sends(pipeline) == (4, ticks(pipeline))
     assert messages.payload == messages.count * sum(s.size * s.dtype.itemsize for s in out)
     # Batch norm's backward pass needs its scale's and bias's gradients summed, in every microbatch.
-    params = pipeline.named_shapes.params.items()
+    params = pipeline.shapes.params.items()
     whole = sum(s.size * s.dtype.itemsize for name, s in params if name.endswith("kernel") or "head" in name)
     assert sum(t.payload for t in found if t.what == "gradients") == whole  # once, not once a microbatch
 

@@ -1,4 +1,4 @@
-"""What the summary foretells from a trace is what the compiled step sends, byte for byte."""
+"""The summary predicts from a trace what the compiled step sends, byte for byte."""
 
 import io
 from collections import Counter

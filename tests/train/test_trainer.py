@@ -17,6 +17,7 @@ from shardtrain.mesh import make_mesh
 from shardtrain.ops import flatten
 from shardtrain.plan import census
 from shardtrain.train import Trainer, losses
+from shardtrain.train.extra import on_devices
 
 # nnx.BatchNorm keeps float32 statistics in a float64 model.
 pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")
@@ -168,7 +169,7 @@ def test_sharded_parameters_are_gathered_again_in_the_backward_pass():
     trainer = small_trainer("data=8", parameters="data", model=Small(norm=False))
     batch = trainer.place(*next(feed()))
     with jax.set_mesh(trainer.mesh):
-        lowered = jax.jit(trainer._program.train_step).lower(trainer.state, batch).as_text()
+        lowered = jax.jit(trainer._program.train_step).lower(on_devices(trainer.state), batch).as_text()
     gathers = [line for line in lowered.splitlines() if '"stablehlo.all_gather"' in line]
     assert sum("tensor<72x5xf64>" in line for line in gathers) == 2
 
@@ -269,7 +270,7 @@ def test_remat_keeps_less():
         model = models.ResNet(8, 10, 1, width=8, rngs=nnx.Rngs(0))
         trainer = Trainer(model, optax.sgd(0.1), mesh=make_mesh("data=2"), remat=remat)
         x = np.zeros((256, 8, 8, 1), np.float32)
-        step = trainer.compiled_step(trainer.place(x, np.zeros(256, np.int32)))
+        step = trainer.prepare(x, np.zeros(256, np.int32))
         return step.memory_analysis().temp_size_in_bytes
 
     assert temporary("contractions") < 0.75 * temporary(None)

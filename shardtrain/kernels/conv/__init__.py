@@ -1,4 +1,4 @@
-"""Convolution on one device by several algorithms."""
+"""Convolution on one device by several algorithms, and the choice between them."""
 
 from shardtrain.kernels.conv.api import conv, implementation
 from shardtrain.kernels.conv.select import Estimate, listening, rows_of

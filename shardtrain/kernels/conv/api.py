@@ -1,4 +1,4 @@
-"""The front door: one convolution by the algorithm that is asked for."""
+"""`conv`: one convolution and both its gradients by the chosen algorithms."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from shardtrain.kernels.conv.fft import fft
 from shardtrain.kernels.conv.im2col import im2col
 from shardtrain.kernels.conv.select import heard, passes_of
 from shardtrain.kernels.conv.task import ConvTask, Passes, Problem, refused
-from shardtrain.kernels.tiles import extended, transposed
+from shardtrain.kernels.tiles import pad_axis, transposed
 from shardtrain.kernels.winograd import picked, tile_outputs, winograd
 
 
@@ -35,22 +35,31 @@ def conv(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """Convolution on one device, with both gradients.
+    """Convolution on one device.
 
     Args:
-        x, kernel, strides, dilation, padding, input_dilation, groups, precision, preferred_element_type: as
-            in `lax.conv_general_dilated`, channels last.
-        algorithm: one of `ALGORITHMS`, for all passes; `"auto"` takes for each what `select` finds fastest.
+        x: input, channels last.
+        kernel: filters.
+        strides: of the window.
+        dilation: of the filters.
+        padding: rows before and after every spatial dimension; negative numbers crop.
+        input_dilation: of the input, none by default.
+        groups: feature groups.
+        algorithm: one of `ALGORITHMS`, for the output and both gradients; `"auto"` takes for each of them the
+            one that `select` finds fastest.
         implementation: of Winograd's algorithm: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of
-            them that does it on the device that is traced for.
+            them that supports the arguments and the device that the program is traced for.
+        precision: of the products.
+        preferred_element_type: of the sums and the output.
 
     Raises:
-        UserError: an algorithm that there is not, or that does not compute this.
+        UserError: an unknown algorithm, or one that does not support the arguments.
 
     Example:
+        >>> from shardtrain.kernels.conv import conv
         >>> x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 6))
-        >>> static = {"strides": (1, 1), "dilation": (1, 1), "padding": ((1, 1), (1, 1))}
-        >>> conv(x, kernel, **static, algorithm="winograd").shape
+        >>> windows = {"strides": (1, 1), "dilation": (1, 1), "padding": ((1, 1), (1, 1))}
+        >>> conv(x, kernel, **windows, algorithm="winograd").shape
         (1, 8, 8, 6)
     """
     given = tuple(input_dilation or (1,) * len(strides))
@@ -61,7 +70,7 @@ def conv(
     if algorithm not in ("auto", "direct") and not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"conv: algorithm={algorithm!r} is for floating point, not {x.dtype}; use 'direct'")
     if precision is None:
-        precision = compat.default_precision()  # what "auto" believes is what is computed
+        precision = compat.default_precision()  # so that "auto" knows the one that will be used
     problem = Problem(
         window,
         tuple(strides),
@@ -79,16 +88,16 @@ def conv(
     passes = passes_of(task) if algorithm == "auto" else Passes(*(algorithm,) * 3)
     heard(task, passes)
     if set(passes) == {"direct"} or (algorithm != "auto" and not problem.dense):
-        return _compute(problem, passes.forward, x, kernel)  # jax's own gradients, of both modes
+        return _compute(problem, passes.forward, x, kernel)  # JAX's own gradients, forward mode too
     return _differentiable(problem, passes, *compat.match_varying(x, kernel))
 
 
 def implementation(task: ConvTask) -> str:
-    """What Winograd's algorithm is written in where this is traced, chosen for the task or not."""
+    """The implementation that Winograd's algorithm would have for this task and the present device."""
     p = task.problem
     if refused("winograd", p.window, p.strides):
         return "xla"
-    static = picked(
+    settings = picked(
         (task.batch, *task.padded, task.channels),
         (*p.window, task.channels // p.groups, task.filters),
         task.dtype,
@@ -97,7 +106,7 @@ def implementation(task: ConvTask) -> str:
         precision=p.precision,
         implementation=p.implementation,
     )
-    return static.implementation if static else "xla"
+    return settings.implementation if settings else "xla"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -115,7 +124,7 @@ def _backward(problem: Problem, passes: Passes, saved: tuple[Array, Array], dy: 
         (dx,) = jax.vjp(lambda x: _compute(problem, "direct", x, kernel), x)[1](dy)
     else:
         dx = _compute(problem.dual, passes.input, dy.astype(x.dtype), transposed(kernel, problem.groups))
-    # All of these are linear in the filters: their adjoint is the gradient, by the same products.
+    # Every algorithm is linear in the filters, so its transpose is the gradient, by the same products.
     (dkernel,) = jax.vjp(lambda kernel: _compute(problem, passes.kernel, x, kernel), kernel)[1](dy)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
@@ -124,7 +133,7 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _compute(problem: Problem, algorithm: str, x: Array, kernel: Array) -> Array:
-    """Runs one algorithm; pads and dilates by writing it out for those that take neither."""
+    """Runs one algorithm, on an input padded and dilated beforehand for those that do neither."""
     if algorithm == "direct":
         return direct(
             x,
@@ -150,7 +159,7 @@ def _compute(problem: Problem, algorithm: str, x: Array, kernel: Array) -> Array
 
 
 def _by_phases(x: Array, kernel: Array, problem: Problem, **kinds: Any) -> Array:
-    """Winograd's algorithm of every phase of a dilation: the phases are images of their own."""
+    """Winograd's algorithm; the phases of a dilation are separate images of one larger batch."""
     rank, batch = len(problem.window), x.shape[0]
     outputs = tile_outputs(problem.window, x.dtype)
     extents = [n - s + 1 for n, s in zip(x.shape[1:-1], problem.spans, strict=True)]
@@ -159,7 +168,7 @@ def _by_phases(x: Array, kernel: Array, problem: Problem, **kinds: Any) -> Array
     for dim, d in enumerate(problem.dilation):
         axis = 1 + dim
         rows = -(-x.shape[axis] // d)
-        x = extended(x, axis, rows * d)
+        x = pad_axis(x, axis, rows * d)
         x = x.reshape(*x.shape[:axis], rows, d, *x.shape[axis + 1 :])
         x = jnp.moveaxis(x, axis + 1, 0).reshape(-1, *x.shape[1 : axis + 1], *x.shape[axis + 2 :])
     y = winograd(x, kernel, outputs=outputs, **kinds)

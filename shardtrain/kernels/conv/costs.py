@@ -1,4 +1,4 @@
-"""What every algorithm costs, by a roofline: operations and bytes of its stages against a device's rates."""
+"""A cost model of the algorithms: a roofline of their operations and bytes and a device's rates."""
 
 import math
 import re
@@ -16,18 +16,19 @@ from shardtrain.kernels.winograd.cook_toom import Algorithm
 from shardtrain.kernels.winograd.xla import algorithms
 
 Rate = tuple[float, float]
-"""Operations and bytes in a second; a multiplication and its addition are two operations."""
+"""Operations and bytes per second; a multiplication and its addition are two operations."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
+    """The speed of a device.
 
     Attributes:
         by_pass: pass -> algorithm -> `Rate`.
-        launch: seconds that every stage takes at least.
+        launch: seconds that every program takes at least.
         workspace: bytes beyond which `auto` refuses an algorithm.
-        margins: pass -> algorithm -> how many times faster than direct convolution it must be by the model.
+        margins: pass -> algorithm -> how many times faster than direct convolution the model must predict it
+            to be.
     """
 
     by_pass: Mapping[str, Mapping[str, Rate]]
@@ -38,7 +39,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """A program of its own: it takes as long as its operations or its bytes, whichever is more."""
+    """The cost of one program on the device, which takes the longer of the times of operations and bytes.
+
+    Attributes:
+        operations: of the program.
+        bytes: that it reads and writes.
+    """
 
     operations: float
     bytes: int
@@ -55,15 +61,14 @@ SHEETS = {
 }
 
 REACHED = 0.85, 0.6, 0.65, 0.85
-"""Shares of those that good kernels reach, in the same order."""
-
+"""Shares of these figures that good kernels reach, in the same order."""
 
 DOUBTS = {"direct": 1.0, "im2col": 1.3, "winograd": 1.3, "fft": 2.0}
-"""Margins where nothing was measured; the stages of `fft` are furthest from what libraries are tuned for."""
+"""Margins where nothing was measured; the programs of `fft` are furthest from what libraries tune."""
 
 
 def sheet_rates(kind: str, dtype: str, precision: lax.PrecisionLike) -> Rates | None:
-    """Rates of a GPU by its data sheet, None for one we have none of."""
+    """Rates of a GPU by its data sheet; None for devices that are not in `SHEETS`, and for other types."""
     figures = next((v for pattern, v in SHEETS.items() if re.fullmatch(pattern, kind)), None)
     if figures is None or dtype not in ("float32", "float16", "bfloat16"):
         return None
@@ -77,7 +82,7 @@ def sheet_rates(kind: str, dtype: str, precision: lax.PrecisionLike) -> Rates | 
 
 
 def few_digits(kind: str, dtype: str, precision: lax.PrecisionLike) -> bool:
-    """Whether factors have 10 bits or fewer: float16, bfloat16, and float32 on tensor cores (TF32)."""
+    """Whether products take factors of 10 bits or fewer: float16, bfloat16, and TF32 on tensor cores."""
     if jnp.finfo(dtype).nmant < 20:
         return True
     named = precision or compat.default_precision()
@@ -164,7 +169,7 @@ def _cut(task: ConvTask) -> tuple[tuple[int, ...], int]:
 
 
 def multiplications(task: ConvTask, algorithm: str) -> int:
-    """Products of numbers, those of the transforms left out."""
+    """Multiplications, without those of the transforms."""
     pairs = task.channels // task.problem.groups * task.filters
     if algorithm == "fft":
         return 3 * math.prod(_spectrum(task)) * pairs  # three real ones for a complex one
@@ -174,7 +179,7 @@ def multiplications(task: ConvTask, algorithm: str) -> int:
 
 
 def workspace(task: ConvTask, algorithm: str) -> int:
-    """Bytes beside input, filters and output."""
+    """Bytes of memory that an algorithm needs beside input, filters and output."""
     if algorithm == "direct":
         return 0
     if algorithm == "im2col":
@@ -185,7 +190,7 @@ def workspace(task: ConvTask, algorithm: str) -> int:
 
 
 def seconds(task: ConvTask, algorithm: str, rate: Rate, launch: float) -> float:
-    """The time that the model predicts."""
+    """The seconds that the model predicts."""
     operations, bandwidth = rate
     return sum(launch + max(s.operations / operations, s.bytes / bandwidth) for s in stages(task, algorithm))
 
@@ -193,11 +198,11 @@ def seconds(task: ConvTask, algorithm: str, rate: Rate, launch: float) -> float:
 def error(task: ConvTask, algorithm: str, kind: str) -> float:
     """Relative root mean square of the rounding errors, before the result is rounded to its own type.
 
-    Fitted to the table that `tools/conv_errors.py` measures (256 channels): in float32 sums dominate,
-    12 units of rounding by direct convolution and im2col, 7 by Fourier transforms. Winograd's grow with
-    `cook_toom.Algorithm.amplification` in every dimension, from 3 units in float32 or float64, and from 0.6
-    where the factors are rounded to few digits and the sums are not. Factors that are rounded on their way
-    into tensor cores (TF32) lose as much by every algorithm but Fourier's.
+    The model is fitted to the table that `tools/conv_errors.py` measures (256 channels). In float32 the
+    errors of sums dominate: 12 units of rounding by direct convolution and im2col, 7 by Fourier transforms.
+    Winograd's grow with `cook_toom.Algorithm.amplification` in every dimension, from 3 units in float32 or
+    float64, and from 0.6 units of the factors where these are rounded to few digits. Rounding the factors to
+    TF32 costs every algorithm but Fourier's the same.
     """
     bits = jnp.finfo(task.dtype).nmant
     unit = 2.0 ** -(max(bits, 23) + 1)  # sums are in float32 or wider

@@ -1,4 +1,4 @@
-"""Convolution on one device, channels last: what an island computes on its own block."""
+"""Direct convolution on one device, channels last."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,19 @@ def direct(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """`lax.conv_general_dilated`; a window of one pixel is a matrix product."""
+    """`lax.conv_general_dilated`, or a matrix product for windows of one pixel.
+
+    Args:
+        x: input.
+        kernel: filters.
+        strides: of the window.
+        dilation: of the filters.
+        padding: rows before and after every spatial dimension; negative numbers crop.
+        input_dilation: of the input, none by default.
+        groups: feature groups.
+        precision: of the products.
+        preferred_element_type: of the sums and the output.
+    """
     rank = x.ndim - 2
     dilated = input_dilation is not None and max(input_dilation, default=1) > 1
     if groups == 1 and not dilated and not any(map(any, padding)) and all(k == 1 for k in kernel.shape[:-2]):

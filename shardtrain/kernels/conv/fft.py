@@ -1,8 +1,8 @@
 """Convolution by Fourier transforms of tiles (overlap-save).
 
-Tiles are small, and a transform of a few dozen pixels is fastest as a product with the matrix of its waves:
-frequencies come out first, real and imaginary parts apart, as the products of spectra want them. Rows of
-filters that are zero, and outputs that wrap around, are left out of the matrices.
+Tiles are small, and the transform of a few dozen pixels is fastest as a product with its Fourier matrix. The
+matrices put frequencies first, with real and imaginary parts apart, as the products of the spectra need them;
+they leave out rows of filters that are zero and outputs that wrap around.
 """
 
 import functools
@@ -16,16 +16,16 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain.kernels.tiles import extended, joined, window_sizes
+from shardtrain.kernels.tiles import join_tiles, pad_axis, window_sizes
 
 MATRIX = 256
-"""Rows of a tile beyond which its transform is not a matrix product."""
+"""Rows of a tile beyond which its transform is an FFT instead of a matrix product."""
 
 PER_BYTE = 10
-"""Operations in the time that a byte takes, when tiles are chosen."""
+"""Operations that take as long as moving a byte, for the choice of tiles."""
 
 Spectra = tuple[Array, Array, Array]
-"""The three combinations of real and imaginary parts that Gauss's product takes."""
+"""The three combinations of real and imaginary parts that Gauss's complex product takes."""
 
 
 def fft(
@@ -39,10 +39,19 @@ def fft(
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution without padding and with stride 1: spectra of tiles times spectra of filters.
 
-    Images are cut in tiles that overlap by a window less a row. Computed in at least float32; `out_type` is
-    the result's, the input's by default.
+    Images are divided into tiles that overlap by one row less than the window. All sums are in at least
+    float32.
+
+    Args:
+        x: input.
+        kernel: filters.
+        dilation: of the filters.
+        groups: feature groups.
+        precision: of the products.
+        out_type: of the result, the input's by default.
 
     Example:
+        >>> from shardtrain.kernels.conv.fft import fft
         >>> fft(jnp.ones((1, 40, 41, 4)), jnp.ones((9, 9, 4, 6)), dilation=(1, 1)).shape
         (1, 32, 33, 6)
 
@@ -66,7 +75,7 @@ def tile_sizes(
     filters: int = 1,
     groups: int = 1,
 ) -> tuple[int, ...]:
-    """Rows of the tiles that cost least, for `extents` outputs of windows of `spans` rows."""
+    """Rows of the cheapest tiles, for `extents` outputs of windows of `spans` rows."""
 
     def cost(sizes: tuple[int, ...]) -> float:
         steps = [t - s + 1 for t, s in zip(sizes, spans, strict=True)]
@@ -83,7 +92,7 @@ def tile_sizes(
 
 
 def _candidates(rows: int, span: int) -> list[int]:
-    """Even sizes: of the whole image, and of tiles with at least half as many outputs as overlap."""
+    """Even sizes: that of the whole image, and of tiles with at least half as many outputs as overlap."""
     whole = rows + -rows % (2 if rows <= MATRIX else 64)
     sizes = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, *(1 << i for i in range(9, 24)))
     found = [n for n in sizes if 1.5 * span <= n < whole and n <= max(MATRIX, 4 * span)]
@@ -91,7 +100,7 @@ def _candidates(rows: int, span: int) -> list[int]:
 
 
 def operations(sizes: Sequence[int], rows: Sequence[int]) -> float:
-    """Of the transform of one tile with `rows` that are not zero."""
+    """Operations of the transform of one tile, of which `rows` are not zero."""
     *others, last = sizes
     if max(sizes) > MATRIX:
         return 20.0 * math.prod(sizes) * math.log2(math.prod(sizes))  # 2.5, at an eighth of the speed
@@ -104,7 +113,7 @@ def operations(sizes: Sequence[int], rows: Sequence[int]) -> float:
 
 
 def frequencies(sizes: Sequence[int]) -> int:
-    """Of a tile of real numbers: half of those of the last dimension are the conjugates of the others."""
+    """Frequencies of a tile of real numbers: half of the last dimension's are conjugates of the others."""
     return math.prod(sizes[:-1]) * (sizes[-1] // 2 + 1)
 
 
@@ -113,12 +122,12 @@ def transform_filters(
     sizes: Sequence[int],
     dilation: Sequence[int],
 ) -> Spectra:
-    """Filters as `from_filters` takes them: once, where they do not change."""
+    """Transforms filters for `from_filters`; once is enough where they do not change."""
     rank = len(sizes)
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     wide = wide.transpose([*reversed(range(rank)), rank, rank + 1])
     real, imag = _spectrum(wide, sizes, dilation)
-    return real, imag + real, real - imag  # of the conjugate: it is a correlation
+    return real, imag + real, real - imag  # conjugated: it is a correlation
 
 
 def from_filters(
@@ -131,7 +140,7 @@ def from_filters(
     precision: lax.PrecisionLike = None,
     out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """`fft` with filters that `transform_filters` gave."""
+    """`fft` with filters that `transform_filters` has transformed."""
     rank = len(sizes)
     extents = [n - s + 1 for n, s in zip(x.shape[1:-1], spans, strict=True)]
     steps = [t - s + 1 for t, s in zip(sizes, spans, strict=True)]
@@ -139,7 +148,7 @@ def from_filters(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for dim, (t, size, step) in enumerate(zip(tiles, sizes, steps, strict=True)):
         axis = 2 * dim + 1
-        wide = extended(wide, axis, (t - 1) * step + size)
+        wide = pad_axis(wide, axis, (t - 1) * step + size)
         parts = [lax.slice_in_dim(wide, i * step, i * step + size, axis=axis) for i in range(t)]
         wide = jnp.stack(parts, axis)
     # (batch, tiles, size, tiles, size, ..., channels): rows first, those of the last dimension before all
@@ -151,7 +160,7 @@ def from_filters(
     y = _inverse(*_products(real, imag, filters, groups, precision), sizes, steps)
     y = y.reshape(*reversed(steps), x.shape[0], *tiles, -1)
     y = y.transpose([*reversed(range(rank)), *range(rank, y.ndim)])
-    return joined(y, extents).astype(out_type or x.dtype)
+    return join_tiles(y, extents).astype(out_type or x.dtype)
 
 
 def _products(
@@ -173,9 +182,9 @@ def _products(
 
 
 def _spectrum(x: Array, sizes: Sequence[int], steps: Sequence[int]) -> tuple[Array, Array]:
-    """Transform of the leading dimensions, reversed: `(points, *rest)`, real and imaginary part.
+    """Transform of the leading dimensions, in reversed order: `(points, *rest)`, real and imaginary part.
 
-    Estimate `i` stands at pixel `i * step`; there are zeros between, and behind the last one.
+    Row `i` is at pixel `i * step`, with zeros between the rows and after the last one.
     """
     rank = len(sizes)
     rows, rest = x.shape[:rank], x.shape[rank:]
@@ -219,7 +228,7 @@ def _inverse(real: Array, imag: Array, sizes: Sequence[int], steps: Sequence[int
 
 
 def _times(matrix: np.ndarray, x: Array) -> Array:
-    """A matrix times every entry of `(batch, rows, columns)`, exactly: TF32 would lose half the digits."""
+    """A matrix times every entry of `(batch, rows, columns)`; TF32 would lose half of the digits."""
     exact = lax.Precision.HIGHEST
     if x.shape[0] == 1:
         return lax.dot(jnp.asarray(matrix), x[0], precision=exact)[None]
@@ -229,7 +238,7 @@ def _times(matrix: np.ndarray, x: Array) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _waves(size: int, rows: int, step: int, dtype: str, real: bool) -> np.ndarray:
-    """`(frequencies, 2, rows)` of real numbers, `(frequencies, 2, 2 * rows)` of complex ones."""
+    """The Fourier matrix: `(frequencies, 2, rows)` for real numbers, else `(frequencies, 2, 2 * rows)`."""
     count = size // 2 + 1 if real else size
     angle = 2 * np.pi / size * (np.arange(count)[:, None] * (step * np.arange(rows)) % size)
     c, s = np.cos(angle), np.sin(angle)
@@ -239,7 +248,7 @@ def _waves(size: int, rows: int, step: int, dtype: str, real: bool) -> np.ndarra
 
 @functools.lru_cache(maxsize=256)
 def _back(size: int, rows: int, dtype: str, real: bool) -> np.ndarray:
-    """`(rows, frequencies, 2)` to real numbers, `(2 * rows, frequencies, 2)` to complex ones."""
+    """The inverse: `(rows, frequencies, 2)` to real numbers, `(2 * rows, frequencies, 2)` to complex ones."""
     count = size // 2 + 1 if real else size
     angle = 2 * np.pi / size * (np.arange(rows)[:, None] * np.arange(count) % size)
     c, s = np.cos(angle) / size, np.sin(angle) / size

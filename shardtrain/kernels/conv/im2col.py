@@ -1,4 +1,4 @@
-"""Convolution as one matrix product: every window of the input is laid out as a row."""
+"""Convolution as one matrix product, for which every window of the input is copied to a row."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,21 @@ def im2col(
     precision: lax.PrecisionLike = None,
     out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """Convolution without padding: the windows side by side, by strided slices, times all filters at once.
+    """Convolution without padding: all windows side by side, by strided slices, times all filters.
 
-    `out_type` is of the sums and the result, the input's by default.
+    Args:
+        x: input.
+        kernel: filters.
+        strides: of the window.
+        dilation: of the filters.
+        groups: feature groups.
+        precision: of the products.
+        out_type: of the sums and the result, the input's by default.
 
     Example:
-        >>> im2col(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), strides=(1, 2), dilation=(1, 1)).shape
+        >>> from shardtrain.kernels.conv.im2col import im2col
+        >>> x, kernel = jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6))
+        >>> im2col(x, kernel, strides=(1, 2), dilation=(1, 1)).shape
         (1, 6, 4, 6)
 
     References:
@@ -34,7 +43,7 @@ def im2col(
     window, per_group = kernel.shape[:-2], kernel.shape[-2]
     extents = extents_out(x.shape[1:-1], window, strides, dilation)
     patches = x if groups == 1 else x.reshape(*x.shape[:-1], groups, per_group)
-    for dim in reversed(range(len(window))):  # columns before rows: what lies side by side is copied together
+    for dim in reversed(range(len(window))):  # columns before rows: neighbours in memory are copied together
         last = (extents[dim] - 1) * strides[dim] + 1
         starts = [i * dilation[dim] for i in range(window[dim])]
         parts = [lax.slice_in_dim(patches, i, i + last, strides[dim], dim + 1) for i in starts]
@@ -66,6 +75,6 @@ def workspace(
     dilation: Sequence[int],
     itemsize: int,
 ) -> int:
-    """Bytes of the windows laid out, for a padded input of `shape`: nearly `prod(window)` times the input."""
+    """Bytes of the copied windows, for a padded input of `shape`: nearly `prod(window)` times the input."""
     pixels = math.prod(extents_out(shape[1:-1], window, strides, dilation))
     return shape[0] * pixels * math.prod(window) * shape[-1] * itemsize

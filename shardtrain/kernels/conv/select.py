@@ -1,7 +1,7 @@
-"""Which algorithm is the fastest for every pass, from what is known when a program is traced.
+"""Chooses the fastest algorithm for every pass of a convolution, when a program is traced.
 
-Times that were measured on this kind of device decide where there are any, and the cost model elsewhere. Both
-depend on static shapes, types and the kind of device only: all processes of a program choose alike.
+Times measured on this kind of device decide where there are any, and the cost model elsewhere. Both depend on
+static shapes, types and the kind of device only, so all processes of a program choose alike.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ LEAST_CHANNELS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """One algorithm for one pass.
+    """What is known of one algorithm for one pass.
 
     Attributes:
         pass_name: one of `PASSES`.
         algorithm: one of `ALGORITHMS`.
-        seconds: its time, None where it is unknown.
+        seconds: its time; None where it is unknown.
         source: of the time: `"measured"`, `"model"`, or empty.
-        multiplications: products of numbers, those of the transforms left out.
+        multiplications: without those of the transforms.
         workspace: bytes beside input, filters and output.
         error: relative root mean square of the rounding errors.
-        refused: why `auto` does not take it whatever its time, None if it may.
-        margin: how many times faster than direct convolution it must be.
+        refused: why `auto` does not choose it whatever its time; None if it may.
+        margin: how many times faster than direct convolution it must be to be chosen.
     """
 
     pass_name: str
@@ -54,14 +54,14 @@ class Estimate:
 
 
 def passes_of(task: ConvTask) -> Passes:
-    """The algorithm of every pass on the device that is traced for."""
+    """The chosen algorithm of every pass, on the device that the program is traced for."""
     if not jnp.issubdtype(task.dtype, jnp.floating):
         return Passes("direct", "direct", "direct")
     return _passes(task, compat.device_kind())
 
 
 def rows_of(task: ConvTask, kind: str) -> dict[str, tuple[Estimate, ...]]:
-    """Every algorithm for every pass."""
+    """The estimates of all algorithms, by pass."""
     return {name: _rows(task, name, kind, tables.of(kind)) for name in PASSES}
 
 
@@ -70,9 +70,9 @@ def _passes(task: ConvTask, kind: str) -> Passes:
 
 
 def chosen(rows: tuple[Estimate, ...]) -> str:
-    """The fastest of the rows, direct convolution unless another one is clearly faster.
+    """The fastest algorithm, which is direct convolution unless another one is faster by its margin.
 
-    Where times were measured those of the model have no say.
+    Where any times were measured, those of the model do not count.
     """
     source = "measured" if any(row.source == "measured" for row in rows) else "model"
     known = {r.algorithm: r.seconds * r.margin for r in rows if r.seconds and r.source == source}
@@ -88,7 +88,7 @@ def _rows(task: ConvTask, name: str, kind: str, table: tables.TimingTable | None
 
 
 def _row(task: ConvTask, name: str, algorithm: str, kind: str, table: tables.TimingTable | None) -> Estimate:
-    """One algorithm for one pass; what does not compute it has neither time nor error."""
+    """The estimate of one algorithm for one pass, without numbers if it cannot compute the pass."""
     reason = _impossible(task, name, algorithm)
     if reason is not None:
         return Estimate(name, algorithm, None, "", 0, 0, 0.0, reason)
@@ -109,14 +109,14 @@ def _row(task: ConvTask, name: str, algorithm: str, kind: str, table: tables.Tim
 
 
 def _rates(task: ConvTask, kind: str, table: tables.TimingTable | None) -> costs.Rates | None:
-    """Fitted to the table, which is of float32, or of a data sheet."""
+    """Rates fitted to the table, which are of float32, or those of a data sheet."""
     if table is not None and table.rates is not None:
         return table.rates if task.dtype == "float32" else None
     return costs.sheet_rates(kind, task.dtype, task.problem.precision)
 
 
 def _modelled(task: ConvTask, name: str, algorithm: str, rates: costs.Rates | None) -> float | None:
-    """The model's time, None where it has none."""
+    """The time by the model; None where it does not apply."""
     p = task.problem
     thin = p.groups > 1 and min(task.channels, task.filters) // p.groups < LEAST_CHANNELS
     if rates is None or thin or algorithm not in rates.by_pass.get(name, {}):
@@ -125,7 +125,7 @@ def _modelled(task: ConvTask, name: str, algorithm: str, rates: costs.Rates | No
 
 
 def _impossible(task: ConvTask, name: str, algorithm: str) -> str | None:
-    """Why an algorithm does not compute a pass."""
+    """Why an algorithm cannot compute a pass; None if it can."""
     p = task.problem
     if algorithm == "direct":
         return None
@@ -143,7 +143,7 @@ def _impossible(task: ConvTask, name: str, algorithm: str) -> str | None:
 def _unwise(
     task: ConvTask, algorithm: str, kind: str, space: int, error: float, limit: int | None
 ) -> str | None:
-    """Why `auto` does not take what an algorithm can compute."""
+    """Why `auto` refuses an algorithm that can compute the pass; None if it does not."""
     if algorithm == "direct":
         return None
     if algorithm == "winograd":
@@ -162,14 +162,14 @@ _listening: ContextVar[list[tuple[ConvTask, Passes]] | None] = ContextVar("_list
 
 
 def heard(task: ConvTask, passes: Passes) -> None:
-    """Tells `listening` what a convolution is computed by."""
+    """Tells the enclosing `listening` which algorithms compute a convolution."""
     if (found := _listening.get()) is not None:
         found.append((task, passes))
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[tuple[ConvTask, Passes]]]:
-    """Collects what the convolutions that are traced inside are computed by."""
+    """Collects the convolutions that are traced within it, with their algorithms."""
     found: list[tuple[ConvTask, Passes]] = []
     token = _listening.set(found)
     try:

@@ -1,7 +1,7 @@
-"""Measured times of convolutions, one table for every kind of device; `tools/tune_conv.py` writes them.
+"""Measured times of convolutions: one table for each kind of device, written by `tools/tune_conv.py`.
 
-JSON: `version`, `device_kind`, `jax`, `machine`, `rates` of the model fitted to it (or null), and `rows`,
-each a `layer` as `task.parse` reads it and `seconds` by pass and algorithm.
+A table is JSON with the fields `version`, `device_kind`, `jax`, `machine`, `rates` of the cost model fitted
+to it (or null), and `rows`, each with a `layer` as `task.parse` reads it and `seconds` by pass and algorithm.
 """
 
 import functools
@@ -19,15 +19,15 @@ from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, parse
 VERSION = 1
 
 NEAR = 2.0
-"""How many times larger or smaller a measured batch may be."""
+"""By what factor a measured batch may be larger or smaller than that of a task."""
 
 Seconds = Mapping[str, float]
-"""By algorithm."""
+"""Algorithm -> seconds."""
 
 
 @dataclass(frozen=True, eq=False)
 class TimingTable:
-    """What was measured on one kind of device.
+    """The times measured on one kind of device.
 
     Attributes:
         kind: `jax.Device.device_kind`.
@@ -40,7 +40,7 @@ class TimingTable:
     rows: Mapping[tuple[object, ...], Mapping[int, Seconds]]
 
     def seconds(self, task: ConvTask, name: str) -> Seconds:
-        """Times of a pass, of the nearest batch that was measured; nothing if none is near."""
+        """Times of a pass, from the nearest measured batch; empty if none is near."""
         measured = self.rows.get((name, *task.key), {})
         near = min(measured, key=lambda batch: _ratio(batch, task.batch), default=0)
         if not near or _ratio(near, task.batch) > NEAR:
@@ -56,15 +56,24 @@ _loaded: dict[str, TimingTable] = {}
 
 
 def load(path: str | Path) -> None:
-    """Uses the times in a file that `tools/tune_conv.py --out` wrote, before those that come with shardtrain.
+    """Loads measured times of convolutions, which then take precedence over those shipped with shardtrain.
 
-    Choices are made when a program is traced: load it first, and the same file on every process.
+    Algorithms are chosen when a program is traced, so the table must be loaded first, and the same one in
+    every process.
+
+    Args:
+        path: of a file that `tools/tune_conv.py --out` has written.
 
     Raises:
         UserError: a file that cannot be read or is no such table.
 
     Example:
-        >>> st.ops.load_conv_table("mine.json")
+        >>> import json, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "times.json"
+        >>> row = {"layer": "1x8x8x4->4,window=3", "seconds": {"forward": {"direct": 1e-5}}}
+        >>> table = {"version": 1, "device_kind": "my device", "rates": None, "rows": [row]}
+        >>> _ = path.write_text(json.dumps(table))
+        >>> st.ops.load_conv_table(path)
     """
     try:
         text = Path(path).expanduser().read_text()
@@ -79,12 +88,12 @@ def load(path: str | Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def of(kind: str) -> TimingTable | None:
-    """The table of a kind of device: one that was loaded, one that comes with shardtrain, or None."""
+    """The table of a kind of device: one that was loaded, else one shipped with shardtrain, else None."""
     return _loaded.get(kind) or _shipped(kind)
 
 
 def shipped_path(kind: str) -> Path:
-    """Where the table of a kind of device is that comes with shardtrain, or would be."""
+    """The path of the shipped table of a kind of device, whether it exists or not."""
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower())
     return Path(__file__).parent / "tables" / f"{name}.json"
 
@@ -95,7 +104,7 @@ def _shipped(kind: str) -> TimingTable | None:
 
 
 def read(text: str, name: str) -> TimingTable:
-    """A table from JSON.
+    """Reads a table from JSON; `name` is for messages.
 
     Raises:
         UserError: JSON that is no table, or one of another version.
@@ -114,7 +123,7 @@ def read(text: str, name: str) -> TimingTable:
 
 
 def _add(rows: dict[tuple[object, ...], dict[int, Seconds]], task: ConvTask, measured: Any) -> None:
-    """One layer's times; that of its input's gradient is one of the dual convolution's too."""
+    """Adds a layer's times; that of its input's gradient also counts for the dual convolution."""
     if unknown := set(measured) - set(PASSES):
         raise ValueError(f"{task} has a pass {min(unknown)!r}; there are {', '.join(PASSES)}")
     for name, by_algorithm in measured.items():

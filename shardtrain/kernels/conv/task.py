@@ -1,4 +1,4 @@
-"""What one device is asked to compute: a convolution and its shapes, all static."""
+"""The description of a convolution on one device: its windows and shapes, all static."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ PASSES = ("forward", "input", "kernel")
 
 
 class Passes(NamedTuple):
-    """The algorithm of every pass, in the order of `PASSES`."""
+    """The algorithm of every pass, see `PASSES`."""
 
     forward: str
     input: str
@@ -26,15 +26,18 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is static of a convolution on one device, its shapes left out.
+    """The static arguments of a convolution on one device, without its shapes.
 
     Attributes:
         window: rows of the filters in every spatial dimension.
-        strides, dilation, input_dilation, padding: one entry per spatial dimension; negative padding crops.
+        strides: of the window, one per spatial dimension.
+        dilation: of the filters, one per spatial dimension.
+        input_dilation: of the input, one per spatial dimension.
+        padding: rows before and after every spatial dimension; negative numbers crop.
         groups: feature groups.
         precision: of the products.
-        out_type: of the result, the input's if None.
-        implementation: of Winograd's kernels, None for the first that does it.
+        out_type: of the result; None for the input's.
+        implementation: of Winograd's algorithm; None for the first that supports device and arguments.
     """
 
     window: tuple[int, ...]
@@ -54,7 +57,7 @@ class Problem:
 
     @property
     def dense(self) -> bool:
-        """Whether neither windows nor inputs leave rows out."""
+        """Whether strides and input dilations are all 1."""
         return max(self.strides, default=1) == 1 and max(self.input_dilation, default=1) == 1
 
     @property
@@ -69,12 +72,15 @@ class ConvTask:
     """A `Problem` with its shapes.
 
     Attributes:
-        problem: windows and what they do.
-        batch, extents, channels: of the input, before it is padded.
+        problem: the static arguments.
+        batch: examples of the input.
+        extents: rows of the input in every spatial dimension, before padding.
+        channels: of the input.
         filters: output channels.
-        dtype: its name.
+        dtype: name of the type of the input.
 
     Example:
+        >>> from shardtrain.kernels.conv.task import parse
         >>> str(parse("32x56x56x64->128,window=3"))
         '32x56x56x64->128,window=3x3'
     """
@@ -88,7 +94,7 @@ class ConvTask:
 
     @property
     def padded(self) -> tuple[int, ...]:
-        """Rows of the input once it is dilated and padded."""
+        """Rows of the input after dilation and padding."""
         wide = window_sizes(self.extents, self.problem.input_dilation)
         return tuple(n + a + b for n, (a, b) in zip(wide, self.problem.padding, strict=True))
 
@@ -100,7 +106,7 @@ class ConvTask:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What the time depends on apart from the batch: rows that come as padding or as a halo are alike."""
+        """What the time depends on, apart from the batch; padding and halo rows cost the same as others."""
         p = self.problem
         what = p.window, p.strides, p.dilation, p.input_dilation, p.groups
         return self.outputs, self.channels, self.filters, *what, self.dtype
@@ -118,12 +124,12 @@ class ConvTask:
 
     @property
     def products(self) -> int:
-        """Multiplications of the definition, those with padding included."""
+        """Multiplications of direct convolution, those with padding included."""
         per_output = math.prod(self.problem.window) * self.channels // self.problem.groups
         return self.batch * math.prod(self.outputs) * self.filters * per_output
 
     def __str__(self) -> str:
-        """As `parse` reads it; what is usual is left out."""
+        """As `parse` reads it, without fields that have their default values."""
         p = self.problem
         shape = _times((self.batch, *self.extents, self.channels))
         found = [f"{shape}->{self.filters}", f"window={_times(p.window)}"]
@@ -140,7 +146,7 @@ class ConvTask:
 def refused(
     algorithm: str, window: Sequence[int], strides: Sequence[int], implementation: str | None = None
 ) -> str | None:
-    """Why `algorithm` does not compute a convolution with this window and these strides, None if it does."""
+    """Why `algorithm` does not support this window and these strides; None if it does."""
     if algorithm not in ("auto", *ALGORITHMS):
         return f"algorithm={algorithm!r}; there are 'auto', {', '.join(map(repr, ALGORITHMS))}"
     if implementation is not None:
@@ -159,15 +165,16 @@ def refused(
 
 
 def parse(text: str) -> ConvTask:
-    """A convolution written as `batch x rows x columns x channels->filters,window=...`.
+    """Reads a convolution written as `batch x rows x columns x channels->filters,window=...`.
 
-    One number stands for all dimensions. Beside `window` there may be `strides`, `dilation`, `input` (zeros
-    between inputs), `padding` (`same`, the default, numbers, or `before:after`), `groups` and `dtype`.
+    One number stands for all dimensions. Fields beside `window` are `strides`, `dilation`, `input` (its
+    dilation), `padding` (`same`, which is the default, numbers, or `before:after`), `groups` and `dtype`.
 
     Raises:
-        UserError: text that is no convolution.
+        UserError: text that describes no convolution.
 
     Example:
+        >>> from shardtrain.kernels.conv.task import parse
         >>> parse("2x224x224x3->64,window=11,strides=4,padding=2").outputs
         (55, 55)
     """

@@ -1,4 +1,4 @@
-"""Matrix product on one GPU by tiles: Winograd's core, and the worked example of how kernels are written."""
+"""Tiled matrix products on one GPU: the core of Winograd's convolution, and an example of such kernels."""
 
 from shardtrain.kernels.matmul.api import matmul
 

@@ -1,4 +1,4 @@
-"""The front door: pads to whole tiles, picks an implementation, and differentiates."""
+"""`matmul`: chooses an implementation, pads the operands to its tiles, and defines the gradients."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from shardtrain import compat
 from shardtrain.errors import UserError
 from shardtrain.kernels import gpu
-from shardtrain.kernels.tiles import filled, whole
+from shardtrain.kernels.tiles import next_multiple, pad_or_crop
 
 PRECISIONS = ("default", "tf32x3", "highest")
 TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -23,7 +23,7 @@ TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 @dataclass(frozen=True)
 class MatmulSettings:
-    """What is static of a product; see `matmul`."""
+    """The static arguments of a product, see `matmul`."""
 
     transpose_a: bool
     precision: str
@@ -40,24 +40,27 @@ def matmul(
     out_type: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch _ columns"]:
-    """Matrix product on one device by tiles, sums in at least float32.
+    """Tiled matrix product on one device, with sums in at least float32.
 
     Args:
         a: left operand `(*batch, rows, depth)`, or `(*batch, depth, rows)` with `transpose_a`.
         b: right operand `(*batch, depth, columns)`, of the same type.
         transpose_a: whether `a` is given transposed.
-        precision: of the products of float32: `"default"` (the device's, TF32 on GPUs), `"tf32x3"` (three
-            products of TF32: 21 bits) or `"highest"` (float32's own, which the tensor cores do not have).
-        out_type: of the result, the operands' by default.
-        implementation: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of them that does it here.
+        precision: of float32 products: `"default"` (the device's, which is TF32 on GPUs), `"tf32x3"` (three
+            TF32 products, 21 bits) or `"highest"` (full float32, which tensor cores do not have).
+        out_type: of the result, that of the operands by default.
+        implementation: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of them that supports the
+            device and the arguments.
 
     Returns:
-        `a @ b`. Gradients by the same implementation.
+        `a @ b`. Its gradients are computed by the same implementation.
 
     Raises:
-        UserError: shapes or types that do not agree, a named implementation that cannot do it.
+        UserError: shapes or types that do not agree, or a named implementation that does not support the
+            device or the arguments.
 
     Example:
+        >>> from shardtrain.kernels.matmul import matmul
         >>> matmul(jnp.ones((100, 30)), jnp.ones((30, 70))).shape
         (100, 70)
     """
@@ -74,18 +77,18 @@ def matmul(
     found = pick(implementation, a.dtype, precision, out_type)
     if 0 in (*a.shape, *b.shape):
         found = "xla"  # nothing to multiply
-    static = MatmulSettings(transpose_a, precision, jnp.dtype(out_type or a.dtype), found)
-    y = _differentiable(static, *flat)
+    settings = MatmulSettings(transpose_a, precision, jnp.dtype(out_type or a.dtype), found)
+    y = _differentiable(settings, *flat)
     return y.reshape(*batch, *y.shape[-2:])
 
 
 def pick(
     implementation: str | None, dtype: DTypeLike, precision: str, out_type: DTypeLike | None = None
 ) -> str:
-    """The first implementation that takes this type and precision here, or the named one.
+    """The first implementation that supports these types and this precision here, or the named one.
 
     Raises:
-        UserError: the named one does not.
+        UserError: the named one does not support them.
     """
     names = gpu.chosen(implementation, "matmul")
     reasons = {name: refused(name, dtype, precision, out_type) for name in names}
@@ -98,7 +101,7 @@ def pick(
 def refused(
     implementation: str, dtype: DTypeLike, precision: str, out_type: DTypeLike | None = None
 ) -> str | None:
-    """Why an implementation does not multiply this, None if it does."""
+    """Why an implementation does not support these types and this precision; None if it does."""
     if implementation == "xla":
         return None
     for name, given in (("takes", dtype), ("gives", out_type or dtype)):
@@ -114,50 +117,50 @@ def refused(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(static: MatmulSettings, a: Array, b: Array) -> Array:
-    return _compute(static, a, b)
+def _differentiable(settings: MatmulSettings, a: Array, b: Array) -> Array:
+    return _compute(settings, a, b)
 
 
-def _forward(static: MatmulSettings, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _compute(static, a, b), (a, b)
+def _forward(settings: MatmulSettings, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _compute(settings, a, b), (a, b)
 
 
-def _backward(static: MatmulSettings, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _backward(settings: MatmulSettings, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     a, b = saved
     dy = dy.astype(a.dtype)
-    plain = replace(static, transpose_a=False, out_type=a.dtype)
-    da = _differentiable(plain, b, dy.mT) if static.transpose_a else _differentiable(plain, dy, b.mT)
-    return da, _differentiable(replace(plain, transpose_a=not static.transpose_a), a, dy)
+    plain = replace(settings, transpose_a=False, out_type=a.dtype)
+    da = _differentiable(plain, b, dy.mT) if settings.transpose_a else _differentiable(plain, dy, b.mT)
+    return da, _differentiable(replace(plain, transpose_a=not settings.transpose_a), a, dy)
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _compute(static: MatmulSettings, a: Array, b: Array) -> Array:
-    if static.implementation == "xla":
-        return _by_xla(static, a, b)
-    run = jax.custom_batching.custom_vmap(functools.partial(_by_kernels, static))
+def _compute(settings: MatmulSettings, a: Array, b: Array) -> Array:
+    if settings.implementation == "xla":
+        return _by_xla(settings, a, b)
+    run = jax.custom_batching.custom_vmap(functools.partial(_by_kernels, settings))
 
     @run.def_vmap
     def rule(size: int, mapped: Any, a: Array, b: Array) -> tuple[Array, bool]:
-        """One product of a larger batch: kernels have no dimension to spare."""
+        """Merges the mapped dimension into the batch, since the kernels have a fixed number of dimensions."""
         y = run(*(x.reshape(-1, *x.shape[2:]) for x in gpu.all_mapped(size, mapped, (a, b))))
         return y.reshape(size, -1, *y.shape[1:]), True
 
     return run(a, b)
 
 
-def _by_kernels(static: MatmulSettings, a: Array, b: Array) -> Array:
-    transpose_a, at = static.transpose_a, gpu.card()
+def _by_kernels(settings: MatmulSettings, a: Array, b: Array) -> Array:
+    transpose_a, at = settings.transpose_a, gpu.card()
     assert at is not None
     rows, columns = a.shape[2 if transpose_a else 1], b.shape[2]
-    # Here, for jax's Mosaic GPU takes most of a second to import, which only GPUs need.
-    room = importlib.import_module(f"shardtrain.kernels.matmul.{static.implementation}")
-    bm, bn, bk = room.tile_sizes(rows, whole(columns, 64), a.dtype)
-    # The boundary check of the CUDA example: the borders are filled to whole tiles instead, with zeros.
+    # Imported here, since jax's Mosaic GPU takes most of a second to import and only GPUs need it.
+    room = importlib.import_module(f"shardtrain.kernels.matmul.{settings.implementation}")
+    bm, bn, bk = room.tile_sizes(rows, next_multiple(columns, 64), a.dtype)
+    # Kernels in CUDA check array bounds; here the operands are padded with zeros to whole tiles instead.
     a = _padded(a, (bk, bm) if transpose_a else (bm, bk))
     b = _padded(b, (bk, bn))
-    if static.implementation == "triton":
+    if settings.implementation == "triton":
         presets: dict[str, Any] = {
             "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
             "highest": lax.Precision.HIGHEST,
@@ -167,40 +170,40 @@ def _by_kernels(static: MatmulSettings, a: Array, b: Array) -> Array:
             a,
             b,
             transpose_a=transpose_a,
-            precision=presets.get(static.precision) if exact else None,
-            out_type=static.out_type,
+            precision=presets.get(settings.precision) if exact else None,
+            out_type=settings.out_type,
             interpreted=at.interpreted,
         )
     else:
         if transpose_a and a.dtype == jnp.float32:
             a, transpose_a = a.mT, False
-        split = static.precision == "tf32x3" and a.dtype == jnp.float32
+        split = settings.precision == "tf32x3" and a.dtype == jnp.float32
         y = room.matmul(
             tf32_parts(a) if split else a[None],
             tf32_parts(b) if split else b[None],
             products=((0, 1), (1, 0), (0, 0)) if split else ((0, 0),),
             transpose_a=transpose_a,
-            out_type=static.out_type,
+            out_type=settings.out_type,
             blackwell=at.blackwell,
             interpreted=at.interpreted,
         )
     return y[:, :rows, :columns]
 
 
-def _by_xla(static: MatmulSettings, a: Array, b: Array) -> Array:
+def _by_xla(settings: MatmulSettings, a: Array, b: Array) -> Array:
     levels = {"default": None, "tf32x3": lax.Precision.HIGH, "highest": lax.Precision.HIGHEST}
-    numbers = (((1 if static.transpose_a else 2,), (1,)), ((0,), (0,)))
+    numbers = (((1 if settings.transpose_a else 2,), (1,)), ((0,), (0,)))
     accumulate = jnp.promote_types(a.dtype, jnp.float32)
-    precision = levels[static.precision]
+    precision = levels[settings.precision]
     y = lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=accumulate)
-    return y.astype(static.out_type)
+    return y.astype(settings.out_type)
 
 
 def tf32_parts(x: Float[Array, "*shape"]) -> Float[Array, "2 *shape"]:
-    """Float32 as a number of TF32's 10 bits of mantissa and what it leaves out."""
+    """Float32 numbers as the nearest with TF32's 10 bits of mantissa, and the remainder."""
     leading = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
     return jnp.stack([leading, x - leading])
 
 
 def _padded(x: Array, tile: tuple[int, int]) -> Array:
-    return filled(x, (x.shape[0], *map(whole, x.shape[1:], tile)))
+    return pad_or_crop(x, (x.shape[0], *map(next_multiple, x.shape[1:], tile)))

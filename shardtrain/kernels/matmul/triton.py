@@ -1,7 +1,7 @@
-"""Tiled matrix product in Triton, for cards older than Hopper and newer than what Mosaic GPU is written for.
+"""Tiled matrix product in Triton, for GPUs that Mosaic GPU does not support.
 
-How CUDA's words map: a block of the grid is one program, its tiles are given by the `BlockSpec`s instead of
-index arithmetic; Triton itself stages tiles in shared memory and synchronizes; threads are not seen at all.
+How CUDA's words map: a block of the grid is one program, whose tiles are given by `BlockSpec`s instead of
+index arithmetic; Triton itself copies tiles to shared memory and synchronizes; threads are not visible.
 """
 
 import functools
@@ -19,7 +19,7 @@ WARPS, STAGES = 8, 3
 
 
 def tile_sizes(rows: int, columns: int, dtype: DTypeLike) -> tuple[int, int, int]:
-    """Rows, columns and depth of the tiles: what the operands must be padded to."""
+    """Rows, columns and depth of the tiles, to multiples of which the operands must be padded."""
     depth = 128 // jnp.dtype(dtype).itemsize
     return (128 if rows > 64 else 64), (128 if columns % 128 == 0 else 64), depth
 
@@ -39,9 +39,9 @@ def matmul(
         a: left operand `(batch, rows, depth)`, or `(batch, depth, rows)` with `transpose_a`.
         b: right operand.
         transpose_a: whether `a` is given transposed.
-        precision: of the products of float32: TF32 by default, three of them, or float32's own.
+        precision: of float32 products: TF32 by default, three TF32 products, or full float32.
         out_type: of the result; sums are in float32.
-        interpreted: on the CPU.
+        interpreted: whether to run on the CPU.
     """
     batch, depth, columns = b.shape
     rows = a.shape[2 if transpose_a else 1]

@@ -1,4 +1,4 @@
-"""Winograd's convolution: exact matrices, plain jax, and kernels for GPUs."""
+"""Winograd's convolution: its exact matrices, and implementations in plain JAX and for GPUs."""
 
 from shardtrain.kernels.winograd.api import picked, tile_outputs, winograd
 

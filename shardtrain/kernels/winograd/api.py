@@ -1,4 +1,4 @@
-"""The front door: picks an implementation and differentiates."""
+"""`winograd`: chooses an implementation and defines the gradients."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from shardtrain.kernels.winograd.stages import WinogradSettings
 
 
 def tile_outputs(window: Sequence[int], dtype: DTypeLike) -> tuple[int, ...]:
-    """`m` of F(m, r) in every dimension: tiles of 6 pixels, of 4 where numbers have few digits."""
+    """`m` of F(m, r) in every dimension: tiles of 6 pixels, or of 4 for types with few digits."""
     few = jnp.finfo(dtype).nmant < 20
     return tuple(max(1, (5 if few else 7) - r if r <= 4 else 9 - r) for r in window)
 
@@ -46,27 +46,30 @@ def winograd(
         bias: added to every pixel, as part of the output transform.
         outputs: `m` of every dimension.
         groups: feature groups.
-        relu: whether negative results become 0, as part of the output transform.
-        precision: of the products of float32; `"high"` is three products of TF32 on GPUs.
+        relu: whether to apply ReLU, as part of the output transform.
+        precision: of float32 products; `"high"` is three TF32 products on GPUs.
         out_type: of the result, the input's by default.
-        implementation: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of them that does it here.
-        fused: whether the kernels multiply and transform back in one; None for what moves fewer bytes.
+        implementation: `"mosaic"`, `"triton"`, `"xla"`, or None for the first of them that supports the
+            device and the arguments.
+        fused: whether one GPU kernel computes the product and the output transform; None for whichever moves
+            fewer bytes.
 
     Returns:
-        The output. Gradients are by the same algorithm and implementation; those of the GPU's kernels cannot
-        be differentiated again.
+        The output. Its gradients are computed by the same algorithm and implementation; those of the GPU
+        kernels cannot be differentiated again.
 
     Raises:
-        UserError: a named implementation that does not compute this.
+        UserError: a named implementation that does not support the device or the arguments.
 
     Example:
+        >>> from shardtrain.kernels.winograd import winograd
         >>> winograd(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), outputs=(4, 4)).shape
         (1, 6, 7, 6)
 
     References:
         Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
     """
-    static = picked(
+    settings = picked(
         x.shape,
         kernel.shape,
         x.dtype,
@@ -78,7 +81,7 @@ def winograd(
         implementation=implementation,
         fused=fused,
     )
-    if static is None:
+    if settings is None:
         y = xla.winograd(x, kernel, outputs=outputs, groups=groups, precision=precision, out_type=out_type)
         if bias is not None:
             y = y + bias.astype(y.dtype)
@@ -87,7 +90,7 @@ def winograd(
     if line:  # a line is an image of one row
         x, kernel = x[:, None], kernel[None]
     operands = compat.match_varying(x, kernel, *([] if bias is None else [bias]))
-    y = _by_kernels(static, *operands, *([None] if bias is None else []))
+    y = _by_kernels(settings, *operands, *([None] if bias is None else []))
     return y[:, 0] if line else y
 
 
@@ -104,10 +107,16 @@ def picked(
     implementation: str | None = None,
     fused: bool | None = None,
 ) -> WinogradSettings | None:
-    """What the kernels are told that compute this here, for shapes of input and filters; None for plain jax.
+    """The settings of the GPU kernels for a convolution; None if plain JAX computes it.
+
+    Args:
+        x: shape of the input.
+        kernel: shape of the filters.
+        dtype: of both.
+        outputs: see `winograd`, as all further arguments.
 
     Raises:
-        UserError: the named implementation does not.
+        UserError: a named implementation that does not support the device or the arguments.
     """
     reasons = []
     for name in gpu.chosen(implementation, "winograd"):
@@ -118,11 +127,11 @@ def picked(
         if reason is None:
             found = xla.algorithms(kernel[:-2], outputs)
             pair = (algorithm(1, 1), found[0]) if len(found) == 1 else (found[0], found[1])
-            static = WinogradSettings(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
+            settings = WinogradSettings(pair, name, level, jnp.dtype(out_type or dtype), relu, fused)
             image = (x[0], 1, *x[1:]) if len(found) == 1 else tuple(x)
-            reason = stages.refused(static, image, kernel[-1], dtype)
+            reason = stages.refused(settings, image, kernel[-1], dtype)
             if reason is None:
-                return static
+                return settings
         reasons.append(reason)
     raise UserError(f"winograd: {reasons[0]}")
 
@@ -136,7 +145,7 @@ def _no_kernels(name: str, rank: int, groups: int) -> str | None:
 
 
 def _level(precision: lax.PrecisionLike) -> str:
-    """`precision` as the products of tiles know it, by the stricter of a pair."""
+    """The precision of `kernels.matmul` for one of `lax`, by the stricter one of a pair."""
     if precision is None:
         precision = compat.default_precision()
     names: dict[Any, str] = {
@@ -151,25 +160,25 @@ def _level(precision: lax.PrecisionLike) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernels(static: WinogradSettings, x: Array, kernel: Array, bias: Array | None) -> Array:
-    return stages.convolve(static, x, kernel, bias)
+def _by_kernels(settings: WinogradSettings, x: Array, kernel: Array, bias: Array | None) -> Array:
+    return stages.convolve(settings, x, kernel, bias)
 
 
 def _forward(
-    static: WinogradSettings, x: Array, kernel: Array, bias: Array | None
+    settings: WinogradSettings, x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None, Array | None]]:
-    y = _by_kernels(static, x, kernel, bias)  # which outer derivatives know
-    return y, (x, kernel, bias, y if static.relu else None)
+    y = _by_kernels(settings, x, kernel, bias)  # which has a gradient rule of its own
+    return y, (x, kernel, bias, y if settings.relu else None)
 
 
 def _backward(
-    static: WinogradSettings, saved: tuple[Array, Array, Array | None, Array | None], dy: Array
+    settings: WinogradSettings, saved: tuple[Array, Array, Array | None, Array | None], dy: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias, y = saved
     if y is not None:
         dy = jnp.where(y > 0, dy, jnp.zeros_like(dy))
     dbias = None if bias is None else dy.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
-    dx, dkernel = _pulled(static, x, kernel, dy.astype(x.dtype))
+    dx, dkernel = _pulled(settings, x, kernel, dy.astype(x.dtype))
     return dx, dkernel, dbias
 
 
@@ -177,14 +186,14 @@ _by_kernels.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pulled(static: WinogradSettings, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
-    dkernel = stages.filter_gradient(static, x, dy)
-    return stages.input_gradient(static, kernel, dy).astype(x.dtype), dkernel.astype(kernel.dtype)
+def _pulled(settings: WinogradSettings, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+    dkernel = stages.filter_gradient(settings, x, dy)
+    return stages.input_gradient(settings, kernel, dy).astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-def _no_second(static: WinogradSettings, *_: Array) -> Any:
+def _no_second(settings: WinogradSettings, *_: Array) -> Any:
     raise UserError(
-        f"winograd: the gradients of implementation={static.implementation!r} cannot be differentiated "
+        f"winograd: the gradients of implementation={settings.implementation!r} cannot be differentiated "
         f"again; take implementation='xla'"
     )
 

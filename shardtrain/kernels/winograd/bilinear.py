@@ -1,4 +1,4 @@
-"""Matrices of fractions applied to lists of arrays: how the kernels transform a tile that is in registers."""
+"""Matrices of fractions times lists of arrays, by which the GPU kernels transform tiles in registers."""
 
 import functools
 import operator
@@ -11,10 +11,13 @@ from shardtrain.kernels.winograd.cook_toom import Matrix, matrix
 
 
 def apply(rows: Matrix, parts: Sequence[Any]) -> list[Any]:
-    """Sums of `parts`, weighted by each of `rows`. Rows that differ in signs only, as those of points p and
-    -p do, share the sums of their like and of their unlike halves.
+    """Sums of `parts`, weighted by each of `rows`.
+
+    Two rows that differ in signs only, as those of points p and -p do, share two sums: of the terms whose
+    signs agree and of those whose signs differ.
 
     Example:
+        >>> from shardtrain.kernels.winograd.bilinear import apply
         >>> from fractions import Fraction as F
         >>> apply(((F(1), F(1)), (F(1), F(-1))), [3.0, 1.0])
         [4.0, 2.0]
@@ -40,7 +43,7 @@ def apply_2d(rows: tuple[Matrix, Matrix], tile: Sequence[Sequence[Any]]) -> list
 
 
 def weights(rows: tuple[Matrix, Matrix]) -> np.ndarray:
-    """`(points, outputs)`: how much of every point of a tile `apply_2d` puts into every output."""
+    """`(points, outputs)`: the weights of all points of a tile in all outputs of `apply_2d`."""
     both = np.einsum("si,tj->ijst", *map(matrix, rows))
     return both.reshape(-1, len(rows[0]) * len(rows[1])).astype(np.float32)
 

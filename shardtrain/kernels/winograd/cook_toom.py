@@ -19,9 +19,12 @@ class Algorithm:
     """The matrices of one F(m, r).
 
     Attributes:
-        outputs, taps: `m` and `r`.
-        points: the finite ones; the last is infinity, which reads off the leading coefficients.
-        output, filter, input: `A^T` of `m` rows, `G` and `B^T` of `m + r - 1` rows.
+        outputs: `m`.
+        taps: `r`.
+        points: the finite points; the last point is infinity, which gives the leading coefficients.
+        output: `A^T`, of `m` rows.
+        filter: `G`, of `m + r - 1` rows.
+        input: `B^T`, of `m + r - 1` rows.
     """
 
     outputs: int
@@ -38,7 +41,7 @@ class Algorithm:
 
     @property
     def amplification(self) -> float:
-        """How rounding errors grow in one dimension: the model that ranks points.
+        """How much rounding errors grow in one dimension, by the model that ranks points.
 
         `sqrt(mean_a sum_i A[a,i]^2 |B_i|^2 |G_i|^2 / r)`: errors of independent products, weighted as they
         are summed. In two dimensions it is squared.
@@ -55,7 +58,7 @@ def matrix(rows: Matrix) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def algorithm(outputs: int, taps: int, points: tuple[Fraction, ...] | None = None) -> Algorithm:
-    """F(outputs, taps) by Cook and Toom.
+    """F(outputs, taps) by the method of Cook and Toom.
 
     Args:
         outputs: `m`, 1 or more.
@@ -63,9 +66,10 @@ def algorithm(outputs: int, taps: int, points: tuple[Fraction, ...] | None = Non
         points: `m + r - 2` different ones; those of `best_points` by default.
 
     Raises:
-        ValueError: numbers below 1, too few or too many points, or one of them twice.
+        ValueError: numbers below 1, too few or too many points, or a point given twice.
 
     Example:
+        >>> from shardtrain.kernels.winograd.cook_toom import algorithm
         >>> algorithm(2, 3).input[1]
         (Fraction(0, 1), Fraction(1, 1), Fraction(1, 1), Fraction(0, 1))
 

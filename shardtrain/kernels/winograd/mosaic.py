@@ -1,7 +1,7 @@
 """Winograd's transforms and its product fused with the output transform, in Mosaic GPU.
 
-A program holds a strip of tiles in shared memory, brought and taken away by the tensor memory accelerator,
-and transforms one tile after the other: a vector of 128 channels for each of its points.
+A program has a strip of tiles in shared memory, which the tensor memory accelerator copies from and to global
+memory, and transforms one tile after the other: a vector of 128 channels for each of its points.
 """
 
 import functools
@@ -32,7 +32,7 @@ FUSED = {2: (64, 64), 4: (64, 64), 16: (64, 16)}
 
 
 def together(tile_in: Sequence[int], tile_out: Sequence[int], step: int, dtype: DTypeLike) -> int:
-    """Tiles of a strip that a program takes: the most that fit, up to 8."""
+    """Tiles of a strip that one program transforms: the most that fit, up to 8."""
     width = jnp.dtype(dtype).itemsize * LANES
     for count in (8, 4, 2):
         pixels = tile_in[0] * ((count - 1) * step + tile_in[1]) + math.prod(tile_out) * count
@@ -58,9 +58,9 @@ def transform(
         rows: the matrices along rows and along columns.
         steps: pixels from a tile to the next.
         tiles: per column and per row, the latter a multiple of `count`.
-        strips: rows of tiles to write, those beyond the image as zeros.
+        strips: rows of tiles to write; those beyond the image are zeros.
         count: tiles of a program.
-        interpreted: on the CPU, looking for races.
+        interpreted: whether to run on the CPU and look for races.
     """
     extents = len(rows[0][0]), len(rows[1][0])
     points = len(rows[0]) * len(rows[1])
@@ -118,7 +118,7 @@ def untransform(
     out_type: DTypeLike,
     interpreted: bool,
 ) -> Float[Array, "batch rows columns channels"]:
-    """Products of tiles as the image: multiplied by `rows` from both sides, plus the bias, and rectified.
+    """The image of products of tiles: they are multiplied by `rows` from both sides, plus bias and ReLU.
 
     Args:
         m: products, channels a multiple of `LANES`.
@@ -127,9 +127,9 @@ def untransform(
         tiles: per column and per row of an image.
         batch: images.
         count: tiles of a program.
-        relu: negative numbers become 0, NaN stays.
+        relu: whether to apply ReLU, which keeps NaN.
         out_type: of the result.
-        interpreted: on the CPU, looking for races.
+        interpreted: whether to run on the CPU and look for races.
     """
     outputs = len(rows[0]), len(rows[1])
     kernel = pallas.mosaic_kernel(
@@ -191,7 +191,7 @@ def multiply_and_untransform(
     out_type: DTypeLike,
     interpreted: bool,
 ) -> Float[Array, "outputs rows columns"]:
-    """Products of all points, multiplied by `rows` as they come: they are never written to memory.
+    """The products of all points, transformed back without being written to global memory.
 
     A program keeps `outputs` sums of a tile in registers and goes through the points in a loop.
 
@@ -200,7 +200,7 @@ def multiply_and_untransform(
         u: transformed filters.
         rows: the matrices of the output transform.
         out_type: of the result.
-        interpreted: on the CPU, looking for races.
+        interpreted: whether to run on the CPU and look for races.
     """
     outputs = len(rows[0]) * len(rows[1])
     bm, bn = FUSED[outputs]

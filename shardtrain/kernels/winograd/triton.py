@@ -1,4 +1,4 @@
-"""Winograd's transforms and its fused product, in Triton, for cards that are not Hopper."""
+"""Winograd's transforms and its fused product in Triton, for GPUs that Mosaic GPU does not support."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ FUSED = {2: (64, 64), 4: (64, 64), 16: (64, 16)}
 
 
 def together(tile_in: Sequence[int], tile_out: Sequence[int], step: int, dtype: DTypeLike) -> int:
-    """Tiles of a strip that a program takes: as many as its registers hold, a power of two."""
+    """Tiles of a strip that one program transforms: a power of two, as many as its registers hold."""
     del step, dtype
     return 8 if max(*tile_in, *tile_out) <= 6 else 4
 

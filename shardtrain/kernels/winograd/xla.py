@@ -1,4 +1,4 @@
-"""Convolution by Winograd's algorithm, nested in one to three dimensions, in plain jax."""
+"""Winograd's convolution in plain JAX, for one to three dimensions."""
 
 import functools
 import math
@@ -10,12 +10,12 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from shardtrain.kernels.tiles import extended, joined
+from shardtrain.kernels.tiles import join_tiles, pad_axis
 from shardtrain.kernels.winograd.cook_toom import Algorithm, Matrix, algorithm
 
 AT_ONCE = 96
-"""Channels that are summed in one go in float32. XLA's CPU products add one after the other, and of 256 at
-once half the digits lost are lost there."""
+"""Channels that one product sums in float32. XLA adds them one after the other on CPUs, and with 256 channels
+this would cause half of all rounding errors."""
 
 
 def winograd(
@@ -29,9 +29,9 @@ def winograd(
 ) -> Float[Array, "batch *spatial_out channels_out"]:
     """Convolution without padding and with stride 1, by F(m, r) in every dimension.
 
-    Inputs are cut in overlapping tiles of `m + r - 1` pixels and transformed, filters too; one matrix
-    product for every pixel of a tile; its results are transformed back to `m` outputs. Transforms are in
-    at least float32.
+    Inputs are divided into overlapping tiles of `m + r - 1` pixels. Tiles and filters are transformed, and
+    multiplied by one matrix product for every pixel of a tile, whose results are transformed back to `m`
+    outputs. Transforms are in at least float32.
 
     Args:
         x: input.
@@ -42,6 +42,7 @@ def winograd(
         out_type: of the result, the input's by default.
 
     Example:
+        >>> from shardtrain.kernels.winograd.xla import winograd
         >>> winograd(jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 6)), outputs=(4, 4)).shape
         (1, 6, 7, 6)
 
@@ -55,14 +56,14 @@ def winograd(
 
 
 def algorithms(window: Sequence[int], outputs: Sequence[int]) -> tuple[Algorithm, ...]:
-    """F(m, r) of every dimension; one of a single tap needs no tile."""
+    """F(m, r) of every dimension, F(1, 1) for dimensions with a single tap."""
     return tuple(algorithm(1 if r == 1 else m, r) for m, r in zip(outputs, window, strict=True))
 
 
 def transform_filters(
     kernel: Float[Array, "*window channels_per_group channels_out"], found: Sequence[Algorithm]
 ) -> Float[Array, "*tile channels_per_group channels_out"]:
-    """Filters as `from_filters` takes them: once, where they do not change."""
+    """Transforms filters for `from_filters`; once is enough where they do not change."""
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     for dim, f in enumerate(found):
         wide = apply(f.filter, wide, dim)
@@ -78,7 +79,7 @@ def from_filters(
     precision: lax.PrecisionLike = None,
     out_type: DTypeLike | None = None,
 ) -> Float[Array, "batch *spatial_out channels_out"]:
-    """`winograd` with filters that `transform_filters` gave."""
+    """`winograd` with filters that `transform_filters` has transformed."""
     extents = [n - f.taps + 1 for n, f in zip(x.shape[1:-1], found, strict=True)]
     tiles = [-(-n // f.outputs) for n, f in zip(extents, found, strict=True)]
     points = math.prod(f.tile for f in found)
@@ -98,7 +99,7 @@ def from_filters(
     y = jnp.moveaxis(product, 1, 2).reshape(*(f.tile for f in found), x.shape[0], *tiles, -1)
     for dim, f in enumerate(found):
         y = apply(f.output, y, dim)
-    return joined(y, extents).astype(out_type or x.dtype)
+    return join_tiles(y, extents).astype(out_type or x.dtype)
 
 
 def transform_input(
@@ -108,9 +109,9 @@ def transform_input(
     rank = len(found)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for dim, (f, t) in enumerate(zip(found, tiles, strict=True)):
-        axis = dim + dim + 1  # behind the `dim` dimensions that tiles have brought
+        axis = dim + dim + 1  # after the dimensions that tiles have added
         rows = t * f.outputs + f.taps - 1
-        wide = extended(wide, axis, rows)
+        wide = pad_axis(wide, axis, rows)
         last = (t - 1) * f.outputs + 1
         parts = [lax.slice_in_dim(wide, i, i + last, f.outputs, axis) for i in range(f.tile)]
         wide = _combine(f.input, parts, dim)

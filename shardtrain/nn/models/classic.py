@@ -27,7 +27,7 @@ class LeNet(nnx.Module):
         rngs: for the initial values.
 
     Example:
-        >>> LeNet(classes=10, image=(28, 28, 1), rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
+        >>> st.models.LeNet(classes=10, image=(28, 28, 1), rngs=nnx.Rngs(0))(jnp.ones((2, 28, 28, 1))).shape
         (2, 10)
 
     References:
@@ -74,14 +74,14 @@ class AlexNet(nnx.Module):
         channels: of the input, of 63 pixels or more in height and width.
         width: features of the first convolution; the others have 3, 6, 4 and 4 times as many.
         hidden: features of the first two linear layers.
-        rounds: makes the layer by which a batch goes to linear layers that are cut otherwise than the
-            convolutions: `partial(Rounds, "spread")` instead of all at once.
+        rounds: makes the layer between convolutions and linear layers that are cut by other axes, see
+            `shardtrain.nn.Rounds`: `partial(Rounds, "spread")`, for example. One round by default.
         dtype: of the computation.
         param_dtype: of the parameters.
         rngs: for initial values and dropout.
 
     Example:
-        >>> AlexNet(classes=10, hidden=64, rngs=nnx.Rngs(0))(jnp.ones((2, 64, 64, 3))).shape
+        >>> st.models.AlexNet(classes=10, hidden=64, rngs=nnx.Rngs(0))(jnp.ones((2, 64, 64, 3))).shape
         (2, 10)
 
     References:
@@ -138,7 +138,7 @@ _VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2
 
 
 class VGG(nnx.Module):
-    """A VGG network: stages of 3x3 convolutions, each closed by pooling; 138.4 million parameters at 16.
+    """A VGG network: stages of 3x3 convolutions, each followed by pooling; 138.4 million parameters at 16.
 
     Args:
         depth: 11, 13, 16 or 19 layers.
@@ -151,10 +151,11 @@ class VGG(nnx.Module):
         rngs: for initial values and dropout.
 
     Raises:
-        UserError: a depth that there is not.
+        UserError: an unknown depth.
 
     Example:
-        >>> VGG(16, classes=10, width=8, hidden=64, rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))).shape
+        >>> model = st.models.VGG(11, classes=10, width=8, hidden=64, rngs=nnx.Rngs(0))
+        >>> model(jnp.ones((2, 32, 32, 3))).shape
         (2, 10)
 
     References:

@@ -28,7 +28,7 @@ class _Block(nnx.Module):
         self.conv1 = Conv(features_in, width, (3, 3), stride, **bare)
         self.norm1 = norm(width)
         self.conv2 = Conv(width, width, (3, 3), **bare)
-        self.norm2 = norm(width, scale_init=nnx.initializers.zeros_init())  # starts as the identity
+        self.norm2 = norm(width, scale_init=nnx.initializers.zeros_init())  # the block starts as the identity
         self.shortcut = _shortcut(features_in, width, stride, norm, bare)
 
     def __call__(self, x: Array) -> Array:
@@ -81,8 +81,8 @@ _DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
 class ResNet(nnx.Module):
     """A residual network: 18, 34 or 50 layers, or 8 for small images.
 
-    `stem="large"` is the 7x7 convolution and max pooling for images of 64 pixels and more; `"small"` a 3x3
-    convolution that keeps 8x8 to 32x32 images whole; by default the depth decides.
+    `stem="large"` is the 7x7 convolution and max pooling for images of 64 pixels and more; `"small"` is a 3x3
+    convolution of stride 1, for images of 8 to 32 pixels. The default is `"small"` for a depth of 8.
 
     Args:
         depth: 18, 34, 50, or 8: three stages of one block, `width` 16, for small images.
@@ -91,16 +91,16 @@ class ResNet(nnx.Module):
         stem: `"large"` or `"small"`.
         width: features of the first stage, doubled in each later one.
         norm: `"batch"` or `"group"` (of 8 channels).
-        remat: recompute each block in the backward pass, so that only its input is kept.
+        remat: whether to recompute each block in the backward pass and save its input only.
         dtype: of the computation.
         param_dtype: of the parameters.
         rngs: for the initial values.
 
     Raises:
-        UserError: a depth or norm that there is not.
+        UserError: an unknown depth or norm.
 
     Example:
-        >>> ResNet(depth=8, classes=10, channels=1, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
+        >>> st.models.ResNet(depth=8, classes=10, channels=1, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
         (2, 10)
 
     References:

@@ -39,8 +39,8 @@ class _Double(nnx.Module):
 class UNet(nnx.Module):
     """A U-Net that labels every pixel of signals, images or volumes of any extents.
 
-    Each level halves the image by max pooling (rounding up) and comes back by a transposed convolution,
-    cropped to the image it is joined with.
+    Each level halves the image by max pooling (rounding up), and doubles it again by a transposed
+    convolution, whose output is cropped to the image with which it is concatenated.
 
     Args:
         classes: outputs of every pixel.
@@ -48,16 +48,17 @@ class UNet(nnx.Module):
         rank: spatial dimensions, 1 to 3.
         features: of each level, from the full image down.
         norm: `"instance"`, `"batch"` or `"group"` (of 8 channels).
-        remat: recompute each pair of convolutions in the backward pass.
+        remat: whether to recompute each pair of convolutions in the backward pass.
         dtype: of the computation.
         param_dtype: of the parameters.
         rngs: for the initial values.
 
     Raises:
-        UserError: a rank or norm that there is not, or fewer than two levels.
+        UserError: an unknown rank or norm, or fewer than two levels.
 
     Example:
-        >>> UNet(classes=3, rank=3, features=(8, 16), rngs=nnx.Rngs(0))(jnp.ones((1, 6, 7, 8, 1))).shape
+        >>> model = st.models.UNet(classes=3, rank=3, features=(8, 16), rngs=nnx.Rngs(0))
+        >>> model(jnp.ones((1, 6, 7, 8, 1))).shape
         (1, 6, 7, 8, 3)
 
     References:
@@ -100,16 +101,16 @@ class UNet(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial classes"]:
-        kept = []
+        skips = []
         for block, pool in zip(self.down, (*self.pools, None), strict=True):
             x = self._apply(block, x)
             if pool is not None:
-                kept.append(x)
+                skips.append(x)
                 x = pool(x)
         for rise, fit, join, block in zip(self.rise, self.fit, self.join, self.up, strict=True):
-            across = kept.pop()
-            x = fit(rise(x), across.shape[1:-1])
-            x = self._apply(block, join(across, x))
+            skip = skips.pop()
+            x = fit(rise(x), skip.shape[1:-1])
+            x = self._apply(block, join(skip, x))
         return self.head(x)
 
     def _apply(self, block: _Double, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What the operations of a model cost: counted from their shapes, or measured on the device at hand."""
+"""The costs of a model's operations: counted from their shapes, or measured on the device at hand."""
 
 import math
 import re
@@ -13,13 +13,17 @@ from jax.sharding import Mesh
 
 from shardtrain import jaxprs
 from shardtrain.errors import UserError
-from shardtrain.pipeline.cut.graph import OperationGraph, variables
+from shardtrain.jaxprs import variables
+from shardtrain.pipeline.cut.graph import OperationGraph
 
 BYTE = 8.0
-"""What moving a byte costs, in floating point operations: about what a CPU's memory takes."""
+"""The cost of moving a byte, in floating point operations: about what a CPU's memory takes."""
 
-AGAIN = 4 / 3
-"""What an operation costs that is computed again in the backward pass, which takes two forward passes."""
+RECOMPUTED = 4 / 3
+"""The cost of an operation that is computed again in the backward pass, relative to one that is not.
+
+Forward and backward take three forward passes together, and one more if the forward pass is repeated.
+"""
 
 KINDS = ("counted", "measured")
 
@@ -34,9 +38,9 @@ _MOVES = frozenset(
     }
 )
 # fmt: on
-"""Operations that compute nothing; what they write is counted in bytes."""
+"""Operations that compute nothing; the bytes that they write are counted."""
 
-_GATHERS = frozenset(
+_UNFUSED = frozenset(
     {
         "cond",
         "conv_general_dilated",
@@ -49,17 +53,18 @@ _GATHERS = frozenset(
         "while",
     }
 )
+"""Operations into which compilers fuse nothing, so that their results are written to memory."""
 
 _RUNS_AGAIN = frozenset({"checkpoint", "remat", "remat2"})
 
 
 @dataclass(frozen=True)
 class OperationCosts:
-    """What each main operation of a flow costs, with the repeated operations that it is the first to need.
+    """The cost of each main operation of a graph, repeated operations that it is the first to need included.
 
     Attributes:
         costs: one for each main operation: floating point operations and bytes written, or seconds.
-        byte: what a byte costs that arrives at a stage, in the same unit.
+        byte: the cost of a byte that is sent to a stage, in the same unit.
     """
 
     costs: tuple[float, ...]
@@ -67,12 +72,12 @@ class OperationCosts:
 
 
 def flops(equation: Any) -> float:
-    """Floating point operations of an equation of a jaxpr, what it calls included.
+    """Returns the number of floating point operations of an equation, including those that it calls.
 
-    A multiplication with an addition is two; any other function of a number one; moving is none. A
-    convolution counts padding as if it were pixels, but no zeros between pixels (`lhs_dilation`). The body
-    of a `scan` counts as often as it runs and that of a `shard_map` for every device; of the branches of a
-    conditional the costliest, of a loop of unknown length one trip.
+    A multiplication with an addition counts as two, any other function of a number as one, and moving data as
+    none. A convolution counts padding as if it were pixels, but no zeros between pixels (`lhs_dilation`). The
+    body of a `scan` counts as often as it runs, and that of a `shard_map` once for every device. Of the
+    branches of a conditional the costliest counts, of a loop of unknown length one trip.
     """
     name, p = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -102,7 +107,7 @@ def flops(equation: Any) -> float:
 
 
 def _runs(equation: Any) -> int:
-    """How often the body of an equation runs."""
+    """Returns how often the body of an equation runs."""
     name, p = equation.primitive.name, equation.params
     if name == "scan":
         return p["length"]
@@ -115,40 +120,41 @@ def _runs(equation: Any) -> int:
 
 
 def size_of(variables: Any) -> int:
-    """Bytes of some variables of a jaxpr."""
+    """Returns the bytes of some variables of a jaxpr."""
     return sum(math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 4) for v in variables)
 
 
 def cost_of(jaxpr: Any) -> float:
-    """What one device's program costs: what it computes, and the bytes that its larger operations write.
+    """Returns the cost of one device's program: what it computes, and the bytes that it writes.
 
-    What lies between those is computed where it is read.
+    Only operations into which nothing is fused are taken to write their results.
     """
-    written = [v for e in jaxpr.eqns if e.primitive.name in _GATHERS for v in e.outvars]
+    written = [v for e in jaxpr.eqns if e.primitive.name in _UNFUSED for v in e.outvars]
     return sum(map(flops, jaxpr.eqns)) + BYTE * size_of(written)
 
 
-def _groups(flow: OperationGraph) -> list[list[Any]]:
-    """Each main operation, with the repeated operations that no main operation before it needs."""
+def _groups(graph: OperationGraph) -> list[list[Any]]:
+    """Returns each main operation with the repeated operations that no main operation before it needs."""
     seen: set[int] = set()
     groups = []
-    for equation in flow.main:
-        new = [e for e in flow.repeated(variables(equation.invars)) if id(e) not in seen]
+    for equation in graph.main:
+        new = [e for e in graph.repeated(variables(equation.invars)) if id(e) not in seen]
         seen |= {id(e) for e in new}
         groups.append([equation, *new])
     return groups
 
 
-def _again(equation: Any) -> float:
-    return AGAIN if equation.primitive.name in _RUNS_AGAIN else 1.0
+def _times(equation: Any) -> float:
+    return RECOMPUTED if equation.primitive.name in _RUNS_AGAIN else 1.0
 
 
-def counted(flow: OperationGraph) -> OperationCosts:
-    """The costs of a flow's operations, counted: what they compute, and the bytes that later ones read.
+def counted(graph: OperationGraph) -> OperationCosts:
+    """Returns the counted costs of a graph's operations: what they compute, and the bytes they write.
 
-    What a function of single numbers gives to one other such function is not written: compilers fuse them.
+    A result of an elementwise operation that only one other elementwise operation reads is not written, since
+    compilers fuse the two.
     """
-    jaxpr = flow.traced.closed.jaxpr
+    jaxpr = graph.traced.closed.jaxpr
     readers: dict[Any, list[Any]] = {}
     for equation in jaxpr.eqns:
         for v in variables(equation.invars):
@@ -158,61 +164,66 @@ def counted(flow: OperationGraph) -> OperationCosts:
 
     def written(equation: Any, v: Any) -> bool:
         reading = readers.get(v, [])
-        fused = len(reading) == 1 and reading[0] is not None and _single(reading[0]) and _single(equation)
+        fused = (
+            len(reading) == 1
+            and reading[0] is not None
+            and _elementwise(reading[0])
+            and _elementwise(equation)
+        )
         return bool(reading) and not fused
 
     def spent(equation: Any) -> float:
         moved = size_of(v for v in equation.outvars if written(equation, v))
-        return _again(equation) * flops(equation) + BYTE * moved
+        return _times(equation) * flops(equation) + BYTE * moved
 
-    return OperationCosts(tuple(sum(map(spent, group)) for group in _groups(flow)), BYTE)
+    return OperationCosts(tuple(sum(map(spent, group)) for group in _groups(graph)), BYTE)
 
 
-def _single(equation: Any) -> bool:
-    """Whether each number of a result is made of one number of each operand."""
+def _elementwise(equation: Any) -> bool:
+    """Whether each element of a result is computed from one element of each operand."""
     name = equation.primitive.name
-    if name in _GATHERS or name.startswith(("reduce", "arg", "cum", "scatter")):
+    if name in _UNFUSED or name.startswith(("reduce", "arg", "cum", "scatter")):
         return False
-    return all(_single(e) for body in jaxprs.inner_jaxprs(equation) for e in body.eqns)
+    return all(_elementwise(e) for body in jaxprs.inner_jaxprs(equation) for e in body.eqns)
 
 
-def measured(flow: OperationGraph, mesh: Mesh | None = None) -> OperationCosts:
-    """The costs of a flow's operations in seconds, each compiled and run by itself on the devices at hand.
+def measured(graph: OperationGraph, mesh: Mesh | None = None) -> OperationCosts:
+    """Returns the costs of a graph's operations in seconds: each is compiled and run by itself.
 
-    Equal operations are measured once, forward only: the backward pass of an operation is taken to be
-    proportional. What XLA would fuse across operations is not seen. A byte between stages costs as many
-    floating point operations as when counted, at the speed that the whole model reaches.
+    Equal operations are measured once, and forward only: the backward pass of an operation is taken to be
+    proportional. Fusion across operations is not seen. A byte between stages costs as many floating point
+    operations as when costs are counted, at the speed that the whole model reaches.
 
     Args:
-        flow: traced on `mesh`.
-        mesh: with devices; without one the operations run on the default device.
+        graph: of a model that was traced on `mesh`.
+        mesh: of devices at hand; without one the operations run on the default device.
     """
     known: dict[str, float] = {}
-    constants = set(flow.traced.closed.jaxpr.constvars)
+    constants = set(graph.traced.closed.jaxpr.constvars)
     idle = _seconds(lambda x: x, [jnp.zeros(())], mesh)
 
     def spent(equation: Any) -> float:
         used = [v for v in dict.fromkeys(variables(equation.invars)) if v not in constants]
-        alone = jaxprs.subprogram(flow.traced.closed, used, [equation], equation.outvars)
+        alone = jaxprs.subprogram(graph.traced.closed, used, [equation], equation.outvars)
         key = re.sub(r"0x[0-9a-f]+", "", str(alone.jaxpr.replace(constvars=())))
         if key not in known:
             run = jax.extend.core.jaxpr_as_fun(alone)
             known[key] = max(0.0, _seconds(run, [_filled(v.aval) for v in used], mesh) - idle)
-        return _again(equation) * known[key]
+        return _times(equation) * known[key]
 
-    costs = tuple(sum(map(spent, group)) for group in _groups(flow))
-    return OperationCosts(costs, BYTE * sum(costs) / max(1.0, sum(map(flops, flow.main))))
+    costs = tuple(sum(map(spent, group)) for group in _groups(graph))
+    return OperationCosts(costs, BYTE * sum(costs) / max(1.0, sum(map(flops, graph.main))))
 
 
 def _filled(aval: Any) -> Any:
-    """An array to measure with."""
+    """Returns an array of a type, to measure with."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), aval.shape)
     return jnp.full(aval.shape, 0.5 if jnp.issubdtype(aval.dtype, jnp.floating) else 0, aval.dtype)
 
 
 def _seconds(function: Callable, values: Sequence[Any], mesh: Mesh | None) -> float:
-    """The shortest of a few runs."""
+    """Returns the time of the shortest of a few runs."""
     if mesh is None:
         return _timed(jax.jit(function), values)
     with jax.set_mesh(mesh):
@@ -232,12 +243,14 @@ def _timed(run: Callable, values: Sequence[Any]) -> float:
     return found
 
 
-def work(flow: OperationGraph, costs: str = "counted", mesh: Mesh | None = None) -> OperationCosts:
-    """The costs of a flow's operations, `"counted"` or `"measured"` (on `mesh`).
+def operation_costs(
+    graph: OperationGraph, costs: str = "counted", mesh: Mesh | None = None
+) -> OperationCosts:
+    """Returns the costs of a graph's operations, `"counted"` or `"measured"` (on `mesh`).
 
     Raises:
         UserError: another kind of costs.
     """
     if costs not in KINDS:
         raise UserError(f"pipeline: costs={costs!r}; there are 'counted' and 'measured'")
-    return counted(flow) if costs == "counted" else measured(flow, mesh)
+    return counted(graph) if costs == "counted" else measured(graph, mesh)

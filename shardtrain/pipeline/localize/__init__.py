@@ -1,1 +1,1 @@
-"""A program on global arrays as one device's program on its blocks."""
+"""Localization: a program of global arrays becomes the program of one device on its blocks."""

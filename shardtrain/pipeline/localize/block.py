@@ -1,7 +1,8 @@
-"""What one device holds of a global array.
+"""The block of a global array that one device stores.
 
-Blocks are as XLA tiles: equal, the last ones filled up where the extent does not divide. What lies past an
-extent may be anything, NaN among it; a rule that would let it reach real elements fills it first.
+Blocks are as large as XLA's tiles: all of one array are equal, and the last ones are padded where an extent
+does not divide. The padding may have any values, NaN among them; a rule that would mix it with real elements
+fills it with a neutral value first.
 """
 
 import math
@@ -27,7 +28,7 @@ _notice: ContextVar["Callable[[Block, Axes], None] | None"] = ContextVar("notice
 
 @contextmanager
 def noticing(notice: "Callable[[Block, Axes], None] | None") -> Iterator[None]:
-    """Calls `notice` for each block that is moved inside, with the axes that cut it before and not then."""
+    """Calls `notice` inside for each block that is gathered, with the axes that do not cut it any more."""
     token = _notice.set(notice)
     try:
         yield
@@ -37,12 +38,12 @@ def noticing(notice: "Callable[[Block, Axes], None] | None") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Block:
-    """One device's part of a global array. No mesh axis cuts two of its dimensions.
+    """One device's block of a global array. No mesh axis cuts two of its dimensions.
 
     Attributes:
-        value: the block; in tracing of shapes only its type.
+        value: the block, or its shape alone.
         shape: of the global array.
-        cut: the mesh axes that cut each of its dimensions.
+        cut: for each dimension the mesh axes that cut it.
         sizes: of the mesh axes.
     """
 
@@ -52,22 +53,24 @@ class Block:
     sizes: Sizes
 
     def shards(self, dim: int) -> int:
+        """Returns into how many blocks a dimension is cut."""
         return shards(self.cut[dim], self.sizes)
 
     def uneven(self, dim: int) -> bool:
+        """Whether the last block of a dimension is padded."""
         return self.shape[dim] % self.shards(dim) != 0
 
     def moved(self, cut: Cut) -> "Block":
-        """The same array, cut otherwise: what is cut too much is gathered, then what is whole is sliced."""
+        """Returns the block of the same array with another cut: it is gathered, then sliced, as needed."""
         if cut == self.cut:
             return self
-        if is_key(self.value):  # collectives take no keys, but the numbers that they are
+        if is_key(self.value):  # collectives take the numbers of keys, but no keys
             raw = self._as_numbers()
             moved = raw.moved((*cut, *raw.cut[len(cut) :]))
             value = jax.random.wrap_key_data(moved.value, impl=jax.random.key_impl(self.value))
             return replace(self, value=value, cut=cut)
-        left = {a for axes in cut for a in axes}
-        lost = tuple(a for axes in self.cut for a in axes if a not in left and self.sizes[a] > 1)
+        cutting = {a for axes in cut for a in axes}
+        lost = tuple(a for axes in self.cut for a in axes if a not in cutting and self.sizes[a] > 1)
         if lost and (notice := _notice.get()):
             notice(self, lost)
         x = self
@@ -79,10 +82,11 @@ class Block:
         return x
 
     def whole_on(self, dims: Collection[int]) -> "Block":
+        """Returns the block of the same array with no cut of some dimensions."""
         return self.moved(tuple(() if d in dims else axes for d, axes in enumerate(self.cut)))
 
     def filled(self, fill: Any, dims: Iterable[int]) -> "Block":
-        """With `fill` in all that lies past the array's extents along `dims`."""
+        """Returns the block with `fill` in its padding along `dims`."""
         value = self.value
         for dim in dims:
             if self.uneven(dim):
@@ -93,7 +97,7 @@ class Block:
         return replace(self, value=value)
 
     def _kept(self, dim: int, new: Axes) -> Axes:
-        """The slowest axes of this dimension that need no gathering for it to be cut by `new`."""
+        """Returns the leading axes of a dimension that can stay when it is to be cut by `new`."""
         old = self.cut[dim]
         if old == new:
             return old
@@ -131,17 +135,17 @@ class Block:
 
 
 def whole(value: Any, sizes: Sizes) -> Block:
-    """An array that every device holds."""
+    """Returns the block of an array that no axis cuts."""
     return Block(value, value.shape, ((),) * len(value.shape), sizes)
 
 
 def shards(axes: Axes, sizes: Sizes) -> int:
-    """Number of blocks that `axes` cut together."""
+    """Returns the number of blocks that `axes` make together."""
     return math.prod(sizes[a] for a in axes)
 
 
 def finest(cuts: Iterable[Cut]) -> Cut:
-    """The one of several cuts by the most axes, the first among equals."""
+    """Returns the cut by the most axes, the first among equals."""
     return max(cuts, key=lambda cut: sum(map(len, cut)))
 
 
@@ -151,11 +155,11 @@ def is_key(value: Any) -> bool:
 
 
 def cut_of(entries: P | None, rank: int) -> Cut:
-    """A PartitionSpec as the axes of each of `rank` dimensions."""
+    """Returns the axes of each of `rank` dimensions, from a PartitionSpec."""
     given = [] if entries is None else [axes_of(entry) for entry in entries]
     return tuple(given + [()] * (rank - len(given)))
 
 
 def block_shape(shape: Sequence[int], cut: Cut, sizes: Sizes) -> tuple[int, ...]:
-    """Shape of one device's block."""
+    """Returns the shape of one device's block."""
     return tuple(-(-n // shards(axes, sizes)) for n, axes in zip(shape, cut, strict=True))

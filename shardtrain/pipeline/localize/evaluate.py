@@ -1,10 +1,10 @@
-"""A traced function of global arrays as the program of one device: each value is the block it holds.
+"""Runs a traced function of global arrays as the program of one device: every value is a block.
 
-Inside a pipeline stage nothing is left to XLA's partitioner: a stage is one branch of a program that is
-manual over every mesh axis. What our operators do is in their islands already; what a model computes
-between them (sums of residuals, activations, losses) is brought into local form here, by one rule for each
-kind of primitive (`rules`). What has no rule is gathered and computed whole, with a warning; what a rule
-gathers to do without some cut has a warning too.
+XLA's partitioner has no part in a pipeline stage, since a stage is one branch of a program that is manual
+over every mesh axis. What our operators do on one device is in their islands already. What a model computes
+between them (sums of residuals, activations, losses) is localized here, by one rule for each kind of
+primitive (`rules`). The operands of a primitive without a rule are gathered, and it is computed whole on
+every device, with a warning; if a rule gathers an operand, there is a warning, too.
 """
 
 import logging
@@ -17,9 +17,9 @@ from jax import lax
 
 from shardtrain import compat, jaxprs
 from shardtrain.layout import Axes
-from shardtrain.pipeline.localize import islands as on_values
+from shardtrain.pipeline.localize import islands
 from shardtrain.pipeline.localize.block import Block, Cut, Sizes, block_shape, cut_of, finest, noticing, whole
-from shardtrain.pipeline.localize.islands import CALLS, SAME, Values, constant, read
+from shardtrain.pipeline.localize.islands import CALLS, IDENTITIES, Values, constant, read
 from shardtrain.pipeline.localize.rules import RULES
 
 __all__ = ["Block", "Cut", "Sizes", "block_shape", "cut_of", "evaluate"]
@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 def evaluate(
     closed: Any, blocks: Sequence[Block], sizes: Sizes, warned: set[str] | None = None
 ) -> list[Block]:
-    """Runs a closed jaxpr of global arrays on one device's blocks, inside a manual `shard_map`.
+    """Returns one device's blocks of the results of a jaxpr of global arrays; inside a manual `shard_map`.
 
     Args:
-        closed: made where the mesh is manual over at least one outer axis, so that its islands use grouped
-            collectives, which may stand in a branch that only some devices take.
+        closed: traced where the mesh is manual over at least one outer axis, so that its islands use grouped
+            collectives, which may be in a branch that only some devices take.
         blocks: of its arguments.
-        sizes: of all mesh axes that may cut something.
-        warned: of what there was a warning already, which is not repeated; new ones are added.
+        sizes: of all mesh axes that may cut an array.
+        warned: texts of warnings that are not to be repeated; new ones are added.
 
     Returns:
-        The blocks of its results; what they are cut by follows from the arguments and the islands.
+        The blocks of its results; their cuts follow from those of the arguments and the islands.
     """
     return _Evaluator(sizes, set() if warned is None else warned).run(closed, blocks)
 
@@ -68,13 +68,13 @@ class _Evaluator:
     def apply(self, equation: Any, blocks: list[Block]) -> list[Block]:
         name = equation.primitive.name
         if name in CALLS:
-            if equation.params.get("differentiated"):  # computed again in the backward pass, and not before
+            if equation.params.get("differentiated"):  # it must not be computed before the backward pass
                 blocks = _with(blocks, lax.optimization_barrier([b.value for b in blocks]))
             self.calls.append(equation)
             outs = self.run(next(jaxprs.closed_jaxprs(equation)), blocks)
             self.calls.pop()
             return outs
-        if name in SAME:
+        if name in IDENTITIES:
             return blocks
         own = {"shard_map": self.island, "scan": self.scan, "while": self.while_, "cond": self.cond}
         rule = own.get(name) or RULES.get(name)
@@ -82,21 +82,21 @@ class _Evaluator:
         def gathered(block: Block, axes: Axes) -> None:
             self.warn(equation, f"gathers an operand of shape {block.shape} over {', '.join(axes)}")
 
-        with noticing(None if rule == self.island else gathered):  # islands say themselves what they move
+        with noticing(None if rule == self.island else gathered):  # what an island moves is its own business
             found = rule(equation, blocks) if rule else None
             return self.replicated(equation, blocks) if found is None else found
 
     def replicated(self, equation: Any, blocks: list[Block]) -> list[Block]:
-        """The last resort: every device of the stage gathers the operands and computes the whole."""
+        """Gathers the operands and computes the whole on every device of the stage, as a last resort."""
         if any(any(b.cut) for b in blocks):
             self.warn(equation, "is gathered and computed whole on every device of its pipeline stage")
         outs = jaxprs.rebind(equation, [b.whole_on(range(len(b.shape))).value for b in blocks])
         return [whole(v, self.sizes) for v in outs]
 
     def warn(self, equation: Any, what: str) -> None:
-        """Says once of each operation and place in the user's code what it gathers."""
+        """Logs what an operation gathers, once for each operation and line of the user's code."""
         places = [jaxprs.where(e) for e in (equation, *reversed(self.calls))]
-        # jax traces its own functions once, which then have no place.
+        # jax traces some of its own functions just once, so that they have no line of the user's.
         place = next((p for p in places if p != "unknown place"), places[0])
         text = f"{equation.primitive.name} ({place})"
         if text not in self.warned:
@@ -109,7 +109,7 @@ class _Evaluator:
         shapes = [v.aval.shape for v in equation.outvars]
         return [
             Block(v, shape, cut_of(s, len(shape)), self.sizes)
-            for v, shape, s in zip(on_values.run(jaxpr, (), given), shapes, out_specs, strict=True)
+            for v, shape, s in zip(islands.run(jaxpr, (), given), shapes, out_specs, strict=True)
         ]
 
     def scan(self, equation: Any, blocks: list[Block]) -> list[Block]:
@@ -127,34 +127,34 @@ class _Evaluator:
             for b in xs
         ]
         carry, outs = self.settled(p["jaxpr"], consts, carry, rows)
-        turn = self.inner(p["jaxpr"], [*consts, *carry, *rows], [b.cut for b in [*carry, *outs[nk:]]])
-        values = on_values.control(equation, [b.value for b in [*consts, *carry, *xs]], [turn])
+        body = self.inner(p["jaxpr"], [*consts, *carry, *rows], [b.cut for b in [*carry, *outs[nk:]]])
+        values = islands.control(equation, [b.value for b in [*consts, *carry, *xs]], [body])
         ys = [replace(b, shape=(p["length"], *b.shape), cut=((), *b.cut)) for b in outs[nk:]]
         return _with([*carry, *ys], values)
 
     def while_(self, equation: Any, blocks: list[Block]) -> list[Block]:
         p = equation.params
         nt, nb = p["cond_nconsts"], p["body_nconsts"]
-        tests, consts = blocks[:nt], blocks[nt : nt + nb]
+        asked, consts = blocks[:nt], blocks[nt : nt + nb]
         carry, _ = self.settled(p["body_jaxpr"], consts, blocks[nt + nb :], [])
-        test = self.inner(p["cond_jaxpr"], [*tests, *carry], [()])
-        turn = self.inner(p["body_jaxpr"], [*consts, *carry], [b.cut for b in carry])
-        values = on_values.control(equation, [b.value for b in [*tests, *consts, *carry]], [test, turn])
+        condition = self.inner(p["cond_jaxpr"], [*asked, *carry], [()])
+        body = self.inner(p["body_jaxpr"], [*consts, *carry], [b.cut for b in carry])
+        values = islands.control(equation, [b.value for b in [*asked, *consts, *carry]], [condition, body])
         return _with(carry, values)
 
     def cond(self, equation: Any, blocks: list[Block]) -> list[Block]:
         branches = equation.params["branches"]
         found = [self.abstract(branch, blocks[1:]) for branch in branches]
         outs = [replace(same[0], cut=finest(b.cut for b in same)) for same in zip(*found, strict=True)]
-        turns = [self.inner(branch, blocks[1:], [b.cut for b in outs]) for branch in branches]
-        return _with(outs, on_values.control(equation, [b.value for b in blocks], turns))
+        inner = [self.inner(branch, blocks[1:], [b.cut for b in outs]) for branch in branches]
+        return _with(outs, islands.control(equation, [b.value for b in blocks], inner))
 
     def settled(
         self, body: Any, consts: list[Block], carry: list[Block], rows: list[Block]
     ) -> tuple[list[Block], list[Block]]:
-        """A loop's carry cut as finely as any turn leaves it, and what a turn then gives, without values.
+        """Returns a loop's carry with the cuts that it keeps from turn to turn, and the results of a turn.
 
-        A carry often starts whole (zeros) and becomes cut by what is added to it.
+        A carry often starts whole (zeros) and becomes cut by what is added to it. The results have no values.
         """
         while True:
             outs = self.abstract(body, [*consts, *carry, *rows])
@@ -164,7 +164,7 @@ class _Evaluator:
             carry = [b.moved(c) for b, c in zip(carry, cuts, strict=True)]
 
     def abstract(self, closed: Any, blocks: list[Block]) -> list[Block]:
-        """What `run` would give, without values."""
+        """Returns the results of `run` without values."""
         found: list[Block] = []
 
         def run(values: list[Any]) -> list[Any]:
@@ -174,7 +174,7 @@ class _Evaluator:
         return _with(found, values) if (values := jax.eval_shape(run, [b.value for b in blocks])) else []
 
     def inner(self, closed: Any, blocks: list[Block], cuts: list[Cut]) -> Values:
-        """The body of a loop or a branch as a function of values, which lie as those of `blocks` do."""
+        """Returns a body or branch as a function of the values of `blocks`; its results are cut as `cuts`."""
         return lambda values: [
             b.moved(c).value for b, c in zip(self.run(closed, _with(blocks, values)), cuts, strict=True)
         ]

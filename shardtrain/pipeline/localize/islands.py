@@ -1,4 +1,9 @@
-"""Runs the jaxpr of an island on a device's values, where the axes over which they vary are not tracked."""
+"""Runs the jaxpr of an island on the values of one device.
+
+An island is the body of a `shard_map`: it is a program of one device already. It was traced where jax tracks
+the mesh axes over which a value varies, and it is run where jax does not, so operations that only change
+these axes are left out.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +20,7 @@ Values = Callable[[list[Any]], list[Any]]
 CALLS = frozenset(
     {"checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
 )
-SAME = frozenset(
+IDENTITIES = frozenset(
     {
         "copy",
         "copy_p",
@@ -33,7 +38,7 @@ _CASTS = frozenset(
 
 
 def run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Evaluates an open jaxpr of an island. What only changes the axes over which a value varies vanishes."""
+    """Returns the results of an island's jaxpr for the values of one device."""
     known = {v: constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -48,7 +53,7 @@ def run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 
 def _apply(equation: Any, values: list[Any]) -> list[Any]:
     name, p = equation.primitive.name, equation.params
-    if name in _CASTS or name in SAME:
+    if name in _CASTS or name in IDENTITIES:
         return values
     if name == "psum_invariant":
         return [lax.psum(v, p["axes"]) for v in values]
@@ -71,12 +76,12 @@ def _inner(closed: Any) -> Values:
 
 
 def control(equation: Any, values: list[Any], inner: Sequence[Values]) -> list[Any]:
-    """A `scan`, `while` or `cond` with other functions in it.
+    """Runs a `scan`, `while` or `cond` with other functions in it.
 
     Args:
         equation: of the jaxpr.
         values: of its operands.
-        inner: the body; the test and the body; or the branches.
+        inner: the body of the scan; the condition and the body of the loop; or the branches.
     """
     p = equation.params
     if equation.primitive.name == "scan":
@@ -91,18 +96,18 @@ def control(equation: Any, values: list[Any], inner: Sequence[Values]) -> list[A
         return [*carry, *ys]
     if equation.primitive.name == "while":
         nt, nb = p["cond_nconsts"], p["body_nconsts"]
-        tests, consts, init = values[:nt], values[nt : nt + nb], values[nt + nb :]
-        test, turn = inner
-        return lax.while_loop(lambda c: test([*tests, *c])[0], lambda c: turn([*consts, *c]), init)
+        asked, consts, init = values[:nt], values[nt : nt + nb], values[nt + nb :]
+        condition, body_of = inner
+        return lax.while_loop(lambda c: condition([*asked, *c])[0], lambda c: body_of([*consts, *c]), init)
     return lax.switch(values[0], inner, values[1:])
 
 
 def read(literal: Any) -> Array:
-    """A literal of a jaxpr."""
+    """Returns the value of a literal of a jaxpr."""
     return jnp.asarray(np.asarray(literal.val, literal.aval.dtype))
 
 
 def constant(value: Any) -> Any:
-    """A constant of a jaxpr, without the mesh under which it was traced."""
+    """Returns the value of a constant of a jaxpr, without the mesh under which it was traced."""
     key = jnp.issubdtype(getattr(value, "dtype", np.bool_), jax.dtypes.extended)
     return value if key or isinstance(value, jax.core.Tracer) else jnp.asarray(np.asarray(value))

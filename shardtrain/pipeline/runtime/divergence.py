@@ -1,4 +1,4 @@
-"""What must not stand in a branch: a collective that waits for devices which take another branch."""
+"""Finds collectives that would wait for ever, because some of their devices run another branch."""
 
 from collections.abc import Collection, Iterator
 
@@ -9,21 +9,20 @@ from shardtrain.errors import UserError
 
 
 def refuse_divergent(text: str, mesh: Mesh | AbstractMesh, axes: Collection[str] = ("pipe",)) -> None:
-    """Raises where a compiled program would wait forever, because devices of other stages never come.
+    """Refuses a compiled program that would wait for ever, because devices of other stages never join.
 
-    In a conditional's branches, in loops whose length XLA does not know, and in all that they call, there
-    must be
+    The branches of a conditional, a loop whose length XLA does not know, and all that they call must have
 
     - no collective-permute: all devices of the program meet in one, also those that send nothing,
-    - no collective whose groups span any of `axes`, along which devices take other branches.
+    - no collective whose groups span any of `axes`, along which devices take different branches.
 
-    Others may have them if what they ask for is computed of constants and counted turns alone, so that all
-    devices do the same.
+    A conditional or loop is excepted if its condition is computed from constants and loop counters alone, so
+    that all devices do the same.
 
     Args:
         text: optimized HLO, of any backend.
         mesh: that the program was compiled for.
-        axes: along which devices may take other branches.
+        axes: along which devices may take different branches.
 
     Raises:
         UserError: names the instruction and the conditional or loop.
@@ -56,9 +55,9 @@ def refuse_divergent(text: str, mesh: Mesh | AbstractMesh, axes: Collection[str]
 
 
 def in_branches(text: str) -> Iterator[tuple[hlo.Instruction, hlo.Instruction]]:
-    """Every collective that only some devices may run, after the conditional or loop that it is in."""
+    """Yields each collective that some devices may not run, after the conditional or loop that has it."""
     entry, computations = hlo.parse(text)
-    same = _Same(computations)
+    uniform = _UniformValues(computations)
     seen: set[tuple[str, bool]] = set()
     todo: list[tuple[str, hlo.Instruction | None]] = [(entry, None)]
     while todo:
@@ -70,31 +69,31 @@ def in_branches(text: str) -> Iterator[tuple[hlo.Instruction, hlo.Instruction]]:
             if branch is not None and instruction.collective:
                 yield branch, instruction
             inner = branch
-            if branch is None and instruction.divergent and not same.everywhere(name, instruction):
+            if branch is None and instruction.divergent and not uniform.decide(name, instruction):
                 inner = instruction
             todo += [(call.name, inner) for call in instruction.calls]
 
 
 Value = tuple[str, str, int | None]
-"""A computation, an instruction of it, and which element of its tuple, None for all."""
+"""A computation, an instruction of it, and the number of an element if its result is a tuple (None: all)."""
 
 
-class _Same:
-    """Which values are the same on all devices: those that depend on constants and loops of them alone."""
+class _UniformValues:
+    """Which values are the same on all devices: those computed from constants, by operations and loops."""
 
     def __init__(self, computations: hlo.Computations) -> None:
         self.computations = computations
         self.by_name = {name: {i.name: i for i in body} for name, body in computations.items()}
         self.loops: dict[str, list[tuple[str, hlo.Instruction]]] = {}
-        """The loops that run a computation, and the computations they are in."""
+        """For each computation the loops that run it, with the computations that they are in."""
         for name, body in computations.items():
             for instruction in body:
                 if instruction.op == "while":
                     for call in instruction.calls:
                         self.loops.setdefault(call.name, []).append((name, instruction))
 
-    def everywhere(self, computation: str, branch: hlo.Instruction) -> bool:
-        """Whether all devices take the same branch of a conditional, or leave a loop after as many turns."""
+    def decide(self, computation: str, branch: hlo.Instruction) -> bool:
+        """Whether uniform values decide which branch of a conditional is run, or how many turns of a loop."""
         todo: list[Value] = [
             (computation, branch.operands[0], None)
             if branch.op == "conditional"
@@ -110,7 +109,7 @@ class _Same:
         return True
 
     def _needed(self, value: Value) -> list[Value] | None:
-        """What a value is made of; None where that may differ between devices."""
+        """Returns the values that a value is computed from; None if it may differ between devices."""
         computation, name, index = value
         instruction = self.by_name[computation][name]
         operands = instruction.operands
@@ -134,7 +133,7 @@ class _Same:
         return instruction.op in _PURE and all(map(self._pure, inner))
 
     def _carried(self, computation: str, loop: hlo.Instruction, index: int | None) -> list[Value]:
-        """What a value that a loop carries is made of."""
+        """Returns the values that a value carried by a loop is computed from."""
         return [
             (computation, loop.operands[0], index),
             self._root(loop.called("body"), index),
@@ -155,7 +154,7 @@ _PURE = frozenset(
     }
 )
 # fmt: on
-"""Operations that give the same where their operands are the same."""
+"""Operations whose result is uniform if their operands are."""
 
 
 def _of(instruction: hlo.Instruction) -> str:

@@ -1,8 +1,8 @@
-"""The actions of a pipeline: how they are written, what each waits for, and when they wait for each other.
+"""The actions of a pipeline: how they are written, what each needs, and which orders are deadlocks.
 
-For every stage and microbatch there is a forward `F` and either the whole backward `B`, or its two halves:
-the gradient with respect to the input, `I`, which the stage before waits for, and the one with respect to
-the weights, `W`, which nothing waits for.
+For every stage and microbatch there is a forward `F`, and either the whole backward `B` or its two halves:
+`I`, the gradient with respect to the inputs, for which the stage before waits, and `W`, the gradient with
+respect to the weights, for which nothing waits.
 """
 
 import re
@@ -15,7 +15,7 @@ KINDS = ("F", "B", "I", "W")
 
 
 class Action(NamedTuple):
-    """What a rank does at once; `Action(2, "F", 0)`, written `2F0`, is stage 2's forward of microbatch 0."""
+    """An action of a rank: `Action(2, "F", 0)`, written `2F0`, is stage 2's forward of microbatch 0."""
 
     stage: int
     kind: str
@@ -26,13 +26,13 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Action":
-        """Reads an action as `str` writes it.
+        """Returns an action from its text, such as `2F0`.
 
         Raises:
-            UserError: for anything else.
+            UserError: the text is no action.
 
         Example:
-            >>> Action.parse("1I3")
+            >>> st.pipeline.Action.parse("1I3")
             Action(stage=1, kind='I', microbatch=3)
         """
         match = re.fullmatch(r"([0-9]{1,9})([FBIW])([0-9]{1,9})", text.strip())
@@ -45,7 +45,7 @@ class Action(NamedTuple):
 
 
 def needs(action: Action, stages: int) -> list[Action]:
-    """What must be done before an action can start; an `I` in the answer stands for `I` or `B`.
+    """Returns the actions that must end before an action can start; an `I` among them stands for `I` or `B`.
 
     Example:
         >>> [str(a) for a in needs(Action(1, "B", 0), stages=4)]
@@ -61,17 +61,17 @@ def needs(action: Action, stages: int) -> list[Action]:
 
 
 def gives(action: Action) -> Action:
-    """What others wait for: an `I` for `B`, else the action itself."""
+    """Returns the action for which others wait: for a `B` its `I`, else the action itself."""
     return action._replace(kind="I") if action.kind == "B" else action
 
 
 def sequence(name: str, ranks_of: Sequence[int], orders: Sequence[Sequence[Action]]) -> list[Action]:
-    """All actions in an order in which they could be done one at a time, each rank's own order kept.
+    """Returns all actions in an order in which they could be done one at a time; each rank keeps its own.
 
     Args:
         name: of the schedule, for messages.
-        ranks_of: the rank that holds each stage.
-        orders: for every rank its actions.
+        ranks_of: the rank of each stage.
+        orders: for each rank its actions.
 
     Raises:
         UserError: a deadlock, with the actions that wait for each other.
@@ -100,7 +100,7 @@ def sequence(name: str, ranks_of: Sequence[int], orders: Sequence[Sequence[Actio
 def _deadlock(
     ranks_of: Sequence[int], orders: Sequence[Sequence[Action]], at: list[int], done: set[Action]
 ) -> str:
-    """Follows who waits for whom until a rank comes up again."""
+    """Returns the message for a deadlock: follows who waits for whom until a rank comes up again."""
     rank = next(r for r, order in enumerate(orders) if at[r] < len(order))
     waits: dict[int, tuple[Action, Action, int]] = {}
     while rank not in waits:
@@ -117,7 +117,6 @@ def _deadlock(
     while (after := waits[cycle[-1]][2]) != rank:
         cycle.append(after)
     links = [f"rank {r} waits at {waits[r][0]} for {waits[r][1]} of rank {waits[r][2]}" for r in cycle]
-    # A rank that waits for what another is stuck at waits rightly; one that waits for what stands behind it
-    # does not.
+    # A rank may wait for the action at which another rank waits; to wait for one behind that is the mistake.
     late, holder = next(waits[r][1:] for r in reversed(cycle) if waits[r][1] != waits[waits[r][2]][0])
     return f"{', '.join(links)}; put {late} before {waits[holder][0]} on rank {holder}"

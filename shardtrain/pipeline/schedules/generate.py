@@ -1,4 +1,4 @@
-"""The classical schedules, made to size."""
+"""The classical schedules, generated for any number of ranks and microbatches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +12,9 @@ Order = list[Action]
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
-    """A schedule by name, or from a file; always one that `validate` accepts.
+    """Returns a schedule by its name or from a file.
+
+    `validate` accepts it. Activations in flight and idle shares are these:
 
     | name | backward | activations in flight on rank r of p | idle, F = I = W |
     | --- | --- | --- | --- |
@@ -24,15 +26,16 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
 
     Args:
         name: one of `NAMES`, or the path of a `.csv` file.
-        ranks: how many there are, p.
-        microbatches: m.
-        chunks: stages of each rank, v; interleaved takes 2 by default, zb-v has 2, the others have 1.
+        ranks: how many, p.
+        microbatches: how many, m.
+        chunks: how many stages each rank has, v; 2 by default for interleaved, 2 for zb-v, 1 for the others.
 
     Raises:
-        UserError: no such name, sizes below 1, chunks the schedule does not have, a file of another size.
+        UserError: an unknown name, sizes below 1, chunks that the schedule does not have, a file of another
+            size.
 
     Example:
-        >>> print(make("1f1b", ranks=2, microbatches=2).to_csv(), end="")
+        >>> print(st.pipeline.make("1f1b", ranks=2, microbatches=2).to_csv(), end="")
         0F0,0F1,0B0,0B1
         1F0,1B0,1F1,1B1
 
@@ -59,7 +62,7 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
             f"{'2 by default' if name == 'interleaved' else 'interleaved takes any number'}"
         )
     ranks_of = (*range(ranks), *reversed(range(ranks))) if name == "zb-v" else (*range(ranks),) * fixed
-    # These two have a pattern that needs enough microbatches; what is too many is left out again.
+    # The patterns of these two need enough microbatches; those above the number asked for are left out below.
     enough = {"interleaved": -(-microbatches // ranks) * ranks, "zb-v": max(microbatches, 2 * ranks - 1)}
     m = enough.get(name, microbatches)
     order_of: dict[str, Callable[[int], Order]] = {
@@ -79,16 +82,18 @@ def make(name: str, ranks: int, microbatches: int, chunks: int | None = None) ->
 
 
 def forward_only(ranks_of: Sequence[int], microbatches: int) -> Schedule:
-    """The forwards alone, for evaluation: each rank's chunks in turn, for as many microbatches as ranks.
+    """Returns a schedule of forwards alone, for evaluation.
+
+    A rank runs its chunks one after the other, each for as many microbatches as there are ranks.
 
     Example:
-        >>> print(forward_only((0, 1), 3).to_csv(), end="")
+        >>> print(st.pipeline.forward_only((0, 1), 3).to_csv(), end="")
         0F0,0F1,0F2
         1F0,1F1,1F2
     """
     orders = []
     for rank in range(max(ranks_of, default=-1) + 1):
-        stages = [stage for stage, holder in enumerate(ranks_of) if holder == rank]
+        stages = [stage for stage, r in enumerate(ranks_of) if r == rank]
         orders.append(tuple(_rounds(stages, "F", len(set(ranks_of)), microbatches)))
     schedule = Schedule("forward", tuple(ranks_of), microbatches, tuple(orders))
     validate(schedule, forward_only=True)
@@ -100,12 +105,13 @@ def _from_file(path: str, ranks: int, microbatches: int, chunks: int | None) -> 
     above = {a.microbatch for order in schedule.orders for a in order if a.microbatch >= microbatches}
     if schedule.ranks == ranks and len(above) == 1 and not _is_legal(schedule):
         schedule = replace(schedule, microbatches=microbatches)  # a slip in a file of the right size
-    held = max(schedule.ranks_of.count(rank) for rank in schedule.ranks_of)
-    if (schedule.ranks, schedule.microbatches, held) != (ranks, microbatches, chunks or held):
+    own_chunks = max(schedule.ranks_of.count(rank) for rank in schedule.ranks_of)
+    own = schedule.ranks, schedule.microbatches, own_chunks
+    if own != (ranks, microbatches, chunks or own_chunks):
         asked = f"{ranks} ranks and {microbatches} microbatches" + (f" in {chunks} chunks" if chunks else "")
         raise UserError(
             f"schedule file {path} is for {schedule.ranks} ranks, {schedule.microbatches} microbatches and "
-            f"{held} chunks on a rank, not for {asked}; ask for what it has (pipe={schedule.ranks} and "
+            f"{own_chunks} chunks on a rank, not for {asked}; ask for what it has (pipe={schedule.ranks} and "
             f"{schedule.microbatches} microbatches)"
         )
     validate(schedule)
@@ -121,7 +127,7 @@ def _is_legal(schedule: Schedule) -> bool:
 
 
 def _alternating(stage: int, microbatches: int, warmup: int) -> Order:
-    """`warmup` forwards, then one forward, one backward, then what is left."""
+    """Returns `warmup` forwards, then one forward and one backward in turn, then the remaining backwards."""
     forwards = [Action(stage, "F", i) for i in range(microbatches)]
     backwards = [Action(stage, "B", i) for i in range(microbatches)]
     return _merged(forwards, backwards, warmup)
@@ -136,7 +142,7 @@ def _merged(forwards: Order, backwards: Order, warmup: int) -> Order:
 
 
 def _rounds(stages: Sequence[int], kind: str, ranks: int, microbatches: int) -> Order:
-    """Stage after stage for the first `ranks` microbatches, then for the next."""
+    """Returns stage after stage for the first `ranks` microbatches, then the same for the next ones."""
     return [
         Action(stage, kind, i)
         for start in range(0, microbatches, ranks)
@@ -156,7 +162,7 @@ def _interleaved(rank: int, ranks: int, microbatches: int, chunks: int) -> Order
 
 
 def _zb_h1(rank: int, ranks: int, microbatches: int) -> Order:
-    """1F1B whose `W` lag behind by `rank` microbatches: all ranks then hold as many as the first."""
+    """Returns 1F1B whose `W` lag behind by `rank` microbatches: all ranks then keep as many as the first."""
     inputs = [Action(rank, "I", i) for i in range(microbatches)]
     order = []
     for action in _merged([a._replace(kind="F") for a in inputs], inputs, ranks - 1 - rank):
@@ -167,7 +173,7 @@ def _zb_h1(rank: int, ranks: int, microbatches: int) -> Order:
 
 
 def _zb_v(rank: int, ranks: int, microbatches: int) -> Order:
-    """Two chunks in a V: the last stage is on the first rank, so that backwards start there at once."""
+    """Returns two chunks in a V: the first rank has the last stage, so that its backwards start at once."""
     stages = {"d": rank, "u": 2 * ranks - 1 - rank}  # down the V, and up
     counts: dict[str, int] = {}
     order: Order = []
@@ -177,7 +183,7 @@ def _zb_v(rank: int, ranks: int, microbatches: int) -> Order:
         (rank, ["uF", "dF"]),  # until its first backward comes up from the rank before
         (after, ["uF", "uI", "uW"]),  # until its first backward is back from the ranks after this one
         (microbatches - ranks, ["dF", "dI", "dW", "uF", "uI", "uW"]),
-        (rank, ["dI", "uI"]),  # others wait for I, nobody for W
+        (rank, ["dI", "uI"]),  # other ranks wait for I, none for W
         (after, ["dI", "dW"]),
         (rank, ["uW"]),
         (rank, ["dW"]),

@@ -1,6 +1,6 @@
-"""A pipeline schedule as data: which rank does what, in which order. Files and checks; nothing runs here.
+"""A pipeline schedule as data: which rank does what, in which order; its files and checks.
 
-Stages are numbered in network order. A rank may hold several of them, its chunks.
+Stages are numbered in network order. A rank may have several of them, its chunks. Nothing runs here.
 """
 
 import itertools
@@ -19,13 +19,13 @@ class Schedule:
     """The actions of every rank, in order.
 
     Attributes:
-        name: for people.
-        ranks_of: the rank that holds each stage.
-        microbatches: into which a batch is cut.
+        name: for messages and tables.
+        ranks_of: the rank that has each stage.
+        microbatches: how many a batch is cut into.
         orders: for every rank its actions.
 
     Example:
-        >>> Schedule.from_csv("0F0,0B0\\n1F0,1B0", "tiny").ranks_of
+        >>> st.pipeline.Schedule.from_csv("0F0,0B0\\n1F0,1B0", "tiny").ranks_of
         (0, 1)
     """
 
@@ -44,11 +44,11 @@ class Schedule:
 
     @property
     def split(self) -> bool:
-        """Whether a backward is cut into `I` and `W` somewhere."""
+        """Whether any backward is split into `I` and `W`."""
         return any(action.kind == "I" for order in self.orders for action in order)
 
     def sequence(self) -> list[Action]:
-        """All actions in an order in which they could be done one at a time, each rank's own order kept.
+        """Returns all actions in an order in which they could be done one at a time; each rank keeps its own.
 
         Raises:
             UserError: a deadlock, with the actions that wait for each other.
@@ -56,11 +56,14 @@ class Schedule:
         return sequence(self.name, self.ranks_of, self.orders)
 
     def with_split(self) -> "Schedule":
-        """Every `B` replaced by `I` and `W`, one after the other."""
+        """Returns the schedule in which every `B` is an `I` and a `W`, one after the other."""
         return self._renamed("split", {"B": ("I", "W")})
 
     def with_fused(self) -> "Schedule":
-        """Every `I` replaced by `B`; the `W` go. Never a deadlock: an action only loses what it waits for."""
+        """Returns the schedule in which every `I` is a `B`, and there are no `W`.
+
+        This never makes a deadlock: actions only lose others that they wait for.
+        """
         return self._renamed("fused", {"I": ("B",), "W": ()})
 
     def _renamed(self, how: str, kinds: dict[str, tuple[str, ...]]) -> "Schedule":
@@ -71,17 +74,18 @@ class Schedule:
         return self if orders == self.orders else replace(self, name=f"{self.name} {how}", orders=orders)
 
     def to_csv(self) -> str:
-        """One row for every rank, one cell for every action."""
+        """Returns the schedule as CSV: a row for every rank, a cell for every action."""
         return "".join(",".join(map(str, order)) + "\n" for order in self.orders)
 
     @classmethod
     def from_csv(cls, text: str, name: str) -> "Schedule":
-        """Reads what `to_csv` writes; empty cells and lines are passed over, `;` and tabs separate too.
+        """Returns a schedule from what `to_csv` writes.
 
-        The row in which a stage's actions stand is its rank; the largest microbatch says how many there are.
+        The row of a stage's actions is its rank, and the largest microbatch says how many there are. Empty
+        cells and lines are passed over; `;` and tabs separate cells, too.
 
         Raises:
-            UserError: a cell that is no action, a stage in two rows or in none. `validate` does the rest.
+            UserError: a cell that is no action, a stage in two rows or in none. For the rest see `validate`.
         """
         orders: list[tuple[Action, ...]] = []
         rank_of: dict[int, int] = {}
@@ -119,10 +123,10 @@ class Schedule:
         return cls(name, tuple(rank_of[stage] for stage in range(missing)), count, tuple(orders))
 
     def save(self, path: Path | str) -> None:
-        """Writes `to_csv` to a file.
+        """Writes the schedule to a CSV file.
 
         Raises:
-            UserError: where no file can be written.
+            UserError: the file cannot be written.
         """
         try:
             Path(path).write_text(self.to_csv())
@@ -133,7 +137,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path: Path | str) -> "Schedule":
-        """Reads a file that `save` or a spreadsheet wrote; its name is the schedule's.
+        """Returns a schedule from a file that `save` or a spreadsheet wrote; it is named like the file.
 
         Raises:
             UserError: no such file, no text, or no schedule.
@@ -150,22 +154,22 @@ class Schedule:
 
 
 def is_file(name: str) -> bool:
-    """Whether a schedule's name is that of a file."""
+    """Whether the name of a schedule is that of a file."""
     return name.lower().endswith(".csv")
 
 
 def validate(schedule: Schedule, *, forward_only: bool = False) -> None:
-    """Whether a schedule does everything once, in the right place, and ends.
+    """Checks that a schedule does everything once, on the right rank, and that it ends.
 
     Args:
-        schedule: the schedule.
-        forward_only: it is one of `F` alone.
+        schedule: to be checked.
+        forward_only: it has forwards alone, for evaluation.
 
     Raises:
         UserError: names the first offending action, its rank, and what to do.
 
     Example:
-        >>> validate(Schedule.from_csv("0F0,0B0\\n1B0,1F0", "odd"))
+        >>> st.pipeline.validate(st.pipeline.Schedule.from_csv("0F0,0B0\\n1B0,1F0", "odd"))
         Traceback (most recent call last):
         shardtrain.errors.UserError: schedule 'odd': rank 1 does 1B0 before 1F0; put 1F0 first
     """
@@ -190,7 +194,7 @@ def validate(schedule: Schedule, *, forward_only: bool = False) -> None:
 
 
 def _missing(s: Schedule, seen: set[Action], forward_only: bool) -> Action | None:
-    """The first action that is not among those `seen`; both halves, where there is no whole backward."""
+    """Returns the first action that is not among those `seen`, None if there is none."""
     for stage in range(s.stages):
         for i in range(s.microbatches):  # may be huge in a wrong file; the first gap ends this
             kinds = "F" if forward_only else "FB" if Action(stage, "B", i) in seen else "FIW"
@@ -201,7 +205,12 @@ def _missing(s: Schedule, seen: set[Action], forward_only: bool) -> Action | Non
 
 
 def _misplaced(s: Schedule, rank: int, action: Action, seen: set[Action], forward_only: bool) -> str:
-    """What is wrong with an action after those `seen`; nothing if it is fine."""
+    """Returns what is wrong with an action of a rank that comes after those `seen`, `""` for nothing."""
+    return _impossible(s, rank, action, forward_only) or _out_of_order(action, seen)
+
+
+def _impossible(s: Schedule, rank: int, action: Action, forward_only: bool) -> str:
+    """Returns what is wrong with an action wherever it stands among those of its rank."""
     stage, kind, microbatch = action
     if kind not in KINDS:
         return f", and there are only the kinds {' '.join(KINDS)}; write one of them"
@@ -213,6 +222,12 @@ def _misplaced(s: Schedule, rank: int, action: Action, seen: set[Action], forwar
         return f", and stage {stage} is on rank {s.ranks_of[stage]}; move it there"
     if forward_only and kind != "F":
         return " in a schedule of forwards only; leave it out"
+    return ""
+
+
+def _out_of_order(action: Action, seen: set[Action]) -> str:
+    """Returns what is wrong with an action after those `seen`."""
+    stage, kind, microbatch = action
     if action in seen:
         return " twice; leave one out"
     if kind != "F" and (forward := Action(stage, "F", microbatch)) not in seen:

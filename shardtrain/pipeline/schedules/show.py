@@ -1,4 +1,4 @@
-"""A schedule for people: its timeline in colours, and its figures."""
+"""A schedule drawn for people: its timeline in colours, and its figures in tables."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shardtrain.pipeline.schedules.action_costs import Costs, Number
 from shardtrain.pipeline.schedules.actions import Action
-from shardtrain.pipeline.schedules.costs import Costs, Number
 from shardtrain.pipeline.schedules.schedule import Schedule
 from shardtrain.pipeline.schedules.simulate import Timeline, classical, in_flight, lockstep
 
@@ -19,8 +19,10 @@ COLOURS = {"F": (142, 190, 255), "B": (255, 178, 102), "I": (255, 214, 102), "W"
 WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 FINEST = 12
-"""Columns of the costliest action: with costs that share no large unit, columns are rounded, but no action is
-narrower than one."""
+"""The most columns of the costliest action.
+
+If costs share no large unit, times are rounded to such columns, but no action is narrower than one.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Bar:
     """An action as it is drawn.
 
     Attributes:
-        action: what it is.
-        rank: whose row it stands in.
-        start, end: columns.
+        action: that is drawn.
+        rank: in whose row it is.
+        start: its first column.
+        end: the column behind it.
         label: such as `F3`; small letters for every other chunk of the rank.
-        colour, ink: of the bar and the letters on it, as `#8ebeff`.
+        colour: of the bar, such as `#8ebeff`.
+        ink: the colour of the letters on it.
     """
 
     action: Action
@@ -45,10 +49,10 @@ class Bar:
 
 
 def bars(schedule: Schedule, costs: Costs | None = None) -> list[Bar]:
-    """The classical timeline on a grid of columns as long as the largest unit that the costs share.
+    """Returns the classical timeline on a grid of columns, each as long as the largest unit of all costs.
 
     Example:
-        >>> [bar.label for bar in bars(make("1f1b", ranks=1, microbatches=2))]
+        >>> [bar.label for bar in bars(st.pipeline.make("1f1b", ranks=1, microbatches=2))]
         ['F0', 'B0', 'F1', 'B1']
     """
     costs = costs or Costs.equal(schedule.stages)
@@ -68,15 +72,12 @@ def bars(schedule: Schedule, costs: Costs | None = None) -> list[Bar]:
 
 
 def timeline(schedule: Schedule, costs: Costs | None = None, width: int = 100) -> RenderableType:
-    """The schedule, a row for each rank, in as many blocks as its length takes, and a table of figures.
+    """Returns a picture of a schedule for `rich.print`, with a table of figures.
 
     Args:
-        schedule: one that ends.
+        schedule: without deadlocks; it has a row for each rank, in as many blocks as its length takes.
         costs: of its stages, equal by default.
         width: columns of text.
-
-    Returns:
-        What `rich.print` shows.
 
     Raises:
         UserError: a deadlock, costs of another number of stages.
@@ -97,18 +98,18 @@ def timeline(schedule: Schedule, costs: Costs | None = None, width: int = 100) -
             *_block(drawn, schedule.ranks, range(start, min(start + block, length)), cell, head),
             Text(),
         ]
-    return Group(*parts, Columns([figures(schedule, costs), held(schedule)], padding=(0, 3)))
+    return Group(*parts, Columns([figures(schedule, costs), peaks(schedule)], padding=(0, 3)))
 
 
 def title(schedule: Schedule) -> str:
-    """The schedule's name and sizes."""
+    """Returns the name and the sizes of a schedule."""
     chunks = max(schedule.ranks_of.count(rank) for rank in schedule.ranks_of)
     stages = f", {schedule.stages} stages" if chunks > 1 else ""
     return f"{schedule.name}: {schedule.ranks} ranks{stages}, {schedule.microbatches} microbatches"
 
 
 def legend(schedule: Schedule) -> str:
-    """What the letters mean."""
+    """Returns what the letters mean."""
     used = {action.kind for order in schedule.orders for action in order}
     chunks = max(map(schedule.ranks_of.count, schedule.ranks_of))
     words = [f"{kind} {word}" for kind, word in WORDS.items() if kind in used]
@@ -118,7 +119,10 @@ def legend(schedule: Schedule) -> str:
 
 
 def figures(schedule: Schedule, costs: Costs | None = None) -> Table:
-    """Time and idle share: as in the literature; in lockstep; and there with its backwards split or fused."""
+    """Returns a table of times and idle shares.
+
+    Its columns are the classical model, lockstep, and lockstep with backwards split or fused.
+    """
     table = Table(caption="time 1: a forward of one stage" if costs is None else None, caption_justify="left")
     line = classical(schedule, costs)
     other = schedule.with_fused() if schedule.split else schedule.with_split()
@@ -132,14 +136,13 @@ def figures(schedule: Schedule, costs: Costs | None = None) -> Table:
     return table
 
 
-def held(schedule: Schedule) -> Table:
-    """The most activations in flight at once, on every rank."""
-    peaks = in_flight(schedule)[0]
+def peaks(schedule: Schedule) -> Table:
+    """Returns a table of the most activations in flight at once on each rank."""
     table = Table()
     table.add_column("rank")
     table.add_column("peak in flight")
     runs: list[tuple[int, int, int]] = []
-    for rank, peak in enumerate(peaks):  # neighbours that hold the same share a row
+    for rank, peak in enumerate(in_flight(schedule)[0]):  # neighbours with the same peak share a row
         if runs and runs[-1][2] == peak:
             runs[-1] = runs[-1][0], rank, peak
         else:
@@ -150,7 +153,7 @@ def held(schedule: Schedule) -> Table:
 
 
 def percent(share: Fraction) -> str:
-    """`"3/11 = 27.3 %"`, the fraction where it is short."""
+    """Returns `"3/11 = 27.3 %"`; without the fraction if that is long."""
     text = f"{100 * float(share):.1f} %"
     return f"{share} = {text}" if 0 < share.denominator < 10_000 and share else text
 
@@ -169,12 +172,12 @@ def _unit(costs: Costs) -> Fraction:
 
 
 def _columns(line: Timeline, unit: Fraction) -> dict[Number, int]:
-    """The column at which each time begins."""
+    """Returns the column at which each time begins."""
     ended: dict[Number, list[Number]] = {}
     for action, end in line.end.items():
         ended.setdefault(end, []).append(line.start[action])
     columns: dict[Number, int] = {}
-    moved = 0  # by actions that would have been narrower than a column
+    moved = 0  # columns by which short actions have moved all that follows
     for time in sorted({*ended, *line.start.values()}):
         least = max((columns[start] + 1 for start in ended.get(time, ()) if start < time), default=0)
         rounded = round(time / unit)
@@ -191,7 +194,7 @@ def _coloured(schedule: Schedule) -> Text:
 
 
 def _block(drawn: list[Bar], ranks: int, columns: range, cell: int, head: int) -> Iterator[Text]:
-    """Lines of one block: a ruler, then the ranks."""
+    """Yields the lines of one block: a ruler, then the ranks."""
     at: Mapping[tuple[int, int], Bar] = {
         (bar.rank, column): bar for bar in drawn for column in range(bar.start, bar.end)
     }

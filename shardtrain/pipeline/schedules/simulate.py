@@ -1,4 +1,4 @@
-"""How long a schedule takes and how much it holds, counted before anything runs."""
+"""How long a schedule takes and how many activations it keeps, computed before anything runs."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shardtrain.errors import UserError
+from shardtrain.pipeline.schedules.action_costs import Costs, Number
 from shardtrain.pipeline.schedules.actions import Action, gives, needs
-from shardtrain.pipeline.schedules.costs import Costs, Number
 from shardtrain.pipeline.schedules.schedule import Schedule
 
 __all__ = ["Costs", "Ticks", "Timeline", "classical", "fastest", "in_flight", "lockstep"]
@@ -15,15 +15,16 @@ __all__ = ["Costs", "Ticks", "Timeline", "classical", "fastest", "in_flight", "l
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule whose ranks wait for nothing but what they need.
+    """A schedule whose ranks wait only for what their actions need.
 
     Attributes:
-        start, end: of every action.
-        makespan: time until the last action ends.
-        idle: share of ranks x makespan in which nothing is done.
-        peak_in_flight: for every rank, the most activations held at once, one for each stage and microbatch
-            from the start of its forward to the end of its backward's last part.
-        peak_of_stage: the same for every stage.
+        start: the time at which each action starts.
+        end: the time at which each action ends.
+        makespan: the time until the last action ends.
+        idle: the share of ranks x makespan in which nothing is done.
+        peak_in_flight: for each rank the most activations that it keeps at once, one for each stage and
+            microbatch from the start of its forward to the end of the last part of its backward.
+        peak_of_stage: the same for each stage.
     """
 
     start: dict[Action, Number]
@@ -36,11 +37,11 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Ticks:
-    """A schedule in lockstep, as one SPMD program runs it.
+    """A schedule in lockstep, as one SPMD program runs it: all ranks wait for each other after each tick.
 
     Attributes:
-        table: for every tick, what each rank does; `None` where it idles.
-        durations: of every tick, the time of its costliest action.
+        table: for each tick what each rank does; None for a rank that idles.
+        durations: of each tick, the time of its costliest action.
         makespan: their sum.
         idle, peak_in_flight, peak_of_stage: as in `Timeline`.
     """
@@ -54,17 +55,19 @@ class Ticks:
 
 
 def classical(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """Every rank starts its next action as soon as what it needs is done; communication is free.
+    """Returns the timeline in which every action starts as soon as those it needs have ended.
+
+    Communication is free.
 
     Args:
-        schedule: one that ends (`validate` says so).
-        costs: 1 for each `F`, `I` and `W` by default, so 2 for `B`.
+        schedule: without deadlocks, see `validate`.
+        costs: of its stages; 1 for each `F`, `I` and `W` by default, so 2 for `B`.
 
     Raises:
         UserError: a deadlock, costs of another number of stages.
 
     Example:
-        >>> classical(make("1f1b", ranks=4, microbatches=8)).idle  # (p-1) / (m+p-1)
+        >>> st.pipeline.classical(st.pipeline.make("1f1b", ranks=4, microbatches=8)).idle  # (p-1) / (m+p-1)
         Fraction(3, 11)
     """
     costs = _costs(schedule, costs)
@@ -74,25 +77,29 @@ def classical(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     return Timeline(start, end, makespan, _idle(schedule, costs, makespan), *in_flight(schedule))
 
 
-def lockstep(schedule: Schedule, costs: Costs | None = None, hop: int = 1) -> Ticks:
-    """Every tick, each rank does its next action if what it needs is done, and all wait for the slowest.
+def lockstep(schedule: Schedule, costs: Costs | None = None, latency: int = 1) -> Ticks:
+    """Returns the ticks of a schedule.
+
+    In every tick each rank does its next action, if those it needs were done in earlier ticks. All ranks wait
+    for the slowest.
 
     Args:
-        schedule: one that ends.
+        schedule: without deadlocks.
         costs: as for `classical`.
-        hop: ticks from an action to one that needs it on another rank; on its own rank, the next tick.
+        latency: the ticks from an action to the earliest that needs it on another rank. On its own rank that
+            is the next tick.
 
     Raises:
-        UserError: a deadlock, costs of another number of stages, a hop below 1.
+        UserError: a deadlock, costs of another number of stages, a latency below 1.
 
     Example:
-        >>> len(lockstep(make("1f1b", ranks=4, microbatches=8)).table)  # 2 (m+p-1)
+        >>> len(st.pipeline.lockstep(st.pipeline.make("1f1b", ranks=4, microbatches=8)).table)  # 2 (m+p-1)
         22
     """
-    if hop < 1:
-        raise UserError(f"a hop of {hop} ticks; what a rank sends arrives 1 or more ticks later")
+    if latency < 1:
+        raise UserError(f"a latency of {latency} ticks; what a rank sends arrives 1 or more ticks later")
     costs = _costs(schedule, costs)
-    start = _starts(schedule, lambda action: 1, delay=hop - 1)
+    start = _starts(schedule, lambda action: 1, delay=latency - 1)
     rows: list[list[Action | None]] = [
         [None] * schedule.ranks for _ in range(1 + int(max(start.values(), default=-1)))
     ]
@@ -104,53 +111,57 @@ def lockstep(schedule: Schedule, costs: Costs | None = None, hop: int = 1) -> Ti
     return Ticks(tuple(map(tuple, rows)), durations, makespan, idle, *in_flight(schedule))
 
 
-def fastest(schedule: Schedule, costs: Costs, most_in_flight: int | None = None, hop: int = 1) -> Schedule:
-    """The schedule as it is, split, or fused: what takes the least time in lockstep with these costs.
+def fastest(
+    schedule: Schedule, costs: Costs, most_in_flight: int | None = None, latency: int = 1
+) -> Schedule:
+    """Returns the schedule as it is, split or fused, whichever takes the least time in lockstep.
 
     Args:
-        schedule: one that ends.
+        schedule: without deadlocks.
         costs: of its stages.
-        most_in_flight: activations that a rank can hold.
-        hop: as for `lockstep`.
+        most_in_flight: how many activations a rank may keep at once; by default as many as the three need.
+        latency: as for `lockstep`.
 
     Raises:
-        UserError: where all three hold more.
+        UserError: all three keep more.
 
     Example:
-        >>> fastest(make("1f1b", 4, 8), Costs.equal(4)).name  # ticks of F, I, W alone are equally long
+        >>> asked, costs = st.pipeline.make("1f1b", 4, 8), st.pipeline.Costs.equal(4)
+        >>> st.pipeline.fastest(asked, costs).name  # since ticks of F, I and W alone are equally long
         '1f1b split'
     """
-    asked = (schedule, schedule.with_split(), schedule.with_fused())
-    held = [max(in_flight(one)[0]) for one in asked]
-    limit = max(held) if most_in_flight is None else most_in_flight
-    fit = [one for one, peak in zip(asked, held, strict=True) if peak <= limit]
+    forms = (schedule, schedule.with_split(), schedule.with_fused())
+    peaks = [max(in_flight(form)[0]) for form in forms]
+    limit = max(peaks) if most_in_flight is None else most_in_flight
+    fit = [form for form, peak in zip(forms, peaks, strict=True) if peak <= limit]
     if not fit:
         raise UserError(
-            f"schedule {schedule.name!r} holds {min(held)} activations on a rank, not {limit}; "
-            f"allow {min(held)}, or take a schedule that holds less"
+            f"schedule {schedule.name!r} holds {min(peaks)} activations on a rank, not {limit}; "
+            f"allow {min(peaks)}, or take a schedule that holds less"
         )
-    return min(fit, key=lambda one: lockstep(one, costs, hop).makespan)
+    return min(fit, key=lambda form: lockstep(form, costs, latency).makespan)
 
 
 def in_flight(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The most activations held at once, on every rank and of every stage.
+    """Returns the most activations that are kept at once, for each rank and for each stage.
 
-    Held from the start of the forward to the end of the last action of that stage and microbatch. A rank
-    does one thing at a time, so its order says it all, whatever the times.
+    An activation is kept from the start of its forward to the end of the last action of its stage and
+    microbatch. Since a rank does one action at a time, the order of its actions says it all, whatever they
+    cost.
 
     Example:
-        >>> in_flight(make("1f1b", ranks=4, microbatches=8))[0]  # p-r
+        >>> in_flight(st.pipeline.make("1f1b", ranks=4, microbatches=8))[0]  # p-r
         (4, 3, 2, 1)
     """
     ranks, stages = [0] * schedule.ranks, [0] * schedule.stages
     for rank, order in enumerate(schedule.orders):
         last = {(a.stage, a.microbatch): a for a in order}
-        held: Counter[int] = Counter()
+        kept: Counter[int] = Counter()
         for action in order:
-            held[action.stage] += action.kind == "F"
-            stages[action.stage] = max(stages[action.stage], held[action.stage])
-            ranks[rank] = max(ranks[rank], held.total())
-            held[action.stage] -= last[action.stage, action.microbatch] == action
+            kept[action.stage] += action.kind == "F"
+            stages[action.stage] = max(stages[action.stage], kept[action.stage])
+            ranks[rank] = max(ranks[rank], kept.total())
+            kept[action.stage] -= last[action.stage, action.microbatch] == action
     return tuple(ranks), tuple(stages)
 
 
@@ -165,17 +176,17 @@ def _costs(schedule: Schedule, costs: Costs | None) -> Costs:
 
 
 def _starts(schedule: Schedule, cost: Callable[[Action], Number], delay: int) -> dict[Action, Number]:
-    """When each action starts at the earliest; what comes from another rank arrives `delay` after its end."""
+    """Returns the earliest start of each action; messages arrive `delay` after the action that sends them."""
     start: dict[Action, Number] = {}
     ends: dict[Action, Number] = {}
     free: list[Number] = [0] * schedule.ranks
     for action in schedule.sequence():
         rank = schedule.ranks_of[action.stage]
-        there = [
+        arrivals = [
             ends[need] + (delay if schedule.ranks_of[need.stage] != rank else 0)
             for need in needs(action, schedule.stages)
         ]
-        start[action] = max(free[rank], *there, 0)
+        start[action] = max(free[rank], *arrivals, 0)
         free[rank] = ends[gives(action)] = start[action] + cost(action)
     return start
 

@@ -1,4 +1,4 @@
-"""What one microbatch is: on global arrays, and on one device."""
+"""The examples of one microbatch: their global arrays, and the blocks of one device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one microbatch is, on global arrays and on one device.
+    """The arrays of one microbatch, all of the same shapes.
 
     Attributes:
-        shapes: of inputs, targets, the mask of real rows if there is one, and the rows' numbers; leaves.
-        cuts: how each lies.
-        tree: the four of them.
-        inputs: how many leaves are the model's inputs.
-        parts: microbatches in a batch.
-        rows: the mesh axes that cut the rows, `replica` among them: each replica has examples of its own.
+        shapes: of the leaves of `(inputs, targets, mask of real rows or None, numbers of the rows)`.
+        cuts: for each leaf the mesh axes that cut its dimensions.
+        tree: of these four.
+        inputs: how many leaves are the model's inputs; they come first.
+        parts: how many microbatches a batch has.
+        rows: the mesh axes that cut the rows of a batch, `replica` among them: each replica has examples of
+            its own.
     """
 
     shapes: tuple[Shape, ...]
@@ -38,6 +39,7 @@ class Microbatch:
 
     @classmethod
     def of(cls, batch: Batch, parts: int) -> "Microbatch":
+        """Returns the microbatch of a batch that is cut into `parts`."""
         given = jax.tree.leaves((batch.inputs, batch.targets))
         axes = cut_of(given[0].sharding.spec, given[0].ndim)[0]
         rows = batch.rows // (given[0].sharding.mesh.shape[REPLICA] if REPLICA in axes else 1)
@@ -53,13 +55,17 @@ class Microbatch:
         return cls(tuple(shapes), tuple(cuts), tree, len(jax.tree.leaves(inputs)), parts, axes)
 
     def blocks(self, batch: Batch) -> Callable[[Array], list[Array]]:
-        """On a device: its blocks of microbatch `i`, which holds the examples `i, i+m, i+2m, ...`."""
-        mine = jax.tree.leaves(batch.inputs)[0].shape[0]
-        index = (lax.axis_index(self.rows) * mine if self.rows else 0) + jnp.arange(mine, dtype=jnp.int32)
+        """Returns a function that gives this device's blocks of microbatch `i`; within a `shard_map`.
+
+        Microbatch `i` of `m` has the examples `i, i+m, i+2m, ...`, so that no example is moved.
+        """
+        own = jax.tree.leaves(batch.inputs)[0].shape[0]
+        first = lax.axis_index(self.rows) * own if self.rows else 0
+        index = first + jnp.arange(own, dtype=jnp.int32)
         leaves = jax.tree.leaves((batch.inputs, batch.targets, batch.real, index))
 
         def part(i: Array) -> list[Array]:
-            rows = [x.reshape(mine // self.parts, self.parts, *x.shape[1:]) for x in leaves]
+            rows = [x.reshape(own // self.parts, self.parts, *x.shape[1:]) for x in leaves]
             return [lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in rows]
 
         return part

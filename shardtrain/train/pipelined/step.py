@@ -1,7 +1,7 @@
 """The training step on a mesh with `pipe`: the same model, loss and optimizer, cut into stages.
 
-Every device keeps its own stage's parameters and optimizer state, packed. Names come back where they
-matter: in the optimizer's update, which is traced on named arrays, and in checkpoints.
+Every device stores the parameters and the optimizer's state of its own stage, packed. The arrays have names
+where names matter: in the optimizer's update, which is traced on named arrays, and in checkpoints.
 """
 
 import math
@@ -19,143 +19,125 @@ from shardtrain import compat, jaxprs
 from shardtrain.layout import spec
 from shardtrain.mesh import PIPE, REPLICA, size, text
 from shardtrain.ops.island import crop_to
-from shardtrain.pipeline.cut.balance import positions
-from shardtrain.pipeline.cut.graph import OperationGraph, Stage, Traced
+from shardtrain.pipeline.cut.balance import stage_starts
+from shardtrain.pipeline.cut.graph import OperationGraph, Stage
 from shardtrain.pipeline.cut.layers import Layers
-from shardtrain.pipeline.cut.retrace import refuse_counters, retrace_stages
+from shardtrain.pipeline.cut.retrace import cut_by_owner, refuse_counters
 from shardtrain.pipeline.localize.evaluate import Block, Cut, cut_of, evaluate
-from shardtrain.pipeline.runtime.machine import Machine
-from shardtrain.pipeline.runtime.pack import Place
-from shardtrain.pipeline.runtime.programs import Programs, costs_of, localize
+from shardtrain.pipeline.runtime.flat_buffers import Buffers
+from shardtrain.pipeline.runtime.stage_programs import StagePrograms, costs_of, localize
+from shardtrain.pipeline.runtime.tick_loop import TickLoop
 from shardtrain.pipeline.schedules.generate import forward_only
 from shardtrain.pipeline.schedules.schedule import Schedule
 from shardtrain.pipeline.schedules.simulate import fastest, lockstep
-from shardtrain.pipeline.schedules.table import build
-from shardtrain.train import check
+from shardtrain.pipeline.schedules.tick_table import build
 from shardtrain.train.batch import Batch
 from shardtrain.train.check import refuse_rowless
 from shardtrain.train.pipelined.microbatch import Microbatch
 from shardtrain.train.pipelined.plan import PipelinePlan
-from shardtrain.train.pipelined.state import PackedState
+from shardtrain.train.pipelined.state import StatePacking
+from shardtrain.train.pipelined.trace import Trace, trace
+from shardtrain.train.pipelined.update import PackedUpdate
 from shardtrain.train.state import TrainState
 from shardtrain.train.step import Program
 
-Shape = jax.ShapeDtypeStruct
-LIMIT = Shape((), jnp.float32)
 
-
-class Pipelined(PackedState):
-    """A `Program` cut into stages for batches of one shape.
+class Pipelined:
+    """A `Program` cut into stages, for batches of one shape.
 
     Args:
         program: what a step computes; its `accumulate` is the number of microbatches.
-        named: the shapes of a state of ordinary named arrays.
-        specs: how each of them lies on the mesh but for `pipe`.
+        shapes: of the state as ordinary arrays.
+        specs: the PartitionSpecs of these arrays on the mesh, in which `pipe` has no part.
         mesh: with `pipe`.
-        batch: one on the mesh.
-        plan: its schedule and stages.
+        batch: on the mesh.
+        plan: the schedule and the stages.
+
+    Attributes:
+        graph: the operations of a microbatch.
+        starts: for each stage but the first the number of the operation with which it begins.
+        stage_of: the stage that stores each parameter and variable; the others are on every device.
+        programs: of each stage.
+        costs: of the programs.
+        schedule: that is run.
+        ticks: of that schedule in lockstep, with these costs.
+        packing: how the state is packed.
 
     Raises:
-        UserError: a model that cannot be cut so, or an optimizer that cannot be spread.
+        UserError: the model cannot be cut so, or the optimizer joins large arrays of several stages.
     """
 
     def __init__(
         self,
         program: Program,
-        named: TrainState,
+        shapes: TrainState,
         specs: TrainState,
         mesh: Mesh,
         batch: Batch,
         plan: PipelinePlan,
     ) -> None:
-        self.program, self.named_shapes, self.specs, self.mesh = program, named, specs, mesh
-        self.outer = compat.with_manual(mesh, [PIPE, REPLICA])
+        self.program, self.shapes, self.mesh, self.plan = program, shapes, mesh, plan
         self.sizes = {n: s for n, s in mesh.shape.items() if n not in (PIPE, REPLICA)}
-        self.plan, self._warned = plan, set[str]()
-        self.cuts = cuts = {
-            key: cut_of(lie[key], len(shapes[key].shape))
-            for shapes, lie in ((named.params, specs.params), (named.model_state, specs.model_state))
-            for key in shapes
-        }
-        self.micro = micro = Microbatch.of(batch, program.accumulate)
-        traced, self.sums, _ = self._trace(micro, train=True)
-        self.flow = flow = OperationGraph(traced)
-        self.layers = Layers(flow)
-        self.positions = positions(flow, plan.schedule.stages, plan.stages)
-        stages = flow.cut(self.positions)
-        stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.moving)}
-        refuse_counters(flow, stage_of, program.variables.is_random(), program.accumulate)
-        self.programs = self._localize(stages, micro, remat=plan.remat)
+        self._warned = set[str]()
+        self._cuts = _cuts(shapes.params, specs.params) | _cuts(shapes.model_state, specs.model_state)
+        self._micro = Microbatch.of(batch, program.accumulate)
+        self._trace = self._traced(self._micro, train=True)
+        self.graph = OperationGraph(self._trace.microbatch)
+        self.layers = Layers(self.graph)
+        self.starts = stage_starts(self.graph, plan.schedule.stages, plan.stages)
+        stages = self.graph.cut(self.starts)
+        self.stage_of = {n: k for k, s in enumerate(stages) for n in (*s.params, *s.updated)}
+        refuse_counters(self.graph, self.stage_of, program.variables.is_random(), program.accumulate)
+        self.programs = self._localized(stages, self._micro, remat=plan.remat)
         self.costs = costs_of(self.programs)
-        self.schedule = fastest(plan.schedule, self.costs, plan.in_flight, plan.hop)
-        self.ticks = lockstep(self.schedule, self.costs, plan.hop)
-        super().__init__(named, cuts, stage_of, self.schedule.ranks_of, mesh)
-        shapes = dict(zip(self.sums, self.programs[-1].outs[1:], strict=False))
-        self.update = self.spread(program, shapes | ({"limit": LIMIT} if program.skip_bad else {}))
+        self.schedule = fastest(plan.schedule, self.costs, plan.in_flight, plan.latency)
+        self.ticks = lockstep(self.schedule, self.costs, plan.latency)
+        self.packing = StatePacking(shapes, self._cuts, self.stage_of, self.schedule.ranks_of, mesh)
+        sums = self._trace.sums.unflatten(self._trace.sum_shapes)
+        limit = {"limit": jax.ShapeDtypeStruct((), jnp.float32)} if program.skip_bad else {}
+        self._update = PackedUpdate(program, self.packing, {**sums, **limit})
 
-    def _trace(self, micro: Microbatch, *, train: bool) -> tuple[Traced, list[str], Any]:
-        """One microbatch as a jaxpr of global arrays, the names of its sums, the tree of its outputs."""
-        params, state = self.names["params"], self.names["model_state"]
-        found: dict[str, Any] = {}
+    @property
+    def sums(self) -> int:
+        """How many leaves the sums of a training step have."""
+        return self._trace.sums.num_leaves
 
-        def run(values: list, variables: list, *sides: Array) -> list:
-            args = (
-                dict(zip(params, values, strict=True)),
-                dict(zip(state, variables, strict=True)),
-                *jax.tree.unflatten(micro.tree, sides),
-            )
-            if train:
-                loss, (sums, after) = self.program.microbatch(*args)
-                outputs: Any = ()
-            else:
-                outputs, sums = self.program.evaluated(*args)
-                outputs = outputs if args[3] is None else ()  # with targets, only the sums are asked for
-                loss, after = jnp.zeros(()), args[1]
-            found["sums"] = sorted(sums)
-            leaves, found["tree"] = jax.tree.flatten(outputs)
-            return [loss, *(sums[key] for key in found["sums"]), *leaves, *(after[key] for key in state)]
+    def _traced(self, micro: Microbatch, *, train: bool) -> Trace:
+        shapes = self.shapes
+        return trace(self.program, shapes.params, shapes.model_state, micro, self.mesh, train=train)
 
-        values, variables = (jax.tree.leaves(getattr(self.named_shapes, g)) for g in self.names)
-        with jax.sharding.use_abstract_mesh(self.outer):
-            closed = jax.make_jaxpr(run)(values, variables, *micro.shapes)
-        check.refuse_outside_islands(closed.jaxpr, self.mesh, staged=True)
-        results = len(closed.jaxpr.outvars) - len(state) - 1
-        traced = Traced(
-            closed, tuple(params), tuple(state), micro.inputs, results, self.program.variables.layers
-        )
-        return traced, found["sums"], found["tree"]
-
-    def _localize(
+    def _localized(
         self,
         stages: Sequence[Stage],
         micro: Microbatch,
         *,
         remat: Collection[int] = (),
         backward: bool = True,
-    ) -> tuple[Programs, ...]:
+    ) -> tuple[StagePrograms, ...]:
+        """Returns the programs of the stages, each for the activations as the one before sends them."""
+        outer = compat.with_manual(self.mesh, [PIPE, REPLICA])
         ins: Sequence[Cut] = ()
-        found: list[Programs] = []
+        found: list[StagePrograms] = []
         for k, stage in enumerate(stages):
-            given = [self.cuts[n] for n in (*stage.params, *stage.state)] + list(micro.cuts)
+            given = [self._cuts[n] for n in (*stage.params, *stage.state)] + list(micro.cuts)
             kinds = {"last": k == len(stages) - 1, "remat": k in remat, "backward": backward}
-            found.append(localize(stage, given, ins, self.outer, **kinds, warned=self._warned))
+            found.append(localize(stage, given, ins, outer, **kinds, warned=self._warned))
             ins = found[-1].outs_cut
         return tuple(found)
 
-    def _machine(self, schedule: Schedule, programs: Sequence[Programs], sums: int) -> Machine:
-        hop = self.plan.hop
-        table = build(schedule, lockstep(schedule, hop=hop), hop)
-        places = [
-            {names[i]: place for i, place in held.places.items()}
-            for names, held in zip(self.names.values(), (self.params, self.state), strict=True)
-        ]
-        params, state = places
-        ranks_of, bubble, rows = schedule.ranks_of, self.plan.bubble, self.params.rows
-        return Machine(table, ranks_of, tuple(programs), params, state, rows, sums, bubble)
+    def _loop(self, schedule: Schedule, programs: Sequence[StagePrograms], sums: int) -> TickLoop:
+        """Returns the loop that runs a schedule; `sums` counts the loss, too."""
+        plan = self.plan
+        table = build(schedule, lockstep(schedule, latency=plan.latency), plan.latency)
+        params, state = (
+            self.packing.by_name(group, self.packing.arrays[group].places)
+            for group in ("params", "model_state")
+        )
+        rows = self.packing.arrays["params"].rows
+        return TickLoop(table, schedule.ranks_of, tuple(programs), params, state, rows, sums, plan.filler)
 
     def table(self) -> Table:
-        """The stages in a table: what they hold, do and send, and how evenly."""
-        named = self.layers.names(self.positions)
+        """Returns a table of the stages: what each stores, computes and sends, and how evenly."""
         table = Table(
             title=f"{self.schedule.name} on {text(self.mesh)}, {self.schedule.microbatches} microbatches",
             caption="cost: of F, I and W, the costliest is 1; kept: for one microbatch until its backward",
@@ -166,14 +148,16 @@ class Pipelined(PackedState):
         table.add_column("layers", overflow="fold", ratio=1)
         for column in ("weights", "cost F I W", "kept", "in flight", "sends"):
             table.add_column(column, justify="right", no_wrap=True)
+        names = self.layers.names_of_stages(self.starts)
         rows = (self.costs.forward, self.costs.input, self.costs.weight)
         costliest = max(map(max, rows))
+        params = self.packing.arrays["params"]
         for k, program in enumerate(self.programs):
             table.add_row(
                 str(k),
                 str(self.schedule.ranks_of[k]),
-                ", ".join(named[k]),
-                _kib(self._places(k)),
+                ", ".join(names[k]),
+                _kib(params.places[i] for i in params.at_stage[k]),
                 " ".join(f"{float(row[k] / costliest):.2f}" for row in rows),
                 _kib((*program.saved, *program.lasting)),
                 str(self.ticks.peak_of_stage[k]),
@@ -181,148 +165,137 @@ class Pipelined(PackedState):
             )
         return table
 
-    def _places(self, stage: int) -> list[Place]:
-        return [self.params.places[i] for i in self.params.at_stage[stage]]
-
     # The programs.
 
     def _on_devices(self, function: Callable, like: Batch, outs: Any) -> Callable:
-        """`function` of this device's part of the state and the batch, manual over every axis."""
-        given = (self.state_specs, jax.tree.map(lambda x: x.sharding.spec, like))
+        """Returns a function of this device's part of the state and the batch as one of the whole."""
+        given = (self.packing.specs, jax.tree.map(lambda x: x.sharding.spec, like))
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=outs, check_vma=False)
 
-    def train_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-        """One update, for batches that lie as `like` does; see `Program.train_step`."""
+    def train_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+        """Returns one update of a packed state, for batches of the shape and shardings of `like`.
+
+        See `Program.train_step`.
+        """
         micro = Microbatch.of(like, self.program.accumulate)
-        flow, programs = self.flow, self.programs
-        if micro != self.micro:
-            flow = OperationGraph(self._trace(micro, train=True)[0])
-            alike = [e.primitive for e in flow.main] == [e.primitive for e in self.flow.main]
-            again = (
-                retrace_stages(flow, self.stage_of, self.schedule.stages)
-                if not alike
-                else flow.cut(self.positions)
-            )
-            programs = self._localize(again, micro, remat=self.plan.remat)
-        machine = self._machine(self.schedule, programs, 1 + len(self.sums))
+        graph, programs = self.graph, self.programs
+        if micro != self._micro:
+            graph = OperationGraph(self._traced(micro, train=True).microbatch)
+            programs = self._localized(self._cut_again(graph), micro, remat=self.plan.remat)
+        loop = self._loop(self.schedule, programs, 1 + self.sums)
 
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-            (params, frozen), (before, shared), (opt, others) = map(
-                _rows, (state.params, state.model_state, state.opt_state)
-            )
-            start = self._started(before)
-            grads, moved, sums, _ = machine.run(
-                params, start, self._by_name("model_state", shared), micro.blocks(batch)
-            )
-            grads = machine.summed(grads)
-            over = dict(zip(self.sums, lax.psum(sums, PIPE)[1:], strict=True))
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+            params, before, shared = self._own(state)
+            examples = micro.blocks(batch)
+            grads, after, sums, _ = loop.run(params, self._cleared(before), shared, examples)
+            totals = self._totals(lax.psum(sums, PIPE)[1:], programs, self._trace)
             if self.program.skip_bad:
-                over["limit"] = batch.limit
-            everywhere = [{0: state.step}, frozen, shared, others]
-            everywhere += [{i: jnp.zeros_like(v) for i, v in frozen.items()}, self._advanced(flow, shared)]
-            everywhere += [dict(enumerate(over[key] for key in sorted(over)))]
-            known = {
-                at + i: v for at, part in zip(self._starts, everywhere, strict=True) for i, v in part.items()
-            }
-            packed, free = self.update((params, before, opt, grads, moved), known, self._read, self._write)
-            parts = [
-                (_back(buffers, len(self.mesh.axis_names)), {i: free[start + i] for i in held.shared})
-                for buffers, held, start in zip(
-                    packed[:3], self.holds.values(), self._starts[1:4], strict=True
-                )
-            ]
-            reported = {
-                key: self._over_replicas(free[self._starts[4] + i]) for i, key in enumerate(self.reported)
-            }
-            return TrainState(free[0], *parts), reported
+                totals = {**totals, "limit": batch.limit}
+            new_shared = self._advanced(graph, state.model_state[1])
+            new, reported = self._update(state, loop.summed(grads), after, new_shared, totals)
+            return new, self._over_replicas(reported)
 
-        return self._on_devices(step, like, (self.state_specs, P()))
+        return self._on_devices(step, like, (self.packing.specs, P()))
+
+    def _cut_again(self, graph: OperationGraph) -> list[Stage]:
+        """Returns the stages of a new trace, cut at the same operations or by the owners of parameters."""
+        if [e.primitive for e in graph.main] == [e.primitive for e in self.graph.main]:
+            return graph.cut(self.starts)
+        return cut_by_owner(graph, self.stage_of, self.schedule.stages)
+
+    def _own(self, state: TrainState) -> tuple[Buffers, Buffers, dict[str, Array]]:
+        """Returns this device's parameters and variables, and by name the variables of all devices."""
+        arrays = self.packing.arrays
+        params, _ = arrays["params"].own_row(state.params)
+        variables, shared = arrays["model_state"].own_row(state.model_state)
+        return params, variables, self.packing.by_name("model_state", shared)
+
+    def _totals(self, sums: Sequence[Any], programs: Sequence[StagePrograms], traced: Trace) -> Any:
+        """Returns the sums as a tree of whole arrays, of which each device may have blocks alone."""
+        cuts = programs[-1].outs_cut[1 : 1 + len(sums)]
+        rows = zip(sums, traced.sum_shapes, cuts, strict=True)
+        blocks = [Block(v, s.shape, cut, self.sizes) for v, s, cut in rows]
+        return traced.sums.unflatten([b.whole_on(range(len(b.shape))).value for b in blocks])
 
     def _over_replicas(self, sums: Any) -> Any:
-        """Sums over all examples, those of every replica."""
+        """Returns sums over the examples of all replicas."""
         return lax.psum(sums, REPLICA) if REPLICA in self.mesh.shape else sums
 
-    def _started(self, state: dict[str, Array]) -> dict[str, Array]:
-        """The packed variables as the first microbatch finds them."""
+    def _cleared(self, state: Buffers) -> Buffers:
+        """Returns the packed variables as the first microbatch finds them, see `Program.before`."""
         deferred = {f"{path}.{which}" for path in self.program.deferred or () for which in ("mean", "var")}
         if not deferred:
             return state
+        arrays, names = self.packing.arrays["model_state"], self.packing.names["model_state"]
 
-        def on(rank: int) -> Callable[[dict[str, Array]], dict[str, Array]]:
-            def run(state: dict[str, Array]) -> dict[str, Array]:
-                blocks = self.state.read(rank, state)
-                sums = {
-                    i: jnp.zeros_like(v)
-                    for i, v in blocks.items()
-                    if self.names["model_state"][i] in deferred
-                }
-                return self.state.write(rank, state, sums)
+        def of_rank(rank: int) -> Callable[[Buffers], Buffers]:
+            def run(state: Buffers) -> Buffers:
+                blocks = arrays.read(rank, state).items()
+                zeros = {i: jnp.zeros_like(v) for i, v in blocks if names[i] in deferred}
+                return arrays.write(rank, state, zeros)
 
             return run
 
-        return lax.switch(lax.axis_index(PIPE), [on(rank) for rank in range(self.schedule.ranks)], state)
+        return lax.switch(lax.axis_index(PIPE), [of_rank(rank) for rank in range(self.schedule.ranks)], state)
 
-    def _advanced(self, flow: OperationGraph, shared: dict[int, Array]) -> dict[int, Array]:
-        """The variables that no activation changes (random streams) after a step."""
-        traced = flow.traced
-        news = traced.closed.jaxpr.outvars[1 + traced.sums :]
-        ends = [news[i] for i in shared]
-        mine = [traced.groups()[1][i] for i in shared]
-        part = jaxprs.subprogram(traced.closed, mine, flow.repeated(ends), ends)
+    def _advanced(self, graph: OperationGraph, shared: dict[int, Array]) -> dict[int, Array]:
+        """Returns the variables that no activation changes (random streams) after a step."""
+        traced = graph.traced
+        new = list(traced.new_state.values())
+        ends = [new[i] for i in shared]
+        given = [traced.groups()[1][i] for i in shared]
+        part = jaxprs.subprogram(traced.closed, given, graph.repeated(ends), ends)
         blocks = [Block(v, v.shape, ((),) * v.ndim, self.sizes) for v in shared.values()]
         return {i: b.value for i, b in zip(shared, evaluate(part, blocks, self.sizes), strict=True)}
 
-    def eval_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, dict[str, Array]]]:
-        """Outputs and sums in evaluation mode, for batches that lie as `like` does."""
+    def eval_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, Any]]:
+        """Returns outputs and sums in evaluation mode, for batches of the shape and shardings of `like`."""
         rows = like.rows // size(self.mesh, Microbatch.of(like, 1).rows)
         micro = Microbatch.of(like, math.gcd(self.program.accumulate, rows))
-        traced, names, tree = self._trace(micro, train=False)
-        flow = OperationGraph(traced)
-        outs = traced.closed.jaxpr.outvars[1 + len(names) : 1 + traced.sums]
-        refuse_rowless([v.aval for v in outs], micro.shapes[0].shape[0])
-        stages = retrace_stages(flow, self.stage_of, self.schedule.stages)
-        programs = self._localize(stages, micro, backward=False)
-        machine = self._machine(forward_only(self.schedule.ranks_of, micro.parts), programs, 1 + len(names))
-        cuts = programs[-1].outs_cut[1 + len(names) :]
-        batch_cut = micro.cuts[0][0]
-        # Rows come back as the batch lies, however the last layer's do.
-        ends = [(batch_cut, *(tuple(a for a in axes if a not in batch_cut) for axes in c[1:])) for c in cuts]
+        traced = self._traced(micro, train=False)
+        shapes, sums = traced.output_shapes, 1 + traced.sums.num_leaves
+        refuse_rowless(shapes, micro.shapes[0].shape[0])
+        graph = OperationGraph(traced.microbatch)
+        stages = cut_by_owner(graph, self.stage_of, self.schedule.stages)
+        programs = self._localized(stages, micro, backward=False)
+        loop = self._loop(forward_only(self.schedule.ranks_of, micro.parts), programs, sums)
+        cuts = [_cut_by_rows(cut, micro) for cut in programs[-1].outs_cut[sums:]]
 
-        def moved(y: Array, shape: tuple[int, ...], cut: Cut, end: Cut) -> Array:
-            return Block(y, (micro.parts, *shape), ((), *cut), self.sizes).moved(((), *end)).value
+        def step(state: TrainState, batch: Batch) -> tuple[list[Array], Any]:
+            _, _, totals, outputs = loop.run(*self._own(state), micro.blocks(batch))
+            arrived = zip(outputs, shapes, programs[-1].outs_cut[sums:], cuts, strict=True)
+            blocks = [self._rows_of(y, s.shape, cut, end, micro.parts) for y, s, cut, end in arrived]
+            whole, totals = lax.psum((blocks, totals[1:]), PIPE)
+            # A sum of truth values is an integer.
+            blocks = [y.astype(x.dtype) for x, y in zip(blocks, whole, strict=True)]
+            return blocks, self._over_replicas(self._totals(totals, programs, traced))
 
-        def step(state: TrainState, batch: Batch) -> tuple[list[Array], list[Array]]:
-            (params, _), (variables, shared) = map(_rows, (state.params, state.model_state))
-            known = self._by_name("model_state", shared)
-            _, _, sums, outputs = machine.run(params, variables, known, micro.blocks(batch))
-            pairs = zip(outputs, outs, cuts, ends, strict=True)
-            outputs = [moved(y, v.aval.shape, cut, end) for y, v, cut, end in pairs]
-            # Row j of microbatch i is example i + j * m of the batch.
-            rows = [y.swapaxes(0, 1).reshape(-1, *y.shape[2:]) for y in outputs]
-            whole, sums = lax.psum((rows, sums[1:]), PIPE)
-            rows = [y.astype(x.dtype) for x, y in zip(rows, whole, strict=True)]  # sums of truth values
-            return rows, self._over_replicas(sums)
+        row_specs = [spec((micro.rows, *cut[1:])) for cut in cuts]
+        manual = self._on_devices(step, like, (row_specs, P()))
 
-        manual = self._on_devices(step, like, ([spec((micro.rows, *end[1:])) for end in ends], P()))
+        def evaluate_batch(state: TrainState, batch: Batch) -> tuple[Any, Any]:
+            outputs, totals = manual(state, batch)
+            cropped = [crop_to(y, (like.rows, *s.shape[1:])) for y, s in zip(outputs, shapes, strict=True)]
+            return traced.outputs.unflatten(cropped), totals
 
-        def evaluate(state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
-            outputs, sums = manual(state, batch)
-            outputs = [crop_to(y, (like.rows, *v.aval.shape[1:])) for y, v in zip(outputs, outs, strict=True)]
-            return jax.tree.unflatten(tree, outputs), dict(zip(names, sums, strict=True))
+        return evaluate_batch
 
-        return evaluate
+    def _rows_of(self, outputs: Array, shape: tuple[int, ...], cut: Cut, end: Cut, parts: int) -> Array:
+        """Returns this device's rows of the outputs of all microbatches, in the order of the batch."""
+        block = Block(outputs, (parts, *shape), ((), *cut), self.sizes).moved(((), *end))
+        # Row j of microbatch i is example i + j * m of the batch.
+        return block.value.swapaxes(0, 1).reshape(-1, *block.value.shape[2:])
+
+
+def _cuts(shapes: dict[str, Any], specs: dict[str, Any]) -> dict[str, Cut]:
+    return {key: cut_of(specs[key], len(shape.shape)) for key, shape in shapes.items()}
+
+
+def _cut_by_rows(cut: Cut, micro: Microbatch) -> Cut:
+    """Returns the cut that outputs are to have: rows as those of the inputs, all else as the last layer's."""
+    rows = micro.cuts[0][0]
+    return rows, *(tuple(a for a in axes if a not in rows) for axes in cut[1:])
 
 
 def _kib(shapes: Iterable[Any]) -> str:
     return f"{sum(s.size * s.dtype.itemsize for s in shapes) / 1024:,.1f} KiB"
-
-
-def _rows(part: Any) -> Any:
-    """This device's row of packed buffers, and the shared arrays."""
-    buffers, shared = part
-    return {d: b.reshape(-1) for d, b in buffers.items()}, shared
-
-
-def _back(buffers: dict[str, Array], axes: int) -> dict[str, Array]:
-    """A row as this device's part of the packed buffers of a mesh of so many axes."""
-    return {d: b.reshape((1,) * axes + b.shape) for d, b in buffers.items()}

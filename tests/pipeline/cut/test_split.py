@@ -19,11 +19,11 @@ from rich.console import Console
 import shardtrain as st
 from shardtrain import UserError, models, nn
 from shardtrain.pipeline import split
-from shardtrain.pipeline.cut.balance import SLACK, balance, best_positions, positions
-from shardtrain.pipeline.cut.graph import OperationGraph
-from shardtrain.pipeline.cut.layers import allowed
+from shardtrain.pipeline.cut.balance import SLACK, balanced_starts, best_starts, stage_starts
+from shardtrain.pipeline.cut.graph import _Cutting
+from shardtrain.pipeline.cut.layers import allowed_starts
 from shardtrain.pipeline.cut.operation_costs import flops, measured
-from shardtrain.pipeline.cut.split import traced
+from shardtrain.pipeline.cut.split import trace
 
 F64 = {"param_dtype": jnp.float64}
 
@@ -110,12 +110,12 @@ MODELS = {
 }
 
 
-def flow_of(model, shape):
-    return traced(model, jax.ShapeDtypeStruct(shape, jnp.float64))
+def graph_of(model, shape):
+    return trace(model, jax.ShapeDtypeStruct(shape, jnp.float64))
 
 
-def filled(flow):
-    """Values of the parameters, other variables and sides of a flow."""
+def filled(graph):
+    """Values of the parameters, other variables and examples of a graph."""
     rng = np.random.default_rng(0)
 
     def value(v, small=0.3):
@@ -126,51 +126,51 @@ def filled(flow):
             return jnp.asarray(0.2 + small * rng.standard_normal(aval.shape), aval.dtype)
         return jnp.arange(5, 5 + aval.shape[0], dtype=aval.dtype) if aval.shape else jnp.ones((), aval.dtype)
 
-    params, state, sides = flow.traced.groups()
-    params = {n: value(v) for n, v in zip(flow.traced.params, params, strict=True)}
+    params, state, examples = graph.traced.groups()
+    params = {n: value(v) for n, v in zip(graph.traced.params, params, strict=True)}
     state = {
         n: abs(v) if jnp.issubdtype(v.dtype, jnp.floating) else v
-        for n, v in zip(flow.traced.state, map(value, state), strict=True)
+        for n, v in zip(graph.traced.state, map(value, state), strict=True)
     }
-    return params, state, [value(v, 1.0) for v in sides]
+    return params, state, [value(v, 1.0) for v in examples]
 
 
 def run(closed, *values):
     return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *values)
 
 
-def whole(flow, params, state, sides):
-    loss, *after = run(flow.traced.closed, *params.values(), *state.values(), *sides)
-    return loss, dict(zip(flow.traced.state, after, strict=True))
+def whole(graph, params, state, examples):
+    loss, *after = run(graph.traced.closed, *params.values(), *state.values(), *examples)
+    return loss, dict(zip(graph.traced.state, after, strict=True))
 
 
-def chained(stages, params, state, sides, spoilt=lambda k, values: values):
+def chained(stages, params, state, examples, spoilt=lambda k, values: values):
     """The loss and the variables that move, from one stage after the other."""
     values, after = [], {}
     for k, stage in enumerate(stages):
         given = [params[n] for n in stage.params], [state[n] for n in stage.state]
-        found = run(stage.closed, *given[0], *given[1], *sides, *spoilt(k, values))
-        ends = len(found) - len(stage.moving)
+        found = run(stage.closed, *given[0], *given[1], *examples, *spoilt(k, values))
+        ends = len(found) - len(stage.updated)
         values = found[:ends]
-        after |= dict(zip(stage.moving, found[ends:], strict=True))
+        after |= dict(zip(stage.updated, found[ends:], strict=True))
     return values[0], after
 
 
 @functools.cache
-def expected(flow):
-    params, state, sides = values = filled(flow)
-    return values, jax.value_and_grad(lambda p: whole(flow, p, state, sides), has_aux=True)(params)
+def expected(graph):
+    params, state, examples = values = filled(graph)
+    return values, jax.value_and_grad(lambda p: whole(graph, p, state, examples), has_aux=True)(params)
 
 
-def assert_same(flow, cuts, **spoilt):
+def assert_same(graph, cuts, **spoilt):
     """Loss, gradients of all parameters and new variables of the chained stages are those of the whole."""
-    stages = flow.cut(cuts)
+    stages = graph.cut(cuts)
     assert sorted(n for s in stages for n in s.params) == sorted(
-        flow.spans().keys() & set(flow.traced.params)
+        graph.spans().keys() & set(graph.traced.params)
     )
-    (params, state, sides), ((loss, after), grads) = expected(flow)
+    (params, state, examples), ((loss, after), grads) = expected(graph)
     (loss2, after2), grads2 = jax.value_and_grad(
-        lambda p: chained(stages, p, state, sides, **spoilt), has_aux=True
+        lambda p: chained(stages, p, state, examples, **spoilt), has_aux=True
     )(params)
     assert loss.dtype == jnp.float64
     assert float(loss2) == pytest.approx(float(loss), rel=1e-12)
@@ -191,60 +191,60 @@ def assert_same(flow, cuts, **spoilt):
 @pytest.mark.parametrize("case", MODELS)
 def test_the_stages_one_after_the_other_are_the_model(case):
     make, shape, stages = MODELS[case]
-    flow = flow_of(Sin(nnx.eval_shape(make)), shape)
-    cuts = balance(flow, stages)
+    graph = graph_of(Sin(nnx.eval_shape(make)), shape)
+    cuts = balanced_starts(graph, stages)
     assert len(cuts) == stages - 1
     assert cuts == sorted(set(cuts))
-    assert_same(flow, cuts)
+    assert_same(graph, cuts)
 
 
 def test_every_position_of_a_small_resnet_is_right():
-    flow = flow_of(Sin(resnet8(width=2, **F64)), (2, 8, 8, 1))
-    places = allowed(flow)
+    graph = graph_of(Sin(resnet8(width=2, **F64)), (2, 8, 8, 1))
+    places = allowed_starts(graph)
     assert len(places) > 30
-    assert max(len(flow.cut([c])[1].ins) for c in places) > 1
+    assert max(len(graph.cut([c])[1].ins) for c in places) > 1
     for place in places:
-        assert_same(flow, [place])
+        assert_same(graph, [place])
 
 
 def test_a_trace_is_the_model():
     model = Sin(models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0), **F64))
-    flow = flow_of(model, (4, 16, 16, 1))
+    graph = graph_of(model, (4, 16, 16, 1))
     _, params, _ = nnx.split(model, nnx.Param, ...)
     values = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(params)}
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 16, 1)))
-    loss, _ = whole(flow, values, {}, [x, jnp.arange(4, dtype=jnp.int32)])
+    loss, _ = whole(graph, values, {}, [x, jnp.arange(4, dtype=jnp.int32)])
     assert float(loss) == pytest.approx(float(model(x).sum()), rel=1e-12)
 
 
 def test_a_skip_that_is_dropped_or_lost_on_the_way_is_seen(monkeypatch):
-    flow = flow_of(Sin(models.UNet(3, features=(2, 4, 8), rngs=nnx.Rngs(0), **F64)), (2, 8, 8, 1))
-    cuts = balance(flow, 5)
-    assert max(len(stage.ins) for stage in flow.cut(cuts)) >= 3
+    graph = graph_of(Sin(models.UNet(3, features=(2, 4, 8), rngs=nnx.Rngs(0), **F64)), (2, 8, 8, 1))
+    cuts = balanced_starts(graph, 5)
+    assert max(len(stage.ins) for stage in graph.cut(cuts)) >= 3
 
     def zeroed(k, values):
         return [values[0] * 0, *values[1:]] if k == 2 else values
 
     with pytest.raises(AssertionError):
-        assert_same(flow, cuts, spoilt=zeroed)
-    kept = OperationGraph._crossing
+        assert_same(graph, cuts, spoilt=zeroed)
+    right = _Cutting._crossing
     monkeypatch.setattr(
-        OperationGraph,
+        _Cutting,
         "_crossing",
-        staticmethod(lambda at, needed, k: tuple(v for v in kept(at, needed, k) if at[v] == k - 1)),
+        lambda self, k: tuple(v for v in right(self, k) if self.stage_of[v] == k - 1),
     )
     with pytest.raises(KeyError):
-        assert_same(flow, cuts)
+        assert_same(graph, cuts)
 
 
 def test_masks_of_dropout_are_those_of_the_examples():
-    flow = flow_of(dropped(**F64), (4, 6))
-    params, state, (x, _) = filled(flow)
-    stages = flow.cut(balance(flow, 3))
+    graph = graph_of(dropped(**F64), (4, 6))
+    params, state, (x, _) = filled(graph)
+    stages = graph.cut(balanced_starts(graph, 3))
     together, _ = chained(stages, params, state, [x, jnp.arange(4, dtype=jnp.int32)])
-    one = flow_of(dropped(**F64), (1, 6))
+    one = graph_of(dropped(**F64), (1, 6))
     apart = [
-        chained(one.cut(balance(one, 3)), params, state, [x[i : i + 1], jnp.array([i], jnp.int32)])[0]
+        chained(one.cut(balanced_starts(one, 3)), params, state, [x[i : i + 1], jnp.array([i], jnp.int32)])[0]
         for i in range(4)
     ]
     assert float(together) == pytest.approx(float(sum(apart)), rel=1e-12)
@@ -257,28 +257,28 @@ def test_casts_of_weights_stay_at_home():
 
 
 def test_a_parameter_used_twice_stays_in_one_stage():
-    flow = flow_of(Tied(**F64), (4, 6))
-    (cut,) = balance(flow, 2)
-    stages = flow.cut([cut])
+    graph = graph_of(Tied(**F64), (4, 6))
+    (cut,) = balanced_starts(graph, 2)
+    stages = graph.cut([cut])
     assert {"end.kernel", "middle.kernel"} <= set(stages[0].params)
     assert "head.kernel" in stages[1].params
     with pytest.raises(
         UserError, match=r"'end.kernel' is used in the stages 0 and 1, which would each need it"
     ):
-        flow.cut([2])
+        graph.cut([2])
     with pytest.raises(
         UserError,
         match=r"begins with 'middle' would divide the uses of the parameter 'end.kernel' between two stages; put first, middle, end into one",
     ):
-        split(Tied(), (4, 6), 2, layout="first|middle,end,head")
+        split(Tied(), (4, 6), "first|middle,end,head")
 
 
 def test_what_statistics_change_stays_in_one_stage():
-    flow = flow_of(resnet8(**F64), (4, 8, 8, 1))
-    first, last = flow.spans()["norm.mean"]
+    graph = graph_of(resnet8(**F64), (4, 8, 8, 1))
+    first, last = graph.spans()["norm.mean"]
     assert last > first
     with pytest.raises(UserError, match=r"norm\.(mean|var)"):
-        flow.cut([last])
+        graph.cut([last])
 
 
 # ---- balance
@@ -298,8 +298,8 @@ def test_stages_cost_alike_and_hold_whole_layers(make, shape, stages, least):
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     done = split(model, shape, stages)
     assert done.balance >= least
-    again = split(model, shape, stages, layout=done.layout())
-    assert again.positions == done.positions
+    again = split(model, shape, done.stages_text())
+    assert again.starts == done.starts
     names = [path for part in done.parts for path in part.layers]
     assert len(names) == len(set(names))
     assert all(part.layers for part in done.parts)
@@ -307,7 +307,7 @@ def test_stages_cost_alike_and_hold_whole_layers(make, shape, stages, least):
 
 @settings(max_examples=200, deadline=None)
 @given(hs.data())
-def test_positions_are_the_best_there_are(data):
+def test_starts_are_the_best_there_are(data):
     n = data.draw(hs.integers(2, 9))
     costs = data.draw(hs.lists(hs.integers(0, 60).map(float), min_size=n, max_size=n))
     places = data.draw(hs.lists(hs.integers(1, n - 1), min_size=1, unique=True).map(sorted))
@@ -325,7 +325,7 @@ def test_positions_are_the_best_there_are(data):
     def rank(cuts):
         return sum(inner[c] for c in cuts), sum(arrivals[c] for c in cuts), -sum(cuts)
 
-    found = best_positions(costs, arrivals, inner, stages)
+    found = best_starts(costs, arrivals, inner, stages)
     assert most(found) <= SLACK * least
     assert rank(found) == min(rank(c) for c in every if most(c) <= SLACK * least)
 
@@ -376,8 +376,8 @@ def test_the_body_of_a_shard_map_counts_for_every_device():
         lambda x: jnp.sin(x), mesh=mesh, in_specs=P("data", "height"), out_specs=P("data", "height")
     )
     assert total(mapped, (8, 16)) == 8 * 16
-    one = flow_of(models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0)), (8, 16, 16, 1))
-    cut = traced(
+    one = graph_of(models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0)), (8, 16, 16, 1))
+    cut = trace(
         models.LeNet(image=(16, 16, 1), rngs=nnx.Rngs(0)),
         jax.ShapeDtypeStruct((8, 16, 16, 1), jnp.float64),
         st.make_mesh("data=2"),
@@ -390,19 +390,19 @@ def test_measured_costs():
     done = split(model, (8, 16, 16, 1), 2, costs="measured", mesh=st.make_mesh("pipe=2,data=2"))
     assert done.costs == "measured"
     assert all(0 < part.cost < 10 for part in done.parts)
-    flow = flow_of(model, (8, 16, 16, 1))
-    work = measured(flow)
-    assert len(work.costs) == len(flow.main)
+    graph = graph_of(model, (8, 16, 16, 1))
+    work = measured(graph)
+    assert len(work.costs) == len(graph.main)
     assert sum(work.costs) > 0
     with pytest.raises(UserError, match="costs='timed'; there are 'counted' and 'measured'"):
         split(model, (8, 16, 16, 1), 2, costs="timed")
 
 
-# ---- layouts
+# ---- stages as text
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "text",
     [
         "stem,norm,blocks.0|blocks.1|blocks.2,mean,head",
         "...|blocks.1,...|blocks.2,...",
@@ -411,21 +411,21 @@ def test_measured_costs():
         "stem,...,blocks.0|...|blocks.2,...,head",
     ],
 )
-def test_ways_to_write_a_layout(layout):
-    done = split(resnet8(), (8, 8, 8, 1), 3, layout=layout)
-    assert done.layout() == "stem,norm,blocks.0|blocks.1|blocks.2,mean,head"
+def test_ways_to_write_stages(text):
+    done = split(resnet8(), (8, 8, 8, 1), text)
+    assert done.stages_text() == "stem,norm,blocks.0|blocks.1|blocks.2,mean,head"
     assert [part.arrives for part in done.parts] == [
         (),
         ("float32[8,8,8,16]",),
         ("float32[8,4,4,32]",),
     ]  # behind sum and relu
-    assert positions(traced(resnet8(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)), 3, layout) == list(
-        done.positions
+    assert stage_starts(trace(resnet8(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)), 3, text) == list(
+        done.starts
     )
 
 
 @pytest.mark.parametrize(
-    ("layout", "says"),
+    ("text", "says"),
     [
         (
             "...|blocks.1,...",
@@ -464,9 +464,9 @@ def test_ways_to_write_a_layout(layout):
         ("stem,relu,...|blocks.1,...|head", r"'relu' matches no layer; .*, \.\.\. \(functions in between"),
     ],
 )
-def test_layouts_that_a_model_does_not_have(layout, says):
+def test_stages_that_a_model_does_not_have(text, says):
     with pytest.raises(UserError, match=says):
-        split(resnet8(), (8, 8, 8, 1), 3, layout=layout)
+        stage_starts(trace(resnet8(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)), 3, text)
 
 
 class Pooling(nnx.Module):
@@ -484,27 +484,27 @@ class Pooling(nnx.Module):
 
 
 @pytest.mark.parametrize("make", [resnet8, lambda: Pooling(nnx.Rngs(0))])
-def test_the_layout_of_a_cut_cuts_there_again_or_is_refused(make):
+def test_the_text_of_a_cut_cuts_there_again_or_is_refused(make):
     layers = split(make(), (8, 8, 8, 1), 1)._layers
     assert len(layers.begins) > 3
     for both in itertools.combinations(layers.begins, 2):
-        assert layers.positions(layers.layout(both), 3) == list(both)
-    flow = traced(make(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32))
-    inside = [p for p in allowed(flow) if p not in layers.begins]
+        assert layers.starts(layers.text(both), 3) == list(both)
+    graph = trace(make(), jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32))
+    inside = [p for p in allowed_starts(graph) if p not in layers.begins]
     assert inside
     for position in inside:
         with pytest.raises(UserError, match="begins inside a layer") as refused:
-            layers.layout([position])
-        near = re.search(r"the nearest that there is, '(.*)'$", str(refused.value))
-        (found,) = layers.positions(near[1], 2)
+            layers.text([position])
+        near = re.search(r"the nearest that can be written, '(.*)'$", str(refused.value))
+        (found,) = layers.starts(near[1], 2)
         assert abs(found - position) == min(abs(p - position) for p in layers.begins)
     with pytest.raises(UserError, match=r"or fewer stages$"):
-        layers.layout(range(1, len(flow.main)))
+        layers.text(range(1, len(graph.main)))
 
 
 def test_what_runs_in_one_operation_is_not_cut():
     with pytest.raises(UserError, match=r"'blocks.1.conv1' and 'blocks.1.norm1' run in one operation"):
-        split(resnet8(remat=True), (8, 8, 8, 1), 2, layout="...|blocks.1.norm1,...")
+        split(resnet8(remat=True), (8, 8, 8, 1), "...|blocks.1.norm1,...")
 
 
 def test_more_stages_than_there_are_places():
@@ -525,8 +525,10 @@ def test_more_stages_than_there_are_places():
         with pytest.raises(UserError, match="give the shape of a microbatch"):
             split(resnet8(), inputs, 2)
     bare = inspect.unwrap(split)  # jaxtyping, at work in tests alone, would speak first
-    with pytest.raises(UserError, match=r"layout=\['stem'\]; write one such as"):
-        bare(resnet8(), (8, 8, 8, 1), 2, layout=["stem"])
+    with pytest.raises(
+        UserError, match=r"stages=\['stem'\]; give a number .*, or write the layers of each, such as"
+    ):
+        bare(resnet8(), (8, 8, 8, 1), ["stem"])
     with pytest.raises(UserError, match=r"mesh='pipe=2'; give st\.make_mesh"):
         bare(resnet8(), (8, 8, 8, 1), 2, mesh="pipe=2")
     with pytest.raises(UserError, match="no NNX model"):
@@ -550,4 +552,4 @@ def test_the_table():
     assert done.parts[2].bytes == 8 * 8 * 8 * 16 * 4
     alone = split(resnet8(), (8, 8, 8, 1), 1)
     assert alone.balance == 1
-    assert alone.layout() == "stem,norm,blocks,mean,head"
+    assert alone.stages_text() == "stem,norm,blocks,mean,head"

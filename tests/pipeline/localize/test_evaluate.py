@@ -25,7 +25,7 @@ import shardtrain as st
 from shardtrain import compat, jaxprs
 from shardtrain.pipeline.localize import rules
 from shardtrain.pipeline.localize.evaluate import Block, block_shape, cut_of, evaluate
-from shardtrain.pipeline.localize.rules import elementwise, lookups, sums
+from shardtrain.pipeline.localize.rules import elementwise, lookups, reductions
 
 SIZES = {"data": 2, "height": 2}
 ALL = ("pipe", "data", "height")
@@ -676,7 +676,7 @@ def test_reductions(array, data):
 def unsummed(equation, blocks):
     """As `reduce`, but each device keeps what it summed itself."""
     dims, x = equation.params["axes"], blocks[0]
-    (out,) = sums.reduce(equation, blocks)
+    (out,) = reductions.reduce(equation, blocks)
     (value,) = jaxprs.rebind(equation, [x.filled(0, dims).value])
     return [Block(value, out.shape, out.cut, out.sizes)]
 
@@ -724,8 +724,8 @@ def unjoined(equation, blocks):
 
 def of_own_blocks(equation, blocks):
     """As `argmax`, but the places are those in each device's block."""
-    with mock.patch.object(sums, "_place", lambda equation, x, mine, dim: mine):
-        return sums.reduce(equation, blocks)
+    with mock.patch.object(reductions, "_place", lambda equation, x, mine, dim: mine):
+        return reductions.reduce(equation, blocks)
 
 
 SLICED = Block._sliced

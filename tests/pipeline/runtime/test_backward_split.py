@@ -11,7 +11,7 @@ from flax import nnx
 import shardtrain as st
 from shardtrain import hlo, jaxprs
 from shardtrain.pipeline import Costs, fastest, lockstep, make
-from shardtrain.pipeline.schedules.table import build
+from shardtrain.pipeline.schedules.tick_table import build
 
 from ..parity import MICROBATCHES, Case
 
@@ -101,7 +101,7 @@ def test_an_idle_tick_computes_nothing(case, step):
     found, todo = [], [(entry, ())]
     for name, outside in todo:
         for instruction in computations[name]:
-            inside = (*outside, instruction.once) if instruction.op == "while" else outside
+            inside = (*outside, instruction.at_most_once) if instruction.op == "while" else outside
             found += [inside] if instruction.op == "dot" else []
             todo += [(call.name, inside) for call in instruction.calls]
     assert found == [(False, True, True)] * 17  # ticks, a stage's, an action's
@@ -151,5 +151,5 @@ def test_what_stages_gather_is_logged_once(caplog):
     case.pipeline.eval_step(case.batch)
     (text,) = (record.getMessage() for record in caplog.records if "gathers" in record.getMessage())
     assert re.match(
-        r"rev \(.*test_passes.py:\d+\) gathers an operand of shape \(2, 8, 8, 4\) over height", text
+        r"rev \(.*test_backward_split.py:\d+\) gathers an operand of shape \(2, 8, 8, 4\) over height", text
     )

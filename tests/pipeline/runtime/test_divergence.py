@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -290,15 +289,15 @@ class Net(nnx.Module):
 def trained_on(mesh, layer):
     model = nnx.eval_shape(lambda: Net(layer, nnx.Rngs(0)))
     trainer = st.Trainer(model, optax.sgd(0.1), mesh=mesh, accumulate=2)
-    batch = trainer.shapes_of(np.zeros((4, 8, 4, 1), np.float32), np.zeros(4, np.int32))
-    return trainer, trainer.compiled_step(batch)
+    images = jax.ShapeDtypeStruct((4, 8, 4, 1), jnp.float32)
+    return trainer, trainer.prepare(images, jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
 def test_a_pipelined_step_passes_and_one_that_sends_by_hand_does_not(mesh):
     trainer, program = trained_on(mesh, jnp.sin)
     text = program.as_text()
     assert "collective-permute" in text  # the messages between stages
-    kinds = {(branch.op, branch.once) for branch, _ in in_branches(text)}
+    kinds = {(branch.op, branch.at_most_once) for branch, _ in in_branches(text)}
     assert kinds == {("while", True), ("conditional", False)}  # halos; sums of gradients
     refuse_divergent(text, trainer.mesh)
     with pytest.raises(UserError, match=r"collective-permute .* in the loop .* whose length"):

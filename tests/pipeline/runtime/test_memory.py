@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -34,11 +33,12 @@ def compiled(schedule, microbatches):
         optax.sgd(0.1),
         mesh=st.make_mesh("pipe=2,data=1", devices=jax.devices()[:2]),
         accumulate=microbatches,
-        schedule=schedule,
+        pipeline=st.Pipeline(schedule),
     )
     rows = ROWS * microbatches
-    batch = trainer.shapes_of(np.zeros((rows, 32, 32, 1), np.float32), np.zeros(rows, np.int32))
-    return trainer.compiled_step(batch), trainer.pipeline
+    images = jax.ShapeDtypeStruct((rows, 32, 32, 1), jnp.float32)
+    program = trainer.prepare(images, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    return program, trainer.pipeline
 
 
 def kept(pipeline):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shardtrain.pipeline import make
-from shardtrain.pipeline.runtime.machine import Machine, _Acts
-from shardtrain.pipeline.schedules.table import COLUMNS, POOLS
+from shardtrain.pipeline.runtime.tick_loop import TickLoop, _Actions
+from shardtrain.pipeline.schedules.tick_table import COLUMNS, POOLS
 
 from ..parity import TOLERANCE, largest_difference
 from ..tables import legal
@@ -134,8 +134,8 @@ def test_the_right_rows_are_right(runs):
 def test_whatever_nothing_was_written_to_is_not_a_number(runs):
     """Messages of idle ranks, too; what leaks would be seen in the results."""
     pipe = runs[0].case.pipeline
-    machine = pipe._machine(pipe.schedule, pipe.programs, 1 + len(pipe.sums))
-    carry = _Acts(dataclasses.replace(machine, bubble=float("nan")), {}, {}, lambda i: []).carry({})
+    loop = dataclasses.replace(pipe._loop(pipe.schedule, pipe.programs, 1 + pipe.sums), filler=float("nan"))
+    carry = _Actions(loop, {}, {}, lambda i: []).first_carry({})
     empty = [v for name in ("message", "inbox", *POOLS) for v in carry[name].values()]
     assert all(np.isnan(v).all() for v in empty if np.issubdtype(v.dtype, np.floating))
     assert min(len(carry[name]) for name in ("message", "inbox", *POOLS)) > 0
@@ -153,40 +153,40 @@ def silenced(closed, which):
 
 
 def changed_stage(k, **changes):
-    def change(machine: Machine) -> Machine:
-        program = machine.programs[k]
+    def change(loop: TickLoop) -> TickLoop:
+        program = loop.programs[k]
         new = {name: make(getattr(program, name)) for name, make in changes.items()}
         return dataclasses.replace(
-            machine,
+            loop,
             programs=tuple(
-                dataclasses.replace(p, **new) if i == k else p for i, p in enumerate(machine.programs)
+                dataclasses.replace(p, **new) if i == k else p for i, p in enumerate(loop.programs)
             ),
         )
 
     return change
 
 
-class Unsummed(Machine):
+class Unsummed(TickLoop):
     def summed(self, grads):
         return grads
 
 
-def unsummed(machine: Machine) -> Machine:
-    return Unsummed(**{f.name: getattr(machine, f.name) for f in dataclasses.fields(machine)})
+def unsummed(loop: TickLoop) -> TickLoop:
+    return Unsummed(**{f.name: getattr(loop, f.name) for f in dataclasses.fields(loop)})
 
 
-MACHINES = {
-    "right": lambda machine: machine,
+LOOPS = {
+    "right": lambda loop: loop,
     "a skip is dropped": changed_stage(0, forward=lambda closed: silenced(closed, 1)),
     "a skip's gradient is dropped": changed_stage(1, input_gradient=lambda closed: silenced(closed, 1)),
     "gradients are not summed over data": unsummed,
 }
 
 
-@pytest.mark.parametrize("mutant", MACHINES)
+@pytest.mark.parametrize("mutant", LOOPS)
 def test_wrong_stages_are_noticed(mutant):
     schedule = make("1f1b", 3, MICROBATCHES)
-    runs = Runs.of("pipe=3,data=2", [schedule], change=MACHINES[mutant])
+    runs = Runs.of("pipe=3,data=2", [schedule], change=LOOPS[mutant])
     assert len(runs.case.pipeline.programs[0].outs) > 1
     gap = runs.gap(runs.rows(schedule))
     assert (gap < TOLERANCE) if mutant == "right" else (gap > 1e-6)

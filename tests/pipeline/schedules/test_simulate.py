@@ -67,8 +67,8 @@ def test_activations_in_flight(p, m):
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_ticks_in_lockstep(p, m):
-    def ticks(schedule, hop=1):
-        return len(lockstep(schedule, hop=hop).table)
+    def ticks(schedule, latency=1):
+        return len(lockstep(schedule, latency=latency).table)
 
     for name in ("gpipe", "1f1b"):
         assert ticks(make(name, p, m)) == 2 * (m + p - 1)
@@ -80,7 +80,7 @@ def test_ticks_in_lockstep(p, m):
     if m % p == 0:
         assert ticks(make("interleaved", p, m)) == 4 * m + 2 * (p - 1)
         assert ticks(make("interleaved", p, m).with_split()) == 6 * m + 2 * (p - 1)
-    assert ticks(make("gpipe", p, m), hop=2) == 2 * m + 4 * (p - 1)
+    assert ticks(make("gpipe", p, m), latency=2) == 2 * m + 4 * (p - 1)
     assert ticks(forward_only(range(p), m)) == m + p - 1
 
 
@@ -116,7 +116,7 @@ def test_a_case_by_hand():
     ]  # fmt: skip
     assert ticks.durations == (1, 2, 2, 4, 2, 4)
     assert (ticks.makespan, ticks.idle) == (15, Fr(2, 5))
-    later = lockstep(one, costs, hop=2)
+    later = lockstep(one, costs, latency=2)
     assert [[str(a or "-") for a in row] for row in later.table] == [
         ["0F0", "-"], ["0F1", "-"], ["-", "1F0"], ["-", "1B0"], ["-", "1F1"], ["0B0", "1B1"], ["-", "-"], ["0B1", "-"],
     ]  # fmt: skip
@@ -146,8 +146,8 @@ def test_costs_that_make_no_sense_are_refused():
             simulator(make("1f1b", 4, 4), Costs.equal(3))
         with pytest.raises(UserError, match="deadlocks: rank 0 waits at 1F0 for 0F0 of rank 0"):
             simulator(Schedule.from_csv("1F0,0F0,1B0,0B0", "mine"))
-    with pytest.raises(UserError, match="a hop of 0 ticks"):
-        lockstep(make("1f1b", 4, 4), hop=0)
+    with pytest.raises(UserError, match="a latency of 0 ticks"):
+        lockstep(make("1f1b", 4, 4), latency=0)
 
 
 def test_the_fastest_of_three():
@@ -158,9 +158,9 @@ def test_the_fastest_of_three():
     assert fastest(make("zb-h1", 4, 8), free).name == "zb-h1 fused"
     assert fastest(make("zb-h1", 4, 8), equal, most_in_flight=4).name == "zb-h1"
     fused = make("zb-v", 4, 16).with_fused()
-    held = max(simulate.in_flight(fused)[0])
-    with pytest.raises(UserError, match=f"holds {held} activations on a rank, not {held - 1}; allow {held}"):
-        fastest(make("zb-v", 4, 16), Costs.equal(8), most_in_flight=held - 1)
+    peak = max(simulate.in_flight(fused)[0])
+    with pytest.raises(UserError, match=f"holds {peak} activations on a rank, not {peak - 1}; allow {peak}"):
+        fastest(make("zb-v", 4, 16), Costs.equal(8), most_in_flight=peak - 1)
 
 
 def test_memory_decides_where_time_does_not():
@@ -190,7 +190,7 @@ def longest_paths(schedule, cost):
     return start
 
 
-def tick_by_tick(schedule, hop):
+def tick_by_tick(schedule, latency):
     """Lockstep in the words of its definition."""
     before = {}
     for first, later in tables.links([a for order in schedule.orders for a in order], schedule.stages):
@@ -202,7 +202,7 @@ def tick_by_tick(schedule, hop):
         row = []
         for rank, order in enumerate(left):
             ready = order and all(
-                need in done and now - done[need] >= (1 if schedule.ranks_of[need.stage] == rank else hop)
+                need in done and now - done[need] >= (1 if schedule.ranks_of[need.stage] == rank else latency)
                 for need in before.get(order[0], ())
             )
             row.append(order.pop(0) if ready else None)
@@ -211,7 +211,7 @@ def tick_by_tick(schedule, hop):
     return tuple(table)
 
 
-def held(schedule, start, end):
+def peaks(schedule, start, end):
     """The most intervals from the start of F to the end of the last part that overlap, on every rank."""
     peaks = []
     for order in schedule.orders:
@@ -235,10 +235,10 @@ def test_other_simulators_agree(seed):
     assert line.makespan == max(line.end.values())
     busy = sum(line.end[a] - line.start[a] for a in line.start)
     assert line.idle == 1 - busy / (one.ranks * line.makespan)
-    assert line.peak_in_flight == held(one, line.start, line.end)
-    hop = draw.randint(1, 3)
-    ticks = lockstep(one, costs, hop)
-    assert ticks.table == tick_by_tick(one, hop)
+    assert line.peak_in_flight == peaks(one, line.start, line.end)
+    latency = draw.randint(1, 3)
+    ticks = lockstep(one, costs, latency)
+    assert ticks.table == tick_by_tick(one, latency)
     assert ticks.durations == tuple(max((costs.of(a) for a in row if a), default=0) for row in ticks.table)
     assert ticks.peak_in_flight == line.peak_in_flight
     assert ticks.idle == 1 - busy / (one.ranks * ticks.makespan)

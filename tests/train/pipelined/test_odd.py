@@ -12,7 +12,7 @@ from flax import nnx
 import shardtrain as st
 from shardtrain.errors import UserError
 from shardtrain.pipeline import Costs, Schedule, fastest, lockstep, make
-from shardtrain.pipeline.schedules.table import build
+from shardtrain.pipeline.schedules.tick_table import build
 from shardtrain.train.pipelined.step import Pipelined
 
 
@@ -90,7 +90,7 @@ def test_variables_that_change_by_themselves_are_refused(model, count):
     with pytest.raises(
         UserError, match=r"the variable 'turns' changes in training .*; train this model without"
     ):
-        fitted(model, accumulate=count, schedule=make("gpipe", 4, count))
+        fitted(model, accumulate=count, pipeline=st.Pipeline(make("gpipe", 4, count)))
 
 
 def test_an_order_of_evaluation_that_stages_do_not_have_is_refused():
@@ -113,11 +113,15 @@ def test_outputs_that_are_no_numbers_or_have_no_rows():
 def test_schedules_by_path_and_what_is_not_known_yet(tmp_path):
     make("zb-h1", 2, 4).save(tmp_path / "mine.csv")
     one = st.Trainer(
-        Deep(), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), accumulate=4, schedule=tmp_path / "mine.csv"
+        Deep(),
+        optax.sgd(0.1),
+        mesh=st.make_mesh("pipe=2"),
+        accumulate=4,
+        pipeline=st.Pipeline(tmp_path / "mine.csv"),
     )
     with pytest.raises(UserError, match="call fit first"):
         _ = one.parameter_bytes
-    one.compiled_step(one.place(*batch()))
+    one.prepare(*batch())
     assert one.pipeline.plan.schedule.orders == make("zb-h1", 2, 4).orders
     assert one.parameter_bytes > 0
 
@@ -125,18 +129,18 @@ def test_schedules_by_path_and_what_is_not_known_yet(tmp_path):
 def test_overlap_takes_the_ticks_that_the_simulator_says():
     for name in ("gpipe", "1f1b", "zb-v"):
         schedule = make(name, 3, 5)
-        ticks = lockstep(schedule, hop=2)
+        ticks = lockstep(schedule, latency=2)
         assert len(build(schedule, ticks, 2).rows) == len(ticks.table)
 
 
-def test_the_fastest_schedule_is_that_of_the_hop_at_hand():
+def test_the_fastest_schedule_is_that_of_the_latency_at_hand():
     rows = [Schedule.from_csv(make("1f1b", p, m).to_csv(), "mine") for p in (2, 4) for m in (2, 8)]
     for one in rows:
         costs = Costs.equal(one.stages)
         ways = (one, one.with_split(), one.with_fused())
-        for hop in (1, 2, 3):
-            best = lockstep(fastest(one, costs, hop=hop), costs, hop).makespan
-            assert best == min(lockstep(way, costs, hop).makespan for way in ways)
+        for latency in (1, 2, 3):
+            best = lockstep(fastest(one, costs, latency=latency), costs, latency).makespan
+            assert best == min(lockstep(way, costs, latency).makespan for way in ways)
 
 
 class Pooled(nnx.Module):
@@ -153,14 +157,20 @@ class Pooled(nnx.Module):
 def test_the_stages_that_run_are_those_that_were_asked_for(monkeypatch):
     """A layer without parameters as a stage of its own too, and not only where parameters say so."""
     ran = []
-    right = Pipelined._machine
+    right = Pipelined._loop
     monkeypatch.setattr(
-        Pipelined, "_machine", lambda self, *args: ran.append(right(self, *args)) or right(self, *args)
+        Pipelined, "_loop", lambda self, *args: ran.append(right(self, *args)) or right(self, *args)
     )
     stages = "first|pool|second,flatten|head"
-    trainer = st.Trainer(Pooled(), optax.sgd(0.1), mesh=st.make_mesh("pipe=4"), accumulate=2, stages=stages)
+    trainer = st.Trainer(
+        Pooled(),
+        optax.sgd(0.1),
+        mesh=st.make_mesh("pipe=4"),
+        accumulate=2,
+        pipeline=st.Pipeline(stages=stages),
+    )
     images = np.random.default_rng(0).standard_normal((4, 4, 4, 2))
-    trainer.compiled_step(trainer.place(images, np.zeros(4, np.int32)))
+    trainer.prepare(images, np.zeros(4, np.int32))
     sent = [[s.shape for s in p.outs] for p in ran[0].programs[:-1]]
     assert sent == [[(2, 4, 4, 4)], [(2, 2, 2, 4)], [(2, 16)]]
     assert sent == [[s.shape for s in p.outs] for p in trainer.pipeline.programs[:-1]]

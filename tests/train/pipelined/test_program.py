@@ -11,9 +11,10 @@ from flax import nnx
 from pipelined_models import Deep, Small, batches, close, fit, trainer, wide
 
 import shardtrain as st
-from shardtrain.pipeline.runtime.pack import dtype_of
-from shardtrain.pipeline.runtime.resident import ResidentArrays
+from shardtrain.pipeline.runtime.flat_buffers import dtype_of
+from shardtrain.pipeline.runtime.resident_arrays import ResidentArrays
 from shardtrain.plan import census
+from shardtrain.train.extra import on_devices
 from shardtrain.train.step import Program
 
 # schedule, sends that overlap
@@ -23,7 +24,7 @@ PROGRAMS = [("1f1b", False), ("gpipe", True), pytest.param("zb-v", False, marks=
 @pytest.mark.parametrize(("schedule", "overlap"), PROGRAMS)
 def test_the_step_runs_the_simulated_ticks_and_sends_one_message_in_each(schedule, overlap):
     one = trainer("pipe=2,data=2", schedule=schedule, overlap=overlap)
-    text = one.compiled_step(one.place(*batches()[0])).as_text()
+    text = one.prepare(*batches()[0]).as_text()
     pipe = one.pipeline
     ticks = len(pipe.ticks.table)
     assert f'"known_trip_count":{{"n":"{ticks}"}}' in text
@@ -38,7 +39,7 @@ def test_the_step_runs_the_simulated_ticks_and_sends_one_message_in_each(schedul
     assert {row.kind for row in summed} == {"all-reduce"}
     once = Counter(row.payload for row in summed if row.count == 1)
     # The idle layer's are zeros, and the batch norm's are sums over the batch in every microbatch.
-    shapes = pipe.named_shapes.params
+    shapes = pipe.shapes.params
     used = {name: s for name, s in shapes.items() if name.split(".")[0] not in ("idle", "norm")}
     assert once == Counter(8 * s.size for s in used.values())
     # In a tick: both statistics of the one batch norm, forward and backward, and the sums to report.
@@ -68,10 +69,10 @@ def test_a_mean_of_means_is_noticed(wrong, monkeypatch):
     """Five rows in four microbatches; of one microbatch it is the right mean."""
     right = Program._sums
 
-    def mean(self, *args):
-        sums = right(self, *args)
+    def mean(self, *args, **kwargs):
+        sums = right(self, *args, **kwargs)
         count = jnp.maximum(sums["examples"], 1)
-        return {key: value / count for key, value in sums.items()}
+        return jax.tree.map(lambda value: value / count, sums)
 
     if wrong:
         monkeypatch.setattr(Program, "_sums", mean)
@@ -101,9 +102,10 @@ def test_statistics_of_one_microbatch_are_noticed(wrong):
 
 def spoiled(one):
     """Not a number wherever the packed state holds no array."""
-    pipe, parts = one.pipeline, []
-    for held, (buffers, shared) in zip(pipe.holds.values(), dataclasses.astuple(one.state)[1:], strict=True):
-        real, _ = held.pack([np.ones(s.shape, s.dtype) for s in held.shapes])
+    pipe, parts, state = one.pipeline, [], on_devices(one.state)
+    for group, arrays in pipe.packing.arrays.items():
+        buffers, shared = getattr(state, group)
+        real, _ = arrays.pack([np.ones(s.shape, s.dtype) for s in arrays.shapes])
         floats = {d for d in buffers if jnp.issubdtype(dtype_of(d), jnp.floating)}
         parts.append(
             (
@@ -113,16 +115,15 @@ def spoiled(one):
         )
     padding = sum(int(jnp.isnan(b).sum()) for buffers, _ in parts for b in buffers.values())
     assert padding > 0
-    one.state = jax.device_put(
-        type(one.state)(one.state.step, *parts), jax.tree.map(lambda x: x.sharding, one.state)
-    )
+    spoilt = type(state)(state.step, *parts)
+    one.state = one._with_position(jax.device_put(spoilt, jax.tree.map(lambda x: x.sharding, state)))
 
 
 @pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_lies_between_the_arrays_is_never_used(wrong, monkeypatch):
     """Neither in the update nor in the norm of all gradients; an update that reads it is noticed."""
     if wrong:
-        places = ResidentArrays._places
+        places = ResidentArrays.places_on
 
         def shifted(self, rank):
             return {
@@ -136,6 +137,6 @@ def test_what_lies_between_the_arrays_is_never_used(wrong, monkeypatch):
             lambda self, rank, buffers: {i: p.read(buffers) for i, p in shifted(self, rank).items()},
         )
     ours, theirs = (trainer(mesh, clip_norm=0.5) for mesh in ("pipe=2,data=2", "data=1"))
-    ours.compiled_step(ours.place(*batches()[0]))
+    ours.prepare(*batches()[0])
     spoiled(ours)
     assert difference(ours, theirs, batches()) == wrong

@@ -73,7 +73,7 @@ def test_replicas_survive_a_checkpoint(tmp_path):
     early = trainer(st.make_mesh("replica=2,pipe=2"))
     early.restore(tmp_path)  # no batch has been seen, so that there are no stages yet
     again = trainer(st.make_mesh("replica=2,pipe=2,channel=2"))
-    again.compiled_step(again.place(*batches()[0]))
+    again.prepare(*batches()[0])
     again.restore(tmp_path)
     for number in (0, 1):
         theirs = weights(ours.replica(number))

@@ -104,7 +104,7 @@ def test_an_optimizer_of_all_parameters_at_once():
 
 
 def test_an_optimizer_that_joins_large_arrays_of_several_stages_is_refused(monkeypatch):
-    monkeypatch.setattr("shardtrain.pipeline.runtime.update.LARGEST", 1000)
+    monkeypatch.setattr("shardtrain.pipeline.runtime.rankwise_update.LARGEST", 1000)
     with pytest.raises(
         UserError, match=r"the optimizer joins .* of several stages.*; use transformations that"
     ):
@@ -206,7 +206,7 @@ def test_parameters_spread_inside_stages():
         for mesh, spread in (("pipe=2,data=2", "data"), ("data=1", ()))
     )
     same(ours, theirs, batches())
-    shapes, stage_of = ours.pipeline.named_shapes.params, ours.pipeline.stage_of
+    shapes, stage_of = ours.pipeline.shapes.params, ours.pipeline.stage_of
     whole = [sum(8 * s.size for name, s in shapes.items() if stage_of.get(name) == k) for k in (0, 1)]
     assert ours.parameter_bytes < 0.7 * max(whole)
 
@@ -390,8 +390,9 @@ class PlainNorm(Plain):
 )
 def test_what_is_asked_of_stages_that_there_are_not_is_refused(mesh, asked):
     ((name, value),) = asked.items()
+    name, typed = ("remat", repr(value)) if name == "remat" else ("pipeline", f"Pipeline({name}={value!r})")
     message = rf"on mesh {mesh}, which has no stages; add pipe=2 .* or leave {name} out"
-    with pytest.raises(UserError, match=re.escape(f"{name}={value!r} ") + message):
+    with pytest.raises(UserError, match=re.escape(f"{name}={typed} ") + message):
         trainer(mesh, model=Deep(), **asked)
 
 

@@ -9,19 +9,19 @@ from shardtrain.pipeline.localize.block import Block, Cut, finest
 
 
 def elementwise(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """Operands are brought to the finest cut; scalars and dimensions of extent 1 spread along the others."""
+    """Computes on operands with the finest of their cuts; a dimension of extent 1 stays whole."""
     shape = equation.outvars[0].aval.shape
 
-    def along_it(b: Block, cut: Cut) -> Cut:
+    def cut_of(b: Block, cut: Cut) -> Cut:
         return tuple(c if n == m else () for c, n, m in zip(cut, b.shape, shape, strict=True))
 
-    cut = finest([((),) * len(shape), *(along_it(b, b.cut) for b in blocks if b.shape)])
-    values = [b.moved(along_it(b, cut)).value if b.shape else b.value for b in blocks]
+    cut = finest([((),) * len(shape), *(cut_of(b, b.cut) for b in blocks if b.shape)])
+    values = [b.moved(cut_of(b, cut)).value if b.shape else b.value for b in blocks]
     return [replace(blocks[0], value=v, shape=shape, cut=cut) for v in jaxprs.rebind(equation, values)]
 
 
 def leading(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """One operand and result that share their leading dimensions, each element its trailing ones."""
+    """Computes where operand and result share leading dimensions, and the trailing ones are one element."""
     (x,) = blocks
     shape = equation.outvars[0].aval.shape
     shared = min(len(shape), len(x.shape))

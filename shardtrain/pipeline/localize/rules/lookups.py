@@ -1,7 +1,7 @@
-"""Operations that read and write at places which are computed: embeddings, labels, buffers of loops."""
+"""Operations that read and write at computed places: embeddings, labels, buffers of loops."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from shardtrain import jaxprs
 from shardtrain.layout import Axes
-from shardtrain.pipeline.localize.block import Block, finest
+from shardtrain.pipeline.localize.block import Block, Cut, finest
 
 
 def dynamic_slice(equation: Any, blocks: Sequence[Block]) -> list[Block]:
@@ -29,48 +29,86 @@ def dynamic_update_slice(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def gather(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """Cut along indices, along what every index has a row of its own for, and along what is read whole.
+    """Reads rows of the operand at computed places.
 
-    Of numbers also along what indices point at: each device reads what it has, and all of that is summed.
+    The result stays cut along the indices, along batching dimensions, and along dimensions that are read
+    whole. If the elements are numbers, the operand may also stay cut along a dimension that the indices point
+    into: each device then reads the rows that it has, and the results of all are summed.
     """
     x, index = blocks
     p, shape = equation.params, equation.outvars[0].aval.shape
-    dims = p["dimension_numbers"]
-    window = [
-        d for d in range(len(x.shape)) if d not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    ]
-    own = dict(zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True))
-    free = [d for d in window if p["slice_sizes"][d] == x.shape[d] and d not in dims.start_index_map]
+    dims = _GatherDimensions.of(equation, x)
+    index_cut = dims.index_cut(x, index)
+    operand_cut = dims.operand_cut(x, index_cut)
+    x, index = x.moved(operand_cut), index.moved(index_cut)
 
-    cut_index = [*index.cut[:-1], ()]
-    for i, o in own.items():
-        taken = {axis for j, axes in enumerate(cut_index) if j != i for axis in axes}
-        if len(x.cut[o]) > len(cut_index[i]) and not taken & set(x.cut[o]):
-            cut_index[i] = x.cut[o]
-    taken = {axis for axes in cut_index for axis in axes}
-    numbers = jnp.issubdtype(x.value.dtype, jnp.number)
-    picked = [d for d in dims.collapsed_slice_dims if d in dims.start_index_map and numbers]
-    cut_x: list[Axes] = [
-        x.cut[d] if d in (*free, *picked) and not taken & set(x.cut[d]) else () for d in range(len(x.shape))
-    ]
-    for i, o in own.items():
-        cut_x[o] = cut_index[i]
-    x, index = x.moved(tuple(cut_x)), index.moved(tuple(cut_index))
-
-    sizes = tuple(x.value.shape[d] if d in free else n for d, n in enumerate(p["slice_sizes"]))
-    places, here, over = _own_places(equation, x, index, picked)
+    sizes = tuple(x.value.shape[d] if d in dims.whole else n for d, n in enumerate(p["slice_sizes"]))
+    places, here, over = _own_places(equation, x, index, dims.picked)
     (value,) = jaxprs.rebind(equation, [x.value, places], slice_sizes=sizes)
+    offsets = p["dimension_numbers"].offset_dims
     if over:
-        value = lax.psum(jnp.where(jnp.expand_dims(here, dims.offset_dims), value, 0), over)
-    rows, columns = iter(cut_index), iter(cut_x[d] for d in window)
-    cut = tuple(next(columns if d in dims.offset_dims else rows) for d in range(len(shape)))
+        value = lax.psum(jnp.where(jnp.expand_dims(here, offsets), value, 0), over)
+    rows, columns = iter(index_cut), iter(operand_cut[d] for d in dims.window)
+    cut = tuple(next(columns if d in offsets else rows) for d in range(len(shape)))
     return [replace(x, value=value, shape=shape, cut=cut)]
 
 
-def _own_places(equation: Any, x: Block, index: Block, picked: Sequence[int]) -> tuple[Array, Any, Axes]:
-    """Indices of a `gather` into a device's own block, which of them point into it, and the axes that cut it.
+@dataclass(frozen=True)
+class _GatherDimensions:
+    """What the dimensions of a gather's operand are for.
 
-    An index out of all bounds stays so, and is the first device's.
+    Attributes:
+        batching: for each batching dimension of the indices the dimension of the operand that goes with it.
+        window: the dimensions of the operand that the result has, too.
+        whole: those of them that are read whole, whatever the indices are.
+        picked: the dimensions along which an index picks one row, if the elements are numbers.
+    """
+
+    batching: Mapping[int, int]
+    window: tuple[int, ...]
+    whole: frozenset[int]
+    picked: tuple[int, ...]
+
+    @classmethod
+    def of(cls, equation: Any, x: Block) -> "_GatherDimensions":
+        dims, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+        dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+        window = tuple(d for d in range(len(x.shape)) if d not in dropped)
+        indexed = set(dims.start_index_map)
+        numbers = jnp.issubdtype(x.value.dtype, jnp.number)
+        return cls(
+            _pairs(dims.start_indices_batching_dims, dims.operand_batching_dims),
+            window,
+            frozenset(d for d in window if sizes[d] == x.shape[d] and d not in indexed),
+            tuple(int(d) for d in dims.collapsed_slice_dims if d in indexed and numbers),
+        )
+
+    def index_cut(self, x: Block, index: Block) -> Cut:
+        """How the indices are to be cut: as they are, or as the operand where that is finer."""
+        cut: list[Axes] = [*index.cut[:-1], ()]
+        for i, d in self.batching.items():
+            others = {axis for j, axes in enumerate(cut) if j != i for axis in axes}
+            if len(x.cut[d]) > len(cut[i]) and not others & set(x.cut[d]):
+                cut[i] = x.cut[d]
+        return tuple(cut)
+
+    def operand_cut(self, x: Block, index_cut: Cut) -> Cut:
+        """How the operand is to be cut, by axes that do not cut the indices."""
+        taken = {axis for axes in index_cut for axis in axes}
+        usable = {*self.whole, *self.picked}
+        cut = [axes if d in usable and not taken & set(axes) else () for d, axes in enumerate(x.cut)]
+        for i, d in self.batching.items():
+            cut[d] = index_cut[i]
+        return tuple(cut)
+
+
+def _own_places(equation: Any, x: Block, index: Block, picked: Sequence[int]) -> tuple[Array, Any, Axes]:
+    """Returns the indices of a gather into a device's own block of the operand.
+
+    An index that is out of bounds stays so; the first device reads what it stands for.
+
+    Returns:
+        The indices, which of them this device is to read, and the mesh axes that cut what they point into.
     """
     places, here = index.value, jnp.bool_(True)
     over: Axes = ()
@@ -89,43 +127,85 @@ def _own_places(equation: Any, x: Block, index: Block, picked: Sequence[int]) ->
 
 
 def scatter(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """As `gather`. Where several devices add into the same rows, all that they add is summed."""
+    """Writes or adds rows at computed places.
+
+    The result stays cut along the same dimensions as that of `gather`. Where the rows of an addition are cut,
+    every device adds its own rows to zeros (one of them: to the operand), and the results of all are summed.
+    """
     x, index, update = blocks
-    dims = equation.params["dimension_numbers"]
-    adds = equation.primitive.name in ("scatter-add", "scatter_add")
-    own = dict(zip(dims.scatter_indices_batching_dims, dims.operand_batching_dims, strict=True))
-    window = [
-        d for d in range(len(x.shape)) if d not in (*dims.inserted_window_dims, *dims.operand_batching_dims)
-    ]
-    of_window = dict(zip(dims.update_window_dims, window, strict=True))
-    rows = [
-        d for d in range(len(update.shape)) if d not in of_window
-    ]  # the dimension of each of the indices'
-
-    cut: list[Axes] = [()] * len(x.shape)  # of the result
-    cut_update: list[Axes] = [()] * len(update.shape)
-    taken: set[str] = set()
-    for i, d in enumerate(rows):
-        choices = [update.cut[d], index.cut[i], x.cut[own[i]] if i in own else ()]
-        axes = next((c for c in choices if c and not taken & set(c)), ()) if adds or i in own else ()
-        cut_update[d] = axes
-        taken |= set(axes)
-        if i in own:
-            cut[own[i]] = axes
-    for d, o in of_window.items():
-        if update.shape[d] == x.shape[o] and o not in dims.scatter_dims_to_operand_dims:
-            axes = next((c for c in (update.cut[d], x.cut[o]) if c and not taken & set(c)), ())
-            cut_update[d] = cut[o] = axes
-            taken |= set(axes)
-
-    shared = [d for i, d in enumerate(rows) if i not in own]
-    over = tuple(axis for d in shared for axis in cut_update[d])
-    x, update = x.moved(tuple(cut)), update.moved(tuple(cut_update)).filled(0, shared)
-    index = index.moved((*(cut_update[d] for d in rows), ())).filled(0, [rows.index(d) for d in shared])
-    # What is added to counts once; the sum comes last, where it can be put off.
+    dims = _ScatterDimensions.of(equation, x, update)
+    cut, update_cut = dims.cuts(x, index, update)
+    shared = [d for i, d in enumerate(dims.rows) if i not in dims.batching]
+    over = tuple(axis for d in shared for axis in update_cut[d])
+    x, update = x.moved(cut), update.moved(update_cut).filled(0, shared)
+    index = index.moved((*(update_cut[d] for d in dims.rows), ()))
+    index = index.filled(0, [dims.rows.index(d) for d in shared])
+    # The operand must count once. The sum comes last, so that it can be put off until the end of the step.
     into = jnp.where(lax.axis_index(over) == 0, x.value, jnp.zeros_like(x.value)) if over else x.value
     (value,) = jaxprs.rebind(equation, [into, index.value, update.value])
     return [replace(x, value=lax.psum(value, over) if over else value)]
+
+
+@dataclass(frozen=True)
+class _ScatterDimensions:
+    """What the dimensions of a scatter's operands are for.
+
+    Attributes:
+        batching: for each batching dimension of the indices the dimension of the operand that goes with it.
+        rows: for each dimension of the indices that of the update that goes with it.
+        window: for each other dimension of the update the dimension of the operand that it is written along.
+        whole: those dimensions of the update that are written whole, whatever the indices are.
+        adds: whether rows are added, so that every device may add its own.
+    """
+
+    batching: Mapping[int, int]
+    rows: tuple[int, ...]
+    window: Mapping[int, int]
+    whole: frozenset[int]
+    adds: bool
+
+    @classmethod
+    def of(cls, equation: Any, x: Block, update: Block) -> "_ScatterDimensions":
+        dims = equation.params["dimension_numbers"]
+        dropped = (*dims.inserted_window_dims, *dims.operand_batching_dims)
+        kept = [d for d in range(len(x.shape)) if d not in dropped]
+        window = _pairs(dims.update_window_dims, kept)
+        indexed = set(dims.scatter_dims_to_operand_dims)
+        return cls(
+            _pairs(dims.scatter_indices_batching_dims, dims.operand_batching_dims),
+            tuple(d for d in range(len(update.shape)) if d not in window),
+            window,
+            frozenset(d for d, o in window.items() if update.shape[d] == x.shape[o] and o not in indexed),
+            equation.primitive.name in ("scatter-add", "scatter_add"),
+        )
+
+    def cuts(self, x: Block, index: Block, update: Block) -> tuple[Cut, Cut]:
+        """How the operand and the update are to be cut; no axis cuts two dimensions of the result."""
+        cut: list[Axes] = [()] * len(x.shape)
+        update_cut: list[Axes] = [()] * len(update.shape)
+        taken: set[str] = set()
+        for i, d in enumerate(self.rows):
+            along = self.batching.get(i)
+            if self.adds or along is not None:
+                candidates = [update.cut[d], index.cut[i], () if along is None else x.cut[along]]
+                update_cut[d] = _first_free(candidates, taken)
+            if along is not None:
+                cut[along] = update_cut[d]
+            taken |= set(update_cut[d])
+        for d in sorted(self.whole):
+            update_cut[d] = cut[self.window[d]] = _first_free([update.cut[d], x.cut[self.window[d]]], taken)
+            taken |= set(update_cut[d])
+        return tuple(cut), tuple(update_cut)
+
+
+def _pairs(keys: Sequence[Any], values: Sequence[Any]) -> dict[int, int]:
+    """Returns dimensions by dimensions, as ints of Python: jax may have those of numpy."""
+    return dict(zip(map(int, keys), map(int, values), strict=True))
+
+
+def _first_free(candidates: Sequence[Axes], taken: Collection[str]) -> Axes:
+    """Returns the first of several cuts that cuts anything, and by none of the axes `taken`."""
+    return next((axes for axes in candidates if axes and not set(taken) & set(axes)), ())
 
 
 RULES = {

@@ -1,4 +1,4 @@
-"""Operations that move elements about: shapes, slices, and what runs along some dimensions only."""
+"""Operations that rearrange elements: reshaping, slices, and those that run along some dimensions only."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def broadcast_in_dim(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def reshape(equation: Any, blocks: Sequence[Block]) -> list[Block] | None:
-    """A cut dimension stays cut if one of the same place in memory has as even blocks, or the same extent."""
+    """Reshapes; a dimension stays cut if the blocks of a new one at the same place in memory are the same."""
     x, shape = blocks[0], equation.params["new_sizes"]
     if equation.params["dimensions"] is not None:
         return None
@@ -60,7 +60,7 @@ def squeeze(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def slice_(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """A dimension stays cut if what is left of it lies in the same blocks, filled up more."""
+    """Slices; a dimension stays cut if the elements stay in the same blocks, with more padding."""
     p, x = equation.params, blocks[0]
     starts, limits, shape = list(p["start_indices"]), list(p["limit_indices"]), equation.outvars[0].aval.shape
     strides = p["strides"] or (1,) * len(starts)
@@ -73,7 +73,7 @@ def slice_(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def pad(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """A dimension stays cut if what is added to it lies in what its blocks are filled up with."""
+    """Pads; a dimension stays cut if the new elements fit into the padding of the last blocks."""
     x, fill = blocks
     config, shape = list(equation.params["padding_config"]), equation.outvars[0].aval.shape
     for d, (low, _, inner) in enumerate(config):
@@ -87,7 +87,7 @@ def pad(equation: Any, blocks: Sequence[Block]) -> list[Block]:
 
 
 def along(equation: Any, blocks: Sequence[Block]) -> list[Block]:
-    """What runs along some dimensions and treats the others alike: sorts, running sums, reversal."""
+    """Sorts, sums up or reverses along some dimensions, which must be whole; the others stay cut."""
     p = equation.params
     given = next(p[k] for k in ("dimensions", "dimension", "axis") if k in p)
     dims = [int(d) % len(blocks[0].shape) for d in np.atleast_1d(given)]

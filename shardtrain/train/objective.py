@@ -1,0 +1,119 @@
+"""What training minimizes: a loss and metrics of each example, as a function of the model and the batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from shardtrain.errors import UserError
+from shardtrain.metrics import Metric, PerExample
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know about a step besides the model and the batch.
+
+    Attributes:
+        train: True in a training step, False in evaluation.
+        rows: examples in the batch or, under accumulation and on pipeline stages, in the microbatch.
+        index: the number of each example in the whole batch, from 0. Random numbers that are drawn from it
+            are the same on every mesh and for every number of microbatches.
+        real: False for the rows that fill up a ragged batch; None where all rows are real. The trainer leaves
+            out those rows by itself: an objective needs the mask only for sums of its own.
+    """
+
+    train: bool
+    rows: int
+    index: Int[Array, " rows"]
+    real: Bool[Array, " rows"] | None
+
+    @property
+    def weights(self) -> Float[Array, " rows"]:
+        """1 for each real example and 0 for each row that fills up, as `Metric.sums` takes them."""
+        return jnp.ones(self.rows, jnp.float32) if self.real is None else self.real.astype(jnp.float32)
+
+
+Objective = Callable[[nnx.Module, tuple[Any, Any], Context], tuple[Array, Mapping[str, Any]]]
+"""`(model, (inputs, targets), context) -> (loss of each example, metrics by name)`, see `Trainer`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The objective that `Trainer(loss=, metrics=)` stands for: outputs of the model against the targets.
+
+    Attributes:
+        loss: one value per example.
+        metrics: by name.
+    """
+
+    loss: PerExample
+    metrics: Mapping[str, Metric]
+
+    def __call__(self, model: Any, batch: tuple[Any, Any], context: Context) -> tuple[Array, dict[str, Any]]:
+        inputs, targets = batch
+        outputs = jax.tree.map(widened, model(inputs))
+        wanted = {name: m for name, m in self.metrics.items() if m.every_step or not context.train}
+        sums = {name: metric.sums(outputs, targets, context.weights) for name, metric in wanted.items()}
+        return self.loss(outputs, targets), sums
+
+
+def widened(y: Array) -> Array:
+    """An array in float32 at least, in which losses are computed whatever the model computes in."""
+    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+
+def summed(
+    loss: Array, metrics: Mapping[str, Any], declared: Mapping[str, Metric], context: Context
+) -> dict[str, Any]:
+    """Sums over the real examples of a batch: the one place where means are prepared.
+
+    Args:
+        loss: of each example.
+        metrics: by name; one value per example, or the sums of a declared metric.
+        declared: the metrics whose finish the trainer knows.
+        context: of the batch.
+
+    Returns:
+        `{"examples": their number, "loss": the summed loss, "metrics": sums by name}`.
+
+    Raises:
+        UserError: a loss or a metric that is neither one value per example nor declared.
+    """
+    real = context.real
+    count = jnp.asarray(context.rows if real is None else real.sum(), jnp.float32)
+
+    def total(name: str, values: Any) -> Array:
+        if not isinstance(values, jax.Array) or values.shape != (context.rows,):
+            shape = getattr(values, "shape", type(values).__name__)
+            raise UserError(
+                f"{name} returned shape {shape} for {context.rows} examples; return one value per "
+                f"example, the mean over the batch is taken here"
+            )
+        return (values if real is None else jnp.where(real, values, 0)).sum()
+
+    sums = {
+        name: value if name in declared else {"total": total(name, value), "count": count}
+        for name, value in metrics.items()
+    }
+    return {"examples": count, "loss": total("loss", loss), "metrics": sums}
+
+
+def refuse_names(names: Mapping[str, Any], unit: str) -> None:
+    """Refuses metrics by names that a run's rows use for something else.
+
+    Raises:
+        UserError: names the metric.
+    """
+    taken = {"loss", "examples", "grad_norm", "step", "seconds", "skipped", "rolled_back", "peak_memory"}
+    taken |= {f"{unit}_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds"}
+    for name in names:
+        if name in taken or not isinstance(name, str) or not name:
+            raise UserError(
+                f"metrics={{{name!r}: ...}}: a run's rows use this name for a number of their own; name the "
+                f"metric otherwise, for example {f'my_{name}'!r}"
+            )
