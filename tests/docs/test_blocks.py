@@ -10,8 +10,8 @@ from recipe_process import environment
 from docs.examples import FENCE, ROOT, blocks, docstrings
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-SLOW = {"shardtrain/nn/models/classic.py", "shardtrain/nn/models/local.py"}
-"""Pages and modules whose code takes more than a few seconds."""
+SLOW = {"README.md", "shardtrain/nn/models/classic.py", "shardtrain/nn/models/local.py"}
+"""What takes more than a few seconds; tests/test_recipe.py runs the code of README.md with every change."""
 
 
 def named(path):
