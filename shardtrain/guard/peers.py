@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PHASES = (
-    "starting", "data", "compiling", "compute", "checkpoint", "stopping", "evaluating", "ending", "gone",
+    "starting", "data", "compiling", "compute", "validating", "checkpoint", "stopping", "evaluating",
+    "ending", "gone",
 )  # fmt: skip
 """The phases of a process, in the order of a run and of a step."""
 

@@ -29,7 +29,7 @@ from shardtrain.guard.peers import Heartbeats, MissingError, Peers, named
 from shardtrain.guard.profile import Clock, Progress
 from shardtrain.guard.stop import Stop
 
-SLOW_PHASES = ("starting", "compiling", "checkpoint", "stopping", "evaluating", "ending")
+SLOW_PHASES = ("starting", "compiling", "validating", "checkpoint", "stopping", "evaluating", "ending")
 """Phases that may take longer than a step."""
 
 SLOW_PHASE_FACTOR = 5
