@@ -3,8 +3,8 @@
     python tests/docs/examples.py RESULTS.json README.md shardtrain/mesh.py ...
 
 A page's ```python blocks share a namespace, in their order, and begin with nothing in it. A module's examples see the
-module and the names that every reader of the documentation has: jax, jnp, np, nnx, optax, st, P and Path. The process is
-a fresh one because docstrings print what float32 prints, and tests compute in float64.
+module, the names that every reader of the documentation has (jax, jnp, np, nnx, optax, st, cli, P and Path) and `tmp`, an
+empty folder. The process is a fresh one because docstrings print what float32 prints, and tests compute in float64.
 """
 
 import ast
@@ -51,10 +51,14 @@ def docstrings(path):
     return found
 
 
+FRACTION = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?")
+
+
 class Checker(doctest.OutputChecker):
-    """Compares output where an example gives any."""
+    """Compares output where an example gives any, fractions to six digits: compilers round differently."""
 
     def check_output(self, want, got, optionflags):
+        want, got = (FRACTION.sub(lambda number: f"{float(number[0]):.5e}", text) for text in (want, got))
         return not want or super().check_output(want, got, optionflags)
 
 
@@ -66,6 +70,7 @@ def of_module(name):
     import optax
 
     import shardtrain
+    from shardtrain import cli
 
     standard = {
         "jax": jax,
@@ -74,6 +79,7 @@ def of_module(name):
         "nnx": flax.nnx,
         "optax": optax,
         "st": shardtrain,
+        "cli": cli,
         "P": jax.sharding.PartitionSpec,
         "Path": Path,
     }
@@ -84,10 +90,9 @@ def of_module(name):
     for where, docstring, line in docstrings(ROOT / name):
         report = io.StringIO()
         runner = doctest.DocTestRunner(Checker(), verbose=False, optionflags=flags)
-        test = doctest.DocTestParser().get_doctest(
-            docstring, standard | vars(module), where or name, name, line
-        )
-        with elsewhere():
+        with elsewhere() as folder:
+            names = standard | vars(module) | {"tmp": folder}
+            test = doctest.DocTestParser().get_doctest(docstring, names, where or name, name, line)
             if runner.run(test, out=report.write).failed:
                 failures.append(report.getvalue())
     return failures
@@ -112,7 +117,7 @@ def elsewhere():
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.chdir(folder)
         try:
-            yield
+            yield Path(folder)
         finally:
             os.chdir(before)
 
