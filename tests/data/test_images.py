@@ -269,7 +269,7 @@ def test_digits_split_is_stratified_disjoint_and_fixed():
 
 
 def test_fashion_mnist_that_is_missing_tells_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "gone")
+    monkeypatch.setattr(files, "FASHION_MNIST", tmp_path / "gone")
     with pytest.raises(UserError, match=r"apt-get install dataset-fashion-mnist.*--data FOLDER"):
         load("fashion-mnist")
 

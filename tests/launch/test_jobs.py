@@ -290,9 +290,9 @@ def reference(tmp_path, steps):
 
 
 def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_path):
-    losses = reference(tmp_path, 60)
-    job, out, log = begin(tmp_path, "--restarts", 2, "--elastic", steps=60)
-    until(lambda: steps_done(out) > 25, job)
+    losses = reference(tmp_path, 30)
+    job, out, log = begin(tmp_path, "--restarts", 2, "--elastic", steps=30)
+    until(lambda: steps_done(out) > 12, job)
     os.kill(processes_of(job)[1], signal.SIGKILL)
     job.wait(240)
     text = log.read_text(errors="replace")
