@@ -1,6 +1,8 @@
 """The site: every public name has an entry, and the numbers of docs/kernels.md are the tool's."""
 
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,18 @@ from shardtrain import mesh, ops
 
 sys.path.append(str(ROOT / "tools"))
 docs_site = pytest.importorskip("docs_site", reason="griffe is not installed; `make docs` brings it")
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 30
+    loaded = re.compile(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="https?://[^"]+"')
+    assert [found for page in pages for found in loaded.findall(page.read_text())] == []
 
 
 def test_every_public_name_is_in_the_api():
