@@ -48,18 +48,22 @@ class Measured:
 
     Attributes:
         loss: one value per example.
-        metrics: by name.
+        metrics: by name, metrics or functions that return one value per example.
     """
 
     loss: PerExample
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metric | PerExample]
 
     def __call__(self, model: Any, batch: tuple[Any, Any], context: Context) -> tuple[Array, dict[str, Any]]:
         inputs, targets = batch
         outputs = jax.tree.map(widened, model(inputs))
-        wanted = {name: m for name, m in self.metrics.items() if m.every_step or not context.train}
-        sums = {name: metric.sums(outputs, targets, context.weights) for name, metric in wanted.items()}
-        return self.loss(outputs, targets), sums
+        found: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            if not isinstance(metric, Metric):
+                found[name] = metric(outputs, targets)
+            elif metric.every_step or not context.train:
+                found[name] = metric.sums(outputs, targets, context.weights)
+        return self.loss(outputs, targets), found
 
 
 def widened(y: Array) -> Array:
@@ -79,7 +83,8 @@ def summed(
         context: of the batch.
 
     Returns:
-        `{"examples": their number, "loss": the summed loss, "metrics": sums by name}`.
+        `{"examples": their number, "loss": the summed loss, "metrics": sums by name}`. The sum of a metric
+        that is not declared is one number, whose mean over the examples is its value.
 
     Raises:
         UserError: a loss or a metric that is neither one value per example nor declared.
@@ -96,10 +101,7 @@ def summed(
             )
         return (values if real is None else jnp.where(real, values, 0)).sum()
 
-    sums = {
-        name: value if name in declared else {"total": total(name, value), "count": count}
-        for name, value in metrics.items()
-    }
+    sums = {name: value if name in declared else total(name, value) for name, value in metrics.items()}
     return {"examples": count, "loss": total("loss", loss), "metrics": sums}
 
 

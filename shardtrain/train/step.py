@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from shardtrain.layout import Layout, active_mesh
 from shardtrain.mesh import PIPE, size
-from shardtrain.metrics import Metric, per_example
+from shardtrain.metrics import Metric
 from shardtrain.nn.examples import examples
 from shardtrain.nn.transitions import resharded
 from shardtrain.nn.variables import Variables
@@ -27,10 +27,6 @@ from shardtrain.train.batch import Batch
 from shardtrain.train.extra import Extra
 from shardtrain.train.objective import Context, Objective, summed
 from shardtrain.train.state import TrainState
-
-MEAN = per_example(lambda outputs, targets: outputs)
-"""The finish of a metric of which an objective returns one value per example."""
-
 
 Remat = str | Callable[..., bool] | Collection[int] | None
 """What the backward pass keeps of the forward pass, see `shardtrain.train.Trainer`."""
@@ -175,7 +171,7 @@ class Program:
         examples = max(float(sums["examples"]), 1)
         row: dict[str, Any] = {"loss": float(sums["loss"]) / examples}
         for name, total in sums["metrics"].items():
-            value = self.metrics.get(name, MEAN).finish(total)
+            value = self.metrics[name].finish(total) if name in self.metrics else float(total) / examples
             row[name] = float(value) if np.ndim(value) == 0 else value
         return row | {key: float(sums[key]) / examples for key in ("grad_norm", "skipped") if key in sums}
 

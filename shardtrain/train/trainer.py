@@ -22,7 +22,7 @@ from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
-from shardtrain.metrics import Metric, PerExample, accumulate, accuracy, as_metric
+from shardtrain.metrics import Metric, PerExample, accumulate, as_metric
 from shardtrain.nn import partition
 from shardtrain.nn.base import Partitioned, name
 from shardtrain.nn.norm import BatchNorm
@@ -146,15 +146,15 @@ class Trainer:
         self.unit, self.accumulate, self.skips_bad = unit, accumulate, skip_bad
         if clip_norm is not None:
             optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
-        named_metrics = _metrics(loss, objective, metrics)
-        refuse_names(named_metrics, unit)
+        named = _metrics(loss, objective, metrics)
+        refuse_names(named, unit)
         self._variables, self._extra = Variables(model), dict(extra or {})
         refuse_extra(self._extra, self._variables.values()[0], self.mesh)
         self._program = Program(
             variables=self._variables,
             optimizer=optimizer,
-            objective=objective or Measured(loss or losses.cross_entropy, named_metrics),
-            metrics=named_metrics,
+            objective=objective or Measured(loss or losses.cross_entropy, named),
+            metrics={name: metric for name, metric in named.items() if isinstance(metric, Metric)},
             accumulate=accumulate,
             dtype=dtype,
             remat=remat,
@@ -654,12 +654,14 @@ class Trainer:
 
 def _metrics(
     loss: PerExample | None, objective: Objective | None, metrics: Mapping[str, Any] | None
-) -> dict[str, Metric]:
+) -> dict[str, Metric | PerExample]:
     """The metrics by name; the accuracy where nothing is said and the loss is cross-entropy."""
     if metrics is None:
         plain = objective is None and loss in (None, losses.cross_entropy)
-        return {"accuracy": accuracy()} if plain else {}
-    return {name: as_metric(value) for name, value in metrics.items()}
+        return {"accuracy": losses.accuracy} if plain else {}
+    for value in metrics.values():
+        as_metric(value)  # refuses what is none
+    return dict(metrics)
 
 
 def _momenta(model: nnx.Module) -> dict[str, float]:

@@ -68,9 +68,7 @@ class Runs:
         draw = np.random.default_rng(0)
         inputs, targets = draw.standard_normal((24, 4)), draw.integers(0, 5, 24).astype(np.int32)
         # Statistics of the batch, since those of microbatches depend on their order.
-        # A metric of few operations: those of the default one would make a stage of their own.
-        options = {"statistics": "batch", "metrics": {"accuracy": st.losses.accuracy}}
-        case = Case.of(wide(Tiny()), mesh, inputs, targets, schedules[0], **options)
+        case = Case.of(wide(Tiny()), mesh, inputs, targets, schedules[0], statistics="batch")
         arrays, names = case.pipeline.packing.arrays, case.pipeline.packing.names
         grads, moved, sums = case.alone()
         expected, _ = arrays["params"].pack([grads[name] for name in names["params"]])

@@ -45,7 +45,7 @@ def test_the_step_runs_the_simulated_ticks_and_sends_one_message_in_each(schedul
     # In a tick: both statistics of the one batch norm, forward and backward, and the sums to report.
     assert {row.count for row in summed} <= {1, ticks}
     often = Counter(row.payload for row in summed if row.count == ticks)
-    assert set(often) == {2 * 4 * 8, 8, 4}  # the loss is a float64, the counts of accuracy are int32
+    assert set(often) == {2 * 4 * 8, 8}
     assert often[2 * 4 * 8] <= 3  # forward, `I` and where it is fused `B`
 
 
