@@ -79,7 +79,7 @@ def test_the_report_is_of_the_schedule_that_runs(tmp_path):
     layers = [
         st.nn.Linear(a, b, param_dtype=jnp.float64, rngs=nnx.Rngs(0)) for a, b in ((4, 8), (8, 9), (9, 5))
     ]
-    options = {"accumulate": 4, "schedule": "1f1b", "stages": "layers.0|layers.1,..."}
+    options = {"accumulate": 4, "pipeline": st.Pipeline("1f1b", "layers.0|layers.1,...")}
     one = st.Trainer(nnx.Sequential(*layers), optax.sgd(0.1), mesh=st.make_mesh("pipe=2"), **options)
     one.prepare(np.ones((8, 4)), np.zeros(8, np.int32))
     said, asked = report(one, tmp_path).result, make("1f1b", 2, 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardtrain import UserError
-from shardtrain.cli.launch import Slurm, put
+from shardtrain.cli.launch import Slurm, write_or_print
 from shardtrain.launch.slurm import WRAP, SlurmJob, script, submit
 
 COMMAND = ["python", "recipes/train_cnn.py", "--out", "/shared/my runs"]
@@ -161,7 +161,7 @@ def test_a_process_that_does_not_answer_signals_ends_as_usual():
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck here")
 def test_shellcheck(tmp_path):
-    put(tmp_path / "job.sbatch", script(SlurmJob("cnn", "2-3"), COMMAND))
+    write_or_print(tmp_path / "job.sbatch", script(SlurmJob("cnn", "2-3"), COMMAND))
     subprocess.run(["shellcheck", "-e", "SC2086", str(tmp_path / "job.sbatch")], check=True)
 
 
@@ -195,4 +195,4 @@ def test_no_command_and_no_slurm(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         submit(tmp_path / "job.sbatch")
     with pytest.raises(UserError, match="cannot be written"):
-        put(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text("") == 0 else None
+        write_or_print(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text("") == 0 else None
