@@ -39,6 +39,9 @@ from shardtrain.train.callbacks import BestCheckpoint, JsonLines, TensorBoard
 from shardtrain.train.callbacks.files import read_rows, write_whole, writing
 from shardtrain.versions import revision
 
+LESS_IS_BETTER = ("loss", "perplexity", "calibration_error", "mean_squared_error", "mean_absolute_error")
+"""Metrics by which the best checkpoint is the one with the lowest value."""
+
 Validation = Callable[[range], Iterable[tuple[Any, Any]]] | None
 
 
@@ -120,7 +123,7 @@ def own_checkpoints(flags: RunFlags, out: Path) -> Checkpoints:
         every=flags.checkpoint_every,
         keep=flags.keep,
         best=flags.best or None,
-        mode="min" if flags.best.endswith("loss") else "max",
+        mode="min" if flags.best.removeprefix("validation_") in LESS_IS_BETTER else "max",
         manifest=said,
     )
 

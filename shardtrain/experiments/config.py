@@ -8,6 +8,9 @@ from typing import Literal
 class Config:
     """The numbers and choices of an experiment; recipes have each as a flag.
 
+    `seed` and `batch_size` are also for whoever makes the task, whose functions make initial values and
+    batches.
+
     Example:
         >>> config = st.experiments.Config(mesh="data=2,height=2", steps=20, lr=0.05)
     """

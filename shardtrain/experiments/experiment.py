@@ -1,6 +1,7 @@
 """An experiment: a task trained and evaluated as a configuration says."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from shardtrain.guard.health import Row
 from shardtrain.mesh import make_mesh, size
 from shardtrain.plan import census
 from shardtrain.train import Trainer
+from shardtrain.train.batch import rows_of
 from shardtrain.train.callbacks import Callback, Evaluation
 
 
@@ -42,6 +44,28 @@ class Result:
         return [row["loss"] for row in self.rows]
 
 
+def refuse_config(config: Config) -> None:
+    """Refuses numbers and choices that are wrong for every task.
+
+    Raises:
+        UserError: names the field, and says what is possible.
+    """
+    choices = {
+        "optimizer": OPTIMIZERS,
+        "lr_schedule": ("cosine", "constant"),
+        "on_nan": ("stop", "skip", "rollback"),
+        "remat": ("none", "contractions", "nothing"),
+    }
+    for name, possible in choices.items():
+        if (value := getattr(config, name)) not in possible:
+            raise UserError(f"{name}={value!r}; there are {', '.join(possible)}")
+    for name in ("steps", "batch_size"):
+        if not isinstance(value := getattr(config, name), int) or value < 1:
+            raise UserError(f"{name}={value!r}; give a whole number, 1 or more")
+    if not isinstance(config.lr, int | float) or not 0 < config.lr < math.inf:
+        raise UserError(f"lr={config.lr!r}; give a positive learning rate")
+
+
 class Experiment:
     """A task and a configuration, ready to run; `run` is the short form.
 
@@ -59,8 +83,7 @@ class Experiment:
     """
 
     def __init__(self, task: Task, config: Config, mesh: Mesh | None = None) -> None:
-        if config.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer={config.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+        refuse_config(config)
         if config.validate_every is not None and task.validation is None:
             raise UserError(
                 f"validate_every={config.validate_every}: the task {task.name!r} has no validation batches; "
@@ -102,9 +125,16 @@ class Experiment:
         Raises:
             UserError: see `Trainer.prepare`.
         """
-        self._feed = self.task.train(start=self.start, rows=self.rows_here)
-        self._first = next(self._feed)
-        self.trainer.prepare(*self._first)
+        self._feed = iter(self.task.train(start=self.start, rows=self.rows_here))
+        if (first := next(self._feed, None)) is None:
+            raise UserError(f"the task {self.task.name!r} has no training batches")
+        if (rows := rows_of(first[0])) != len(self.rows_here):
+            raise UserError(
+                f"the task's batches have {rows} rows in this process, and "
+                f"batch_size={self.config.batch_size} means {len(self.rows_here)}; give both one size"
+            )
+        self._first = first
+        self.trainer.prepare(*first)
 
     def run(
         self,
@@ -128,7 +158,7 @@ class Experiment:
             steps=self.config.steps,
             callbacks=[*self.validation(), *callbacks],
             checkpoints=checkpoints,
-            guard=guard,
+            guard=guard or Guard(watchdog=None, on_nan=self.config.on_nan),
             progress=progress,
         )
         test = self.trainer.evaluate(self.task.test(self.rows_here))

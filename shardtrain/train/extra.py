@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from shardtrain.mesh import PIPE, REPLICA, size, text
 from shardtrain.train.state import TrainState
 
 Placement = Literal["parameters", "whole", "replica", "device"]
+PLACEMENTS = get_args(Placement)
 
 
 class Extra:
@@ -77,10 +78,10 @@ class EMA(Extra):
         Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992.
     """
 
-    decay: float
+    decay: Any
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay < 1:
+        if not isinstance(self.decay, float) or not 0 < self.decay < 1:
             raise UserError(f"EMA(decay={self.decay}): give a number between 0 and 1, such as 0.999")
 
     def init(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,10 +102,14 @@ def refuse_extra(extra: Mapping[str, Any], params: Mapping[str, Any], mesh: Mesh
         UserError: names the tree, and what is possible.
     """
     for name, one in extra.items():
-        if not isinstance(one, Extra) or not name.isidentifier() or name == POSITION:
+        if not isinstance(one, Extra) or not str(name).isidentifier() or name == POSITION:
             raise UserError(
                 f"extra={{{name!r}: ...}}: give names such as 'ema' (not {POSITION!r}) and instances of "
                 f"st.Extra, such as st.EMA(0.999)"
+            )
+        if one.placement not in PLACEMENTS:
+            raise UserError(
+                f"extra {name!r} has placement={one.placement!r}; there are {', '.join(PLACEMENTS)}"
             )
         if one.placement in ("replica", "device") and size(mesh, PIPE) > 1:
             raise UserError(
@@ -173,5 +178,5 @@ def with_copies(old: np.ndarray, count: int) -> np.ndarray:
     """The copies of one array for another number of devices or replicas, see `Extra`."""
     if len(old) == count:
         return old
-    one = old.mean(0) if np.issubdtype(old.dtype, np.inexact) else old.min(0)
+    one = old.astype(np.float64).mean(0) if jnp.issubdtype(old.dtype, jnp.floating) else old.min(0)
     return np.broadcast_to(one.astype(old.dtype), (count, *old.shape[1:])).copy()

@@ -83,6 +83,7 @@ class Loop(Run):
         self.guard = guard or Guard(watchdog=None, on_nan=None)
         self.begun = self.done = self.step = int(trainer.state.step)
         self._feed = iter(batches)
+        self._started: list[Callback] = []
         self._pending: Pending | None = None
         self._ahead = False  # whether the state is one step further than `done`
         self._saved: int | None = None
@@ -105,6 +106,7 @@ class Loop(Run):
             try:
                 for callback in self.callbacks:
                     callback.on_start(self)
+                    self._started.append(callback)
                 self._train()
             except BaseException as error:
                 self.error = error
@@ -116,20 +118,37 @@ class Loop(Run):
     # What callbacks may ask of a run.
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]], prefix: str = "") -> dict[str, Any]:
-        if (now := self.done + self._ahead) != self.step:
-            raise UserError(
-                f"a callback evaluates at step {self.step} when the state is that of step {now}; set "
-                f"needs_state = True in its class"
-            )
+        self._refuse_late("evaluates")
         self.guard.progress.at("validating")
         values = {f"{prefix}{name}": value for name, value in self.trainer.evaluate(batches).items()}
         if self.rows:
+            self._refuse_taken(values)
             self.rows[-1] |= values
         for callback in self.callbacks:
             callback.on_evaluation(self, values)
         return values
 
+    def _refuse_late(self, what: str) -> None:
+        """Refuses what needs the state of `step` when the state is already that of the next one."""
+        if (now := self.done + self._ahead) != self.step:
+            raise UserError(
+                f"a callback {what} at step {self.step} when the state is that of step {now}; set "
+                f"needs_state = True in its class"
+            )
+
+    def _refuse_taken(self, values: Mapping[str, Any]) -> None:
+        """Refuses numbers of an evaluation whose names the row of the step has already."""
+        if taken := sorted(values.keys() & self.rows[-1].keys()):
+            raise UserError(
+                f"the row of step {self.step} has {taken[0]!r} already; give each Evaluation a prefix of its "
+                f"own, such as prefix='validation_'"
+            )
+
     def save(self) -> Path | None:
+        self._refuse_late("saves")
+        return self._save()
+
+    def _save(self) -> Path | None:
         self._settle()
         self.trainer.recent = self.guard.health.losses  # a spike is measured by these
         if self.checkpoints is None or self._saved == self.done:
@@ -190,7 +209,7 @@ class Loop(Run):
         self.done = number
         self._pending = Pending(number, batch.rows, sums)
         if self.checkpoints is not None and self.checkpoints.due(number):
-            self.save()
+            self._save()
         elif any(c.needs_state and c.due(number, self._last) for c in self.callbacks):
             self._settle()
 
@@ -207,10 +226,20 @@ class Loop(Run):
         good = self.guard.good(step, row, range(first, first + examples))
         self.step = step
         self.rows.append(row)
-        for callback in self.callbacks:
-            if callback.due(step, self._last) and (good or not callback.needs_state):
-                callback.on_step(self, row)
+        due = [callback for callback in self.callbacks if callback.due(step, self._last)]
+        for callback in due if good else [c for c in due if not c.needs_state]:
+            callback.on_step(self, row)
         return good
+
+    def _call_rest(self) -> None:
+        """Calls the callbacks to which the last step is due only because the run ends with it.
+
+        The batches may have ended, or a callback may have stopped the run, after the step was read.
+        """
+        if self._pending is None and self.rows and self.step == self.done < self.steps:
+            for callback in self.callbacks:
+                if callback.due(self.done, self.done) and not callback.due(self.done, self.steps):
+                    callback.on_step(self, self.rows[-1])
 
     def _times(self, examples: int) -> dict[str, float]:
         """How long the step took, and what the host waited for meanwhile."""
@@ -268,8 +297,9 @@ class Loop(Run):
         told = self._told
         if not told:
             self._last = self.done
+            self._call_rest()
         if not told or self.done > self.begun:
-            self.save()
+            self._save()
             if self.checkpoints is not None:
                 self.checkpoints.wait()
         if guard.profiler.running:
@@ -285,12 +315,15 @@ class Loop(Run):
         guard.say("end", self.done, f"{self.done} of {self.steps} steps are done")
 
     def _end(self) -> None:
-        """Calls `on_end` of all callbacks; after an error of the run, another one is only logged."""
-        for callback in self.callbacks:
+        """Calls `on_end` of all callbacks that have started; the first error is raised, others are logged."""
+        first: Exception | None = None
+        for callback in self._started:
             try:
                 callback.on_end(self)
             except Exception as error:
                 if self.error is None:
-                    self.error = error
-                    raise
-                log.error("%s.on_end: %s", type(callback).__name__, error)
+                    first = self.error = error
+                else:
+                    log.error("%s.on_end: %s", type(callback).__name__, error)
+        if first is not None:
+            raise first

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -67,38 +68,47 @@ class Measured:
 
 
 def widened(y: Array) -> Array:
-    """An array in float32 at least, in which losses are computed whatever the model computes in."""
+    """Returns an array in float32 at least, in which losses are computed whatever the model computes in."""
     return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
-def summed(
-    loss: Array, metrics: Mapping[str, Any], declared: Mapping[str, Metric], context: Context
-) -> dict[str, Any]:
+def summed(found: Any, declared: Mapping[str, Metric], context: Context, unit: str) -> dict[str, Any]:
     """Sums over the real examples of a batch: the one place where means are prepared.
 
     Args:
-        loss: of each example.
-        metrics: by name; one value per example, or the sums of a declared metric.
+        found: what an objective returned: the loss of each example, and metrics by name, each one value per
+            example or the sums of a declared metric.
         declared: the metrics whose finish the trainer knows.
         context: of the batch.
+        unit: of the trainer, whose names a row has.
 
     Returns:
         `{"examples": their number, "loss": the summed loss, "metrics": sums by name}`. The sum of a metric
         that is not declared is one number, whose mean over the examples is its value.
 
     Raises:
-        UserError: a loss or a metric that is neither one value per example nor declared.
+        UserError: a loss or a metric that is neither one value per example nor declared; a name that a row
+            uses for something else.
     """
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+        raise UserError(
+            f"the objective returned {type(found).__name__}; return the loss of each example and a "
+            f"dictionary of metrics, such as (loss, {{}})"
+        )
+    loss, metrics = found
+    refuse_names(metrics, unit)
     real = context.real
     count = jnp.asarray(context.rows if real is None else real.sum(), jnp.float32)
 
     def total(name: str, values: Any) -> Array:
+        values = jnp.asarray(values) if isinstance(values, np.ndarray) else values
         if not isinstance(values, jax.Array) or values.shape != (context.rows,):
             shape = getattr(values, "shape", type(values).__name__)
             raise UserError(
                 f"{name} returned shape {shape} for {context.rows} examples; return one value per "
                 f"example, the mean over the batch is taken here"
             )
+        values = widened(values)
         return (values if real is None else jnp.where(real, values, 0)).sum()
 
     sums = {name: value if name in declared else total(name, value) for name, value in metrics.items()}

@@ -53,6 +53,7 @@ class Program:
     layout: Layout
     deferred: Mapping[str, float] | None = None
     skip_bad: bool = False
+    unit: str = "images"
     extra: Mapping[str, Extra] = field(default_factory=dict)
 
     def _sums(
@@ -76,8 +77,8 @@ class Program:
                     (targets, real),
                 )
             context = dataclasses.replace(context, real=real)
-            loss, metrics = self.objective(model, (inputs, targets), context)
-        return summed(loss, metrics, self.metrics, context)
+            found = self.objective(model, (inputs, targets), context)
+        return summed(found, self.metrics, context, self.unit)
 
     def _cast(self, tree: Any) -> Any:
         if self.dtype is None:

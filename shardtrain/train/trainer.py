@@ -41,7 +41,7 @@ from shardtrain.train.batch import (
     scalar,
     with_limit,
 )
-from shardtrain.train.callbacks.base import Callback
+from shardtrain.train.callbacks.base import refuse_callbacks
 from shardtrain.train.callbacks.terminal import Terminal
 from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, with_copies, with_position
 from shardtrain.train.initial import initial_state, state_specs
@@ -161,6 +161,7 @@ class Trainer:
             layout=self.layout,
             deferred=_momenta(model) if statistics == "batch" else None,
             skip_bad=skip_bad,
+            unit=unit,
             extra=self._extra,
         )
         self._plan = PipelinePlan.of(self.mesh, accumulate, pipeline, remat)
@@ -406,7 +407,7 @@ class Trainer:
         batches: Iterable[tuple[Any, Any]],
         *,
         steps: int,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Any] = (),
         checkpoints: Checkpoints | None = None,
         progress: bool = True,
         guard: Guard | None = None,
@@ -438,6 +439,7 @@ class Trainer:
             [2, 2, 2]
         """
         self._arrays()
+        refuse_callbacks(callbacks)
         shown = [Terminal()] if progress and jax.process_index() == 0 else []
         return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard).run()
 
@@ -504,18 +506,20 @@ class Trainer:
     def hyperparameters(self) -> dict[str, float]:
         """The optimizer's numbers that can be changed between steps, by name.
 
-        They are those of `optax.inject_hyperparams`, such as `learning_rate`.
+        They are those of `optax.inject_hyperparams`, such as `learning_rate`, which no schedule computes.
         """
-        return {name: float(np.asarray(self._opt_leaf(at))) for name, at in self._injected().items()}
+        self._arrays()
+        return {name: float(np.asarray(self._opt_leaf(at[0]))) for name, at in self._injected().items()}
 
-    def set_hyperparameters(self, **values: float) -> None:
+    def set_hyperparameters(self, **values: Any) -> None:
         """Changes numbers of the optimizer from the next step on, without compiling again.
 
         Args:
             values: by the names in `hyperparameters`.
 
         Raises:
-            UserError: a name that the optimizer does not have.
+            UserError: a name that the optimizer does not have or that a schedule computes at every step; a
+                value that is no number. Nothing is changed then.
 
         Example:
             >>> optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
@@ -524,24 +528,36 @@ class Trainer:
             >>> round(trainer.hyperparameters["learning_rate"], 6)
             0.05
         """
+        self._arrays()
         places = self._injected()
         for key, value in values.items():
+            if not isinstance(value, int | float):
+                raise UserError(f"set_hyperparameters({key}={value!r}): give a number")
             if key not in places:
                 raise UserError(
                     f"set_hyperparameters({key}=...): the optimizer has {', '.join(places) or 'none'}; make "
                     f"it with optax.inject_hyperparams, such as optax.inject_hyperparams(optax.adam)(1e-3)"
                 )
-            self._set_opt_leaf(places[key], value)
+        for key, value in values.items():
+            for at in places[key]:
+                self._set_opt_leaf(at, value)
 
-    def _injected(self) -> dict[str, int]:
-        """The number of each injected hyperparameter among the leaves of the optimizer's state."""
-        found: dict[str, int] = {}
+    def _injected(self) -> dict[str, list[int]]:
+        """The numbers of each injected hyperparameter among the leaves of the optimizer's state.
+
+        Optax stores them in `hyperparams`, and in `hyperparams_states` the counters of those that a schedule
+        computes anew at every step. An optimizer of several groups may have a name several times.
+        """
+        found: dict[str, list[int]] = {}
+        scheduled: set[str] = set()
         paths, _ = jax.tree_util.tree_flatten_with_path(self._shapes.opt_state)
         for at, (path, leaf) in enumerate(paths):
-            inside = [getattr(key, "name", None) for key in path[:-1]]
-            if "hyperparams" in inside and not leaf.shape:
-                found[str(getattr(path[-1], "key", path[-1]))] = at
-        return found
+            fields = [getattr(key, "name", getattr(key, "key", None)) for key in path]
+            if "hyperparams_states" in fields:
+                scheduled.add(str(fields[fields.index("hyperparams_states") + 1]))
+            elif "hyperparams" in fields[:-1] and not leaf.shape:
+                found.setdefault(str(fields[-1]), []).append(at)
+        return {name: numbers for name, numbers in found.items() if name not in scheduled}
 
     def _opt_leaf(self, at: int) -> Any:
         if self.pipeline is not None:

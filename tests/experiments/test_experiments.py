@@ -1,5 +1,6 @@
 """Experiments are a library: they print nothing, run again and again, and give what the trainer gives."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -132,3 +133,24 @@ def test_what_a_configuration_gets_wrong_is_one_sentence():
         run(task(), Config(mesh="data=2", validate_every=5))
     with pytest.raises(UserError, match="a batch of 64 does not divide"):
         run(task(), Config(mesh="data=2", batch_size=64, accumulate=5))
+    whole = dataclasses.replace(
+        task(), train=lambda *, start, rows: iter([next(task().train(start=0, rows=range(64)))])
+    )
+    with pytest.raises(UserError, match="have 64 rows in this process, and batch_size=32 means 32"):
+        run(whole, Config(mesh="data=2", batch_size=32))
+    for wrong in ({"steps": 0}, {"lr": "a"}, {"on_nan": "x"}, {"lr_schedule": "linear"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            run(task(), Config(mesh="data=2", batch_size=64, **wrong))
+
+
+def test_a_bad_step_is_acted_on_as_the_configuration_says():
+    def broken(*, start, rows):
+        for number, (x, y) in enumerate(st.data.train_batches(DIGITS.train, 64, seed=0)):
+            yield (x * np.nan if number == 1 else x), y
+
+    bad = dataclasses.replace(task(), train=broken)
+    config = Config(mesh="data=2", steps=4, batch_size=64)
+    with pytest.raises(UserError, match="step 2, examples 64 to 127: the loss is nan"):
+        run(bad, config)
+    found = run(bad, dataclasses.replace(config, on_nan="skip"))
+    assert np.isfinite(found.losses[2:]).all()

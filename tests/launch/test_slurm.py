@@ -195,4 +195,6 @@ def test_no_command_and_no_slurm(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         submit(tmp_path / "job.sbatch")
     with pytest.raises(UserError, match="cannot be written"):
-        write_or_print(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text("") == 0 else None
+        write_or_print(tmp_path / "file" / "job.sbatch", "") if (tmp_path / "file").write_text(
+            ""
+        ) == 0 else None

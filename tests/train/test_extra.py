@@ -9,7 +9,7 @@ from pipelined_models import Deep, Small, batches, close, trainer, wide
 
 import shardtrain as st
 from shardtrain import UserError
-from shardtrain.train.extra import on_devices
+from shardtrain.train.extra import on_devices, with_copies
 
 DATA = batches()
 DECAY = 0.9
@@ -155,3 +155,10 @@ def test_what_cannot_be_placed_is_refused(extra, mesh, sentence):
 def test_a_decay_that_is_none_is_refused():
     with pytest.raises(UserError, match=r"EMA\(decay=1.5\): give a number between 0 and 1"):
         st.EMA(1.5)
+
+
+def test_the_mean_of_copies_is_one_in_every_floating_dtype():
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        copies = np.array([[2.0], [4.0], [6.0], [8.0]]).astype(jnp.dtype(dtype))
+        assert with_copies(copies, 2).astype(float).tolist() == [[5.0], [5.0]], dtype
+    assert with_copies(np.array([[3], [1]]), 3).tolist() == [[1], [1], [1]]

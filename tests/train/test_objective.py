@@ -145,3 +145,71 @@ def test_rates_change_between_steps_without_compiling_again():
             UserError, match=r"set_hyperparameters\(rate=...\): the optimizer has learning_rate"
         ):
             ours.set_hyperparameters(rate=0.1)
+
+
+def test_rates_that_a_schedule_computes_are_refused_and_groups_change_together():
+    schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0.1, 0.0, 10))
+    ours = trainer("data=2", model=Deep(), optimizer=schedule)
+    assert ours.hyperparameters == {}
+    with pytest.raises(UserError, match="the optimizer has none"):
+        ours.set_hyperparameters(learning_rate=0.0)
+    part = optax.inject_hyperparams(optax.sgd)
+    groups = optax.multi_transform(
+        {"a": part(learning_rate=0.1), "b": part(learning_rate=0.2)},
+        lambda params: {name: "a" if "head" in name else "b" for name in params},
+    )
+    for options in ({}, {"parameters": "data"}):
+        ours = trainer("data=2", model=Deep(), optimizer=groups, **options)
+        before = {name: np.array(value) for name, value in ours.state.params.items()}
+        with pytest.raises(UserError, match="give a number"):
+            ours.set_hyperparameters(learning_rate="fast")
+        ours.set_hyperparameters(learning_rate=0.0)
+        ours.fit(iter(DATA), steps=2, progress=False)
+        close(dict(ours.state.params), before, 0)
+
+
+def test_names_that_an_objective_returns_are_looked_at_too():
+    def lying(model, batch, context):
+        loss = st.losses.cross_entropy(model(batch[0]), batch[1])
+        return loss, {"loss": 0 * loss}
+
+    def alone(model, batch, context):
+        return st.losses.cross_entropy(model(batch[0]), batch[1])
+
+    for objective, words in (
+        (lying, "use this name for a number of their own"),
+        (alone, "return the loss of each"),
+    ):
+        with pytest.raises(UserError, match=words):
+            trainer("data=2", model=Deep(), objective=objective).fit(iter(DATA), steps=1, progress=False)
+
+
+def test_sums_are_taken_in_float32_at_least():
+    """In float16 a thousand losses of 30 would be infinite."""
+
+    def large(model, batch, context):
+        loss = st.losses.cross_entropy(model(batch[0]), batch[1])
+        return (30.0 + 0 * loss).astype(jnp.float16), {"level": (60.0 + 0 * loss).astype(jnp.float16)}
+
+    x, y = batches(size=2048, count=2048)[0]
+    ours = trainer("data=2", model=Deep(), objective=large, dtype="float16")
+    (row,) = ours.fit(iter([(x, y)]), steps=1, progress=False)
+    assert (row["loss"], row["level"]) == (30.0, 60.0)
+
+
+def test_the_context_tells_examples_apart_and_which_are_real():
+    """By microbatch, stage and mesh the same numbers; rows that fill up may hold anything."""
+
+    def numbered(model, batch, context):
+        loss = st.losses.cross_entropy(model(batch[0]), batch[1])
+        index = context.index.astype(loss.dtype)
+        garbage = loss if context.real is None else jnp.where(context.real, loss, jnp.nan)
+        return garbage, {"index": index**2, "filled": index - 100 * (1 - context.weights)}
+
+    ragged = [DATA[0], (DATA[1][0][:7], DATA[1][1][:7])]
+    for mesh in ("data=1", "data=4", "pipe=2,data=2"):
+        rows = trainer(mesh, model=Deep(), objective=numbered).fit(iter(ragged), steps=2, progress=False)
+        expected = [float((np.arange(n) ** 2).mean()) for n in (16, 7)]
+        assert [row["index"] for row in rows] == pytest.approx(expected), mesh
+        assert rows[1]["filled"] == pytest.approx(3.0)
+        assert np.isfinite(rows[1]["loss"])

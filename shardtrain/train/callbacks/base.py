@@ -38,11 +38,17 @@ class Run(ABC):
 
     @abstractmethod
     def save(self) -> Path | None:
-        """Saves a checkpoint of this step; None where `fit` was given no `checkpoints`."""
+        """Saves a checkpoint of this step; None where `fit` was given no `checkpoints`.
+
+        Only callbacks that set `needs_state` may.
+        """
 
     @abstractmethod
     def stop(self, reason: str) -> None:
-        """Ends the run after this step; all processes of a job must agree, as they do on a row's numbers."""
+        """Ends the run: after this step in callbacks that set `needs_state`, in others one step later.
+
+        All processes of a job must agree, as they do on the numbers of a row.
+        """
 
     @property
     @abstractmethod
@@ -95,10 +101,24 @@ class Callback:
 
     def due(self, step: int, last: int) -> bool:
         """Whether `on_step` is called for this step of a run that ends with step `last`."""
-        return self.every is not None and (step % self.every == 0 or step == last)
+        return self.every is not None and (step == last or step % self.every == 0)
 
 
-def refuse_cadence(name: str, every: int | None) -> None:
+def refuse_callbacks(callbacks: Any) -> None:
+    """Refuses what is no callback, and cadences that are no number of steps.
+
+    Raises:
+        UserError: says what is possible.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"callbacks: {callback!r} is no st.callbacks.Callback; give instances of its subclasses"
+            )
+        refuse_cadence(type(callback).__name__, callback.every)
+
+
+def refuse_cadence(name: str, every: Any) -> None:
     """Refuses a cadence that is no number of steps.
 
     Raises:

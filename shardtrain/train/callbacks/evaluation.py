@@ -73,6 +73,18 @@ class Best:
         return True
 
 
+def refuse_array(callback: str, name: str, value: Any) -> None:
+    """Refuses to compare values that are no numbers, such as a confusion matrix.
+
+    Raises:
+        UserError: names the metric.
+    """
+    if not isinstance(value, int | float):
+        raise UserError(
+            f"{callback}: {name!r} is an array, which has no best value; name a metric of one number"
+        )
+
+
 class EarlyStopping(Callback):
     """Ends a run when a metric has not improved for a while.
 
@@ -91,15 +103,19 @@ class EarlyStopping(Callback):
         >>> stopping = st.callbacks.EarlyStopping("validation_accuracy", patience=3, mode="max")
     """
 
-    def __init__(self, metric: str, *, patience: int, mode: str = "min", least: float = 0.0) -> None:
-        if patience < 1:
-            raise UserError(f"EarlyStopping(patience={patience}): give 1 or more")
-        self.metric, self.patience, self.least = metric, patience, least
+    def __init__(self, metric: str, *, patience: Any, mode: str = "min", least: float = 0.0) -> None:
+        if not isinstance(patience, int) or patience < 1:
+            raise UserError(f"EarlyStopping(patience={patience!r}): give 1 or more")
+        self.metric, self.patience, self.mode, self.least = metric, patience, mode, least
         self._best, self._waited, self._seen = Best(mode), 0, False
+
+    def on_start(self, run: Run) -> None:
+        self._best, self._waited, self._seen = Best(self.mode), 0, False
 
     def on_step(self, run: Run, row: Row) -> None:
         if self.metric not in row:
             return
+        refuse_array("EarlyStopping", self.metric, row[self.metric])
         self._seen = True
         self._waited = 0 if self._best.improves(row[self.metric], self.least) else self._waited + 1
         if self._waited >= self.patience:
@@ -139,5 +155,11 @@ class BestCheckpoint(Callback):
 
     def on_evaluation(self, run: Run, values: Mapping[str, Any]) -> None:
         assert run.best_metric is not None
-        if run.best_metric in values and self._best.improves(float(values[run.best_metric])):
+        if run.best_metric not in values:
+            raise UserError(
+                f"BestCheckpoint: an evaluation has no {run.best_metric!r}, the metric of fit's checkpoints; "
+                f"it has {', '.join(values)}"
+            )
+        refuse_array("BestCheckpoint", run.best_metric, values[run.best_metric])
+        if self._best.improves(float(values[run.best_metric])):
             run.save()

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import types
 
 import numpy as np
 import optax
@@ -212,3 +213,139 @@ def test_a_missing_package_is_named(monkeypatch):
         UserError, match=r"Weights & Biases needs the package wandb; type `pip install wandb`"
     ):
         st.callbacks.WandB("mine")
+
+
+class Saving(st.callbacks.Callback):
+    """Saves without saying that it needs the state."""
+
+    def on_step(self, run, row):
+        run.save()
+
+
+def test_a_callback_that_saves_a_step_late_is_refused(tmp_path):
+    """The state would be that of the next step, and its position that of this one."""
+    with (
+        st.Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match="a callback saves at step 1"),
+    ):
+        model().fit(forever(), steps=4, callbacks=[Saving()], checkpoints=checkpoints, progress=False)
+    assert st.Checkpoints(tmp_path).steps() == []
+
+
+@pytest.mark.parametrize("saves", [None, 1])
+@pytest.mark.parametrize("stop", [False, True])
+def test_the_last_step_is_evaluated_however_the_run_ends(saves, stop, tmp_path):
+    """The batches may end early, a callback may stop the run, and a checkpoint may have read the step before."""
+
+    class Stopping(st.callbacks.Callback):
+        needs_state = True
+
+        def on_step(self, run, row):
+            if run.step == 3:
+                run.stop("enough")
+
+    feed = forever() if stop else iter(DATA)
+    evaluation = st.callbacks.Evaluation(HELD_OUT, every=10)
+    ours = model()
+    with st.Checkpoints(tmp_path, every=saves) as checkpoints:
+        rows = ours.fit(
+            feed,
+            steps=20,
+            callbacks=[evaluation, *([Stopping()] if stop else [])],
+            checkpoints=checkpoints,
+            progress=False,
+        )
+    assert len(rows) == 3 == int(ours.state.step)
+    assert ["validation_loss" in row for row in rows] == [False, False, True]
+    assert rows[-1]["validation_loss"] == pytest.approx(ours.evaluate(HELD_OUT)["loss"], rel=1e-12)
+
+
+def test_evaluations_save_the_best_with_its_scores(tmp_path):
+    """By a real evaluation: the checkpoint that is the best by it, and the value in its manifest."""
+    ours = model()
+    with st.Checkpoints(tmp_path, keep=2, best="validation_loss", mode="min") as checkpoints:
+        callbacks = [st.callbacks.BestCheckpoint(), st.callbacks.Evaluation(HELD_OUT, every=2)]
+        rows = ours.fit(forever(), steps=8, callbacks=callbacks, checkpoints=checkpoints, progress=False)
+        values = {number: row["validation_loss"] for number, row in enumerate(rows, 1) if number % 2 == 0}
+        best = min(values, key=values.get)
+        assert checkpoints.best() == best
+        assert checkpoints.manifest(best)["metrics"]["validation_loss"] == values[best]
+
+
+def test_evaluations_of_one_name_do_not_hide_each_other():
+    callbacks = [st.callbacks.Evaluation(HELD_OUT, every=1) for _ in range(2)]
+    with pytest.raises(UserError, match="has 'validation_accuracy' already; give each Evaluation a prefix"):
+        model().fit(forever(), steps=1, callbacks=callbacks, progress=False)
+    alone = st.callbacks.Evaluation(HELD_OUT, every=1, prefix="")
+    with pytest.raises(UserError, match="already; give each Evaluation a prefix"):
+        model().fit(forever(), steps=1, callbacks=[alone], progress=False)
+
+
+def test_every_callback_that_started_hears_of_the_end():
+    """One that fails at the end keeps no other from it; one that never started is not told."""
+
+    class Failing(st.callbacks.Callback):
+        def on_end(self, run):
+            raise RuntimeError("the mail server is away")
+
+    class NotStarting(st.callbacks.Callback):
+        def on_start(self, run):
+            raise RuntimeError("no such printer")
+
+    first, last = Watching(), Watching()
+    with pytest.raises(RuntimeError, match="mail server"):
+        model().fit(forever(), steps=1, callbacks=[first, Failing(), last], progress=False)
+    assert first.calls[-1][0] == last.calls[-1][0] == "end"
+    first, last = Watching(), Watching()
+    with pytest.raises(RuntimeError, match="no such printer"):
+        model().fit(forever(), steps=1, callbacks=[first, NotStarting(), last], progress=False)
+    assert [call[0] for call in first.calls] == ["start", "end"]
+    assert last.calls == []
+
+
+def test_early_stopping_begins_anew_with_every_run():
+    stopping, ours = st.callbacks.EarlyStopping("loss", patience=100), model()
+    ours.fit(forever(), steps=2, callbacks=[stopping], progress=False)
+    stopping._best.value, stopping._waited = float("inf"), 99
+    assert len(ours.fit(forever(), steps=8, callbacks=[stopping], progress=False)) == 6
+
+
+@pytest.mark.parametrize(
+    ("callback", "sentence"),
+    [
+        (print, "is no st.callbacks.Callback"),
+        (Watching, "is no st.callbacks.Callback"),
+        (Watching(0), r"Watching\(every=0\): give a number of steps"),
+        (Watching(2.5), r"Watching\(every=2.5\)"),
+        (
+            st.callbacks.EarlyStopping("validation_confusion", patience=2),
+            "'validation_confusion' is an array",
+        ),
+    ],
+)
+def test_what_is_no_callback_is_refused(callback, sentence):
+    ours = model(metrics={"confusion": st.metrics.confusion_matrix(5)})
+    evaluation = st.callbacks.Evaluation(HELD_OUT, every=1)
+    with pytest.raises(UserError, match=sentence):
+        ours.fit(forever(), steps=2, callbacks=[evaluation, callback], progress=False)
+
+
+def test_services_get_every_row(monkeypatch):
+    """Against modules that note what they are called with; the real ones are not installed everywhere."""
+    logged = []
+
+    class Noting(types.ModuleType):
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: logged.append((name, args, kwargs)) or self
+
+    for name in ("mlflow", "wandb"):
+        monkeypatch.setitem(sys.modules, name, Noting(name))
+    callbacks = [st.callbacks.MLflow("mine", parameters={"lr": 0.1}, every=2), st.callbacks.WandB("mine")]
+    rows = model().fit(forever(), steps=4, callbacks=callbacks, progress=False)
+    sent = [(kwargs["step"], args[0]["loss"]) for name, args, kwargs in logged if name == "log_metrics"]
+    assert sent == [(2, rows[1]["loss"]), (4, rows[3]["loss"])]
+    sent = [(kwargs["step"], args[0]["loss"]) for name, args, kwargs in logged if name == "log"]
+    assert sent == [(number, row["loss"]) for number, row in enumerate(rows, 1)]
+    assert ("log_params", ({"lr": 0.1},), {}) in logged
+    assert [args for name, args, _ in logged if name == "end_run"] == [("FINISHED",)]
+    assert [kwargs for name, _, kwargs in logged if name == "finish"] == [{"exit_code": 0}]
