@@ -22,7 +22,6 @@ FLOORS = [
     "ops",
     "metrics",
     "nn",
-    "metrics",
     "pipeline",
     "checkpoint",
     "train",

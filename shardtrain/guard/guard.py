@@ -80,7 +80,7 @@ class Guard:
 
     def __init__(
         self,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         *,
         watchdog: float | None = 600.0,
         on_nan: OnNan | None = "stop",
@@ -93,14 +93,15 @@ class Guard:
             raise UserError(f"on_nan={on_nan!r}: there are 'stop', 'skip', 'rollback' and None")
         if spike is not None and not 1 < spike < float("inf"):
             raise UserError(f"spike={spike}: a spike is more than 1 times the median, such as 3")
-        self.folder, self.on_nan = folder, on_nan
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.on_nan = on_nan
         client = compat.coordination_client()
         several = client is not None and compat.process_count() > 1
         self._peers: Peers | None = None
         if several:
             self._peers = Peers(client, compat.process_rank(), compat.process_count(), "shardtrain")
         self.progress, self.events, self.health = Progress(), Events(), Health(spike)
-        self.profiler = Profiler(folder, profile)
+        self.profiler = Profiler(self.folder, profile)
         self._stop = Stop(self._peers)
         self._limit = MOST_SILENT_SECONDS if watchdog is None else watchdog
         self._watch = Watch(watchdog, self.progress, self.events, self._stop, self._peers, self._on_sigusr1)

@@ -58,7 +58,7 @@ class JsonLines(Callback):
     way that the run went. Values that are no numbers, such as a confusion matrix, are left out.
 
     Args:
-        path: of the file; its folder must exist.
+        path: of the file, whose folder is made where there is none.
 
     Raises:
         UserError: a full disk, at the start or at a later step.
@@ -75,6 +75,7 @@ class JsonLines(Callback):
         """Opens the file for a run of which `start` updates were done before."""
         kept = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
         with writing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = self.path.open("a")
 
