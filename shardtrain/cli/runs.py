@@ -86,8 +86,6 @@ def read(place: Path, folder: Path) -> Run:
     first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     mesh = result.get("mesh") or first.get("mesh")
     scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
-    rates = [row[key] for row in rows for key in row if key.endswith("_per_second")]
-    speeds = [speed for rate in rates if (speed := _number(rate)) is not None]
     times = [_time(place / name) for name in ("metrics.jsonl", "events.jsonl", "result.json")]
     steps = rows[-1]["step"] if rows else result.get("steps")
     return Run(
@@ -97,11 +95,18 @@ def read(place: Path, folder: Path) -> Run:
         steps=steps if isinstance(steps, int) else None,
         loss=_number(rows[-1].get("loss")) if rows else _number(result.get("final_loss")),
         score=scores[0] if scores else None,
-        speed=statistics.median(speeds) if speeds else None,
+        speed=_speed(rows),
         state=_state(rows, events, whole, times),
         when=max(times),
         rows=rows,
     )
+
+
+def _speed(rows: Sequence[dict]) -> float | None:
+    """Returns the median of the examples per second, whatever a run calls its examples."""
+    rates = [row[key] for row in rows for key in row if key.endswith("_per_second")]
+    speeds = [speed for rate in rates if (speed := _number(rate)) is not None]
+    return statistics.median(speeds) if speeds else None
 
 
 def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, times: Sequence[float]) -> str:
