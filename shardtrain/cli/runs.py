@@ -127,7 +127,7 @@ def table(runs: Sequence[Run]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name, least in (("run", 16), ("model", 7), ("mesh", 12)):
         shown.add_column(name, overflow="fold", min_width=least)
-    for name in ("steps", "loss", "score", "examples/s"):
+    for name in ("steps", "loss", "score", "ex./s"):
         shown.add_column(name, justify="right", no_wrap=True)
     for name in ("state", "when"):
         shown.add_column(name, no_wrap=True)
