@@ -20,7 +20,7 @@ CODE = [ROOT, ROOT / "shardtrain", ROOT / "shardtrain/kernels", ROOT / "shardtra
 """Where a page may begin a path."""
 OTHERS = {"apt-get", "kubectl", "pip", "srun", "mpirun", "sbatch"}
 """Commands that are not ours, and starters of ours."""
-FOREIGN = {"--signal", "--no-install-recommends", "--xla_gpu_enable_triton_gemm"}
+FOREIGN = {"--directory", "--signal", "--no-install-recommends", "--xla_gpu_enable_triton_gemm"}
 """Flags of other commands that prose names."""
 
 
