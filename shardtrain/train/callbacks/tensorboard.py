@@ -64,13 +64,13 @@ class TensorBoard(Callback):
 
     def open(self, start: int) -> None:
         """Opens an event file for a run of which `start` updates were done before."""
-        with writing(self.folder):
+        with writing(self.folder.parent):
             self._board = Board(self.folder, start)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes the numbers of the row of a step."""
         assert self._board is not None
-        with writing(self.folder):
+        with writing(self.folder.parent):
             self._board.write(step, row)
 
     def on_start(self, run: Run) -> None:
@@ -80,4 +80,4 @@ class TensorBoard(Callback):
         self.write(run.step, row)
 
     def on_end(self, run: Run) -> None:
-        close(self._board, self.folder, run.error)
+        close(self._board, self.folder.parent, run.error)
