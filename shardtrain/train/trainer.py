@@ -149,6 +149,8 @@ class Trainer:
         named = _metrics(loss, objective, metrics)
         refuse_names(named, unit)
         self._variables, self._extra = Variables(model), dict(extra or {})
+        check.refuse_model(model, accumulate, statistics)
+        refuse_extra(self._extra, self._variables.values()[0], self.mesh)
         self._program = Program(
             variables=self._variables,
             optimizer=optimizer,
@@ -165,8 +167,6 @@ class Trainer:
         )
         self._plan = PipelinePlan.of(self.mesh, accumulate, pipeline, remat)
         self.pipeline: Pipelined | None = None
-        check.refuse_model(model, accumulate, statistics)
-        refuse_extra(self._extra, self._variables.values()[0], self.mesh)
         self._plain_norms = check.plain(model, nnx.BatchNorm)
         partitioned = any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._dimensions = InputDimensions.parse(dimensions, pixels=partitioned)
