@@ -18,6 +18,8 @@ from train_alexnet_hybrid import Flags, Network, Variant, closed_form, measured,
 
 import shardtrain as st
 
+pytestmark = pytest.mark.timeout(900)  # whole recipes, beside whatever else the machine does
+
 SMALL = ("--hidden", 128, "--steps", 60, "--batch-size", 64)
 NET = Network((64, 64, 1), 10, 128, width=8, hidden=64, dtype=jnp.float64, sent_as=jnp.float64)
 SELDOM = [plan for plan in plans(2, 4) if plan.scheme] + [plan for plan in plans(1, 8) if plan.recompute]

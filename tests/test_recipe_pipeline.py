@@ -21,6 +21,9 @@ SHAPE = ("--model", "resnet8", "--batch-size", 32, "--microbatches", 4)
 SMALL = (*SHAPE, "--lr-schedule", "constant", "--steps", 6, "--x64")
 
 
+pytestmark = pytest.mark.timeout(900)  # whole recipes, beside whatever else the machine does
+
+
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """Six steps in four stages, compared with one device in float64."""
