@@ -186,7 +186,9 @@ class Loop(Run):
     def _step(self, item: tuple[Any, Any]) -> None:
         """Starts a step, and reads the one before it."""
         guard, trainer, number = self.guard, self.trainer, self.done + 1
-        trainer.ready(*item)
+        if number == self.begun + 1:
+            guard.progress.at("compiling")  # which may take longer than to wait for data may
+            trainer.ready(*item)
         batch = trainer.place(*item, limit=guard.health.limit)
         guard.progress.at("compiling")
         trainer.compiled_step(batch)
