@@ -87,13 +87,14 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     task = make_task(flags)
     if flags.validate_every is not None and task.validation is None:
         raise UserError("--validate-every: this recipe has no validation examples; leave it out")
-    if flags.best:
-        one_of("best", flags.best, ["loss", *task.measured(), *validated(flags, task)], "no such metric")
     experiment = Experiment(task, flags, mesh)
     goes_on = source is not None and source[0] is own
     if source is not None:
         experiment.start = resume.take_up(experiment.trainer, *source, flags, goes_on=goes_on)
+    if task.objective is None:
+        refuse_best(flags, experiment)
     experiment.prepare()
+    refuse_best(flags, experiment)  # what an objective measures is known now
     meet("all have looked at the folder", guards.patience(flags))
     if first_process:
         with writing(out):
@@ -104,14 +105,15 @@ def guarded(flags: Flags, make_task: Callable[[Flags], Task], guard: Guard, fold
     if source is not None and first_process:
         Console(stderr=True).print(f"resumed at step {done} of {flags.steps}", highlight=False)
     files = [JsonLines(out / "metrics.jsonl"), TensorBoard(out / "tensorboard")] if first_process else []
-    best = [BestCheckpoint()] if flags.best in validated(flags, task) else []
+    validated = flags.validate_every is not None and flags.best.startswith("validation_")
+    best = [BestCheckpoint()] if validated else []
     with own:
         result = experiment.run(callbacks=[*best, *files], checkpoints=own, guard=guard, progress=True)
     # The other processes help to compute, and their files go.
     with writing(out), tempfile.TemporaryDirectory() as aside:
         report = task.report(result.trainer, out if first_process else Path(aside))
         if first_process:
-            conclude(flags, task, result, own, report)
+            conclude(flags, task, experiment.score, result, own, report)
     meet("the first process is done", guards.patience(flags))
 
 
@@ -138,14 +140,21 @@ def resume_from(flags: RunFlags, own: Checkpoints) -> tuple[Checkpoints, int | N
     return source
 
 
-def validated(flags: RunFlags, task: Task) -> list[str]:
-    """Names of the metrics of the evaluations on validation examples that the flags ask for."""
-    if flags.validate_every is None:
-        return []
-    return [f"validation_{name}" for name in ("loss", *task.measured())]
+def refuse_best(flags: RunFlags, experiment: Experiment) -> None:
+    """Refuses to look for the best checkpoint by a metric that the run does not measure.
+
+    Raises:
+        UserError: names the metrics that there are.
+    """
+    measured = ["loss", *experiment.trainer.measured]
+    validated = [f"validation_{name}" for name in measured] if flags.validate_every else []
+    if flags.best:
+        one_of("best", flags.best, [*measured, *validated], "no such metric")
 
 
-def conclude(flags: RunFlags, task: Task, run: Result, checkpoints: Checkpoints, report: Report) -> None:
+def conclude(
+    flags: RunFlags, task: Task, score: str, run: Result, checkpoints: Checkpoints, report: Report
+) -> None:
     """Writes the files of a run that has ended, and prints its tables."""
     out, best = checkpoints.folder.parent, checkpoints.best()
     rows = read_rows(out / "metrics.jsonl")
@@ -164,7 +173,7 @@ def conclude(flags: RunFlags, task: Task, run: Result, checkpoints: Checkpoints,
         "steps": flags.steps,
         "losses": [row["loss"] for row in rows],
         "final_loss": rows[-1]["loss"],
-        f"test_{task.score}": run.test[task.score],
+        f"test_{score}": run.test[score],
         speed: speeds[len(speeds) // 2],
         "census": run.census,
         **({} if best is None else {"best_checkpoint": best}),
@@ -173,9 +182,9 @@ def conclude(flags: RunFlags, task: Task, run: Result, checkpoints: Checkpoints,
     }
     title = f"{task.name} on {flags.data}, mesh {flags.mesh}"
     write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
-    plot_curves(rows, out / "curve.png", title, metrics=[task.score])
+    plot_curves(rows, out / "curve.png", title, metrics=[score])
     console = Console(width=100, markup=False)  # folders may have brackets in their names
-    console.print(closing_table(flags, task, title, result, report, guards.summary(rows, out)))
+    console.print(closing_table(flags, task, score, title, result, report, guards.summary(rows, out)))
     for table in report.tables:
         console.print(table)
     if flags.compare:
@@ -190,6 +199,7 @@ def make_trainer(flags: RunFlags, task: Task, mesh: Mesh) -> Trainer:
 def closing_table(
     flags: RunFlags,
     task: Task,
+    score: str,
     title: str,
     result: Mapping[str, Any],
     report: Report,
@@ -197,7 +207,7 @@ def closing_table(
 ) -> Table:
     """The run in a short table."""
     table = Table("", Column(overflow="fold"), show_header=False, title=title)  # a path is shown whole
-    table.add_row(f"test {task.score}", f"{100 * result[f'test_{task.score}']:.2f} %")
+    table.add_row(f"test {score}", shown(score, result[f"test_{score}"]))
     table.add_row("last training loss", f"{result['final_loss']:.4f}")
     speed = result[f"{task.unit}_per_second"]
     table.add_row(f"{task.unit}/s (median)", f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}")
@@ -213,6 +223,12 @@ def closing_table(
     table.add_row("plot", str(folder / "curve.png"))
     table.add_row("all numbers", str(folder / "result.json"))
     return table
+
+
+def shown(name: str, value: Any) -> str:
+    """A metric for people: fractions of which more is better in per cent."""
+    fraction = isinstance(value, float) and 0 <= value <= 1 and name not in LESS_IS_BETTER
+    return f"{100 * value:.2f} %" if fraction else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def comparison(flags: RunFlags, task: Task, losses: Sequence[float], steps: int = 20) -> Table:

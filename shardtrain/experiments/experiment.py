@@ -77,6 +77,7 @@ class Experiment:
     Attributes:
         trainer: not trained yet.
         start: the step whose batch comes next.
+        score: the metric that the run is judged by, once it is prepared.
 
     Raises:
         UserError: whatever the configuration can get wrong for this task.
@@ -135,6 +136,16 @@ class Experiment:
             )
         self._first = first
         self.trainer.prepare(*first)
+        self.score = self._score()
+
+    def _score(self) -> str:
+        names = self.trainer.measured
+        if self.task.score not in (None, "loss", *names):
+            raise UserError(
+                f"the task {self.task.name!r} has score={self.task.score!r}; there are "
+                f"{', '.join(('loss', *names))}"
+            )
+        return self.task.score or next(iter(names), "loss")
 
     def run(
         self,

@@ -13,7 +13,7 @@ from rich.table import Table
 from shardtrain import compat
 from shardtrain.metrics import Metric, PerExample
 from shardtrain.nn import LayoutTable
-from shardtrain.train import Trainer, losses
+from shardtrain.train import Trainer
 from shardtrain.train.objective import Objective
 
 
@@ -50,7 +50,8 @@ class Task:
         test: the test batches, those rows of each that this process evaluates.
         validation: as `test`, batches to evaluate on during training; None where the task has none.
         loss, objective, metrics, dimensions, unit: as `Trainer` takes them.
-        score: the metric that the run is judged by.
+        score: the metric that the run is judged by, or `"loss"`; by default the first of the metrics, and the
+            loss where there are none.
         layout: layouts that differ from the default, as `Trainer` takes them.
         trainer: more arguments of `Trainer`.
         report: called after the evaluation with the trainer and the run's folder, for pictures and numbers
@@ -67,7 +68,7 @@ class Task:
     metrics: Mapping[str, Metric | PerExample] | None = None
     dimensions: Any = None
     unit: str = "images"
-    score: str = "accuracy"
+    score: str | None = None
     layout: LayoutTable | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[Trainer, Path], Report] = lambda trainer, out: Report()
@@ -87,10 +88,3 @@ class Task:
 
         state = jax.jit(values, compiler_options=compat.in_haste())()
         return nnx.merge(kept[0], state)
-
-    def measured(self) -> list[str]:
-        """Names of the metrics that the rows of a run have."""
-        if self.metrics is not None:
-            return list(self.metrics)
-        plain = self.objective is None and self.loss in (None, losses.cross_entropy)
-        return ["accuracy"] if plain else []

@@ -4,7 +4,7 @@
 shipped.
 """
 
-from shardtrain.metrics.base import Metric, PerExample, accumulate, as_metric, per_example
+from shardtrain.metrics.base import Metric, PerExample, accumulate, as_metric, finished, per_example
 from shardtrain.metrics.calibration import expected_calibration_error
 from shardtrain.metrics.classification import accuracy, confusion_matrix, f1, precision, recall, top_k
 from shardtrain.metrics.language import perplexity
@@ -23,6 +23,7 @@ __all__ = [
     "confusion_matrix",
     "expected_calibration_error",
     "f1",
+    "finished",
     "iou",
     "mean_absolute_error",
     "mean_squared_error",

@@ -151,6 +151,33 @@ def accumulate(total: PyTree | None, sums: PyTree) -> PyTree[Shaped[np.ndarray, 
     return wide if total is None else jax.tree.map(lambda a, b: np.asarray(a + b), total, wide)
 
 
+def finished(name: str, metric: Metric, total: PyTree) -> float | np.ndarray:
+    """The value of a metric from the total of its sums, as a float or an array.
+
+    Args:
+        name: of the metric, for messages.
+        metric: whose `finish` is called.
+        total: of its sums.
+
+    Raises:
+        UserError: sums that `finish` cannot read, or a value that is neither a number nor an array.
+
+    Example:
+        >>> metric = st.metrics.per_example(st.losses.accuracy)
+        >>> finished("accuracy", metric, {"total": np.float64(3), "count": np.int64(4)})
+        0.75
+    """
+    try:
+        value = np.asarray(metric.finish(total))
+        return value if value.ndim else float(value)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        sums = jax.tree.map(np.shape, total)
+        raise UserError(
+            f"metric {name!r}: finish failed on sums of the shapes {sums} ({type(error).__name__}: {error}); "
+            f"return the metric's own sums from the objective, and a number or an array from finish"
+        ) from error
+
+
 def _widened(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
     return array.astype(np.int64 if array.dtype.kind in "biu" else np.float64)

@@ -77,24 +77,34 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any]:
 
 def flatten(state: nnx.State) -> dict[str, Any]:
     """Values by name, random keys as their raw words."""
-    values = {name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    return {key: _words(v) if _is_key(v) else v for key, v in values.items()}
+    return keys_as_words({name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)})
 
 
 def fill(template: nnx.State, values: Mapping[str, Array]) -> nnx.State:
     """The inverse of `flatten`: the state `template` with these values."""
 
     def filled(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        old, new = variable.get_value(), values[name(path)]
-        return variable.replace(
-            jax.random.wrap_key_data(new, impl=_implementation(old)) if _is_key(old) else new
-        )
+        return variable.replace(words_as_keys(values[name(path)], variable.get_value()))
 
     return nnx.from_flat_state([(path, filled(path, v)) for path, v in nnx.to_flat_state(template)])
 
 
+def keys_as_words(tree: Any) -> Any:
+    """A tree of arrays or shapes with random keys as their raw words, which files can store."""
+    return jax.tree.map(lambda x: _words(x) if _is_key(x) else x, tree)
+
+
+def words_as_keys(tree: Any, template: Any) -> Any:
+    """The inverse of `keys_as_words`: keys where `template`, a tree of the same structure, has keys."""
+
+    def key_of(new: Any, old: Any) -> Any:
+        return jax.random.wrap_key_data(new, impl=_implementation(old)) if _is_key(old) else new
+
+    return jax.tree.map(key_of, tree, template)
+
+
 def _is_key(value: Any) -> bool:
-    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return hasattr(value, "dtype") and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _words(key: Any) -> Any:

@@ -120,9 +120,19 @@ def local_rows(mesh: Mesh, layout: Layout, batch_size: int) -> range:
 
 
 def place_batch(
-    inputs: Any, targets: Any, batch_size: int, mesh: Mesh, layout: Layout, dimensions: InputDimensions
+    inputs: Any,
+    targets: Any,
+    batch_size: int,
+    mesh: Mesh,
+    layout: Layout,
+    dimensions: InputDimensions,
+    sample: Any = None,
 ) -> Batch:
-    """Returns a host batch as global arrays: rows are padded to `batch_size`, pixels to equal shards.
+    """Returns a host batch as global arrays: rows are filled up to `batch_size`, pixels to equal shards.
+
+    The rows that fill up are copies of real ones. Their losses and gradients are masked, but the gradient of
+    a masked value is 0 times a derivative, which is NaN where the derivative is infinite, as it may be for a
+    row of zeros and is not for rows that the model can be trained on.
 
     Args:
         inputs: arrays whose first dimension is the batch, this process's rows.
@@ -131,6 +141,7 @@ def place_batch(
         batch_size: of the global batch.
         mesh, layout: where to.
         dimensions: of the inputs.
+        sample: one row of an earlier batch, `(inputs, targets)`, to fill up a batch without any row.
 
     Raises:
         UserError: arrays that disagree on the rows, or more rows than fit.
@@ -146,13 +157,16 @@ def place_batch(
             f"a batch of {rows} rows came after batches of {len(share)}; keep the first batch the largest"
         )
 
+    if not rows and sample is not None:
+        labelled = targets is not None and sample[1] is not None
+        inputs, targets = sample[0], sample[1] if labelled else targets
+
     def put(x: Any, cut: Cuts) -> jax.Array:
         x = np.asarray(x)
+        if len(x) not in (0, len(share)):
+            x = np.resize(x, (len(share), *x.shape[1:]))
         sharding, extents = _sharding_and_extents(x.shape, cut, mesh)
-        widths = [
-            (0, len(share) - x.shape[0]),
-            *((0, e - n) for e, n in zip(extents, x.shape[1:], strict=True)),
-        ]
+        widths = [(0, e - n) for e, n in zip((len(share), *extents), x.shape, strict=True)]
         x = np.pad(x, widths) if any(high for _, high in widths) else x
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)

@@ -102,7 +102,8 @@ def refuse_extra(extra: Mapping[str, Any], params: Mapping[str, Any], mesh: Mesh
         UserError: names the tree, and what is possible.
     """
     for name, one in extra.items():
-        if not isinstance(one, Extra) or not str(name).isidentifier() or name == POSITION:
+        named = isinstance(name, str) and name.isidentifier() and name != POSITION
+        if not isinstance(one, Extra) or not named:
             raise UserError(
                 f"extra={{{name!r}: ...}}: give names such as 'ema' (not {POSITION!r}) and instances of "
                 f"st.Extra, such as st.EMA(0.999)"
@@ -116,14 +117,29 @@ def refuse_extra(extra: Mapping[str, Any], params: Mapping[str, Any], mesh: Mesh
                 f"extra {name!r} has a copy for each {one.placement}, which mesh {text(mesh)} with "
                 f"its stages has no place for; leave out pipe, or place it as 'parameters' or 'whole'"
             )
-        if one.placement == "parameters" and (tree := jax.eval_shape(one.init, dict(params))) is not None:
-            wrong = set(tree) ^ set(params)
-            wrong |= {key for key in set(tree) & set(params) if tree[key].shape != params[key].shape}
-            if wrong:
-                raise UserError(
-                    f"extra {name!r} is placed as the parameters are, but {min(wrong)!r} is of another name "
-                    f"or shape; return one array for each parameter, or set placement='whole'"
-                )
+        _refuse_tree(name, one, params)
+
+
+def _refuse_tree(name: str, one: Extra, params: Mapping[str, Any]) -> None:
+    """Refuses an initial tree that is not as its placement needs it."""
+    if type(one).init is Extra.init:
+        raise UserError(
+            f"extra {name!r}: {type(one).__name__} has no init(params); define it to return the tree before "
+            f"the first update"
+        )
+    tree = jax.eval_shape(one.init, dict(params))
+    if not jax.tree.leaves(tree):
+        raise UserError(f"extra {name!r}: init returned no arrays; return the tree before the first update")
+    if one.placement != "parameters":
+        return
+    theirs = tree if isinstance(tree, Mapping) else {}
+    wrong = set(theirs) ^ set(params)
+    wrong |= {key for key in set(theirs) & set(params) if theirs[key].shape != params[key].shape}
+    if wrong:
+        raise UserError(
+            f"extra {name!r} is placed as the parameters are, but {min(wrong)!r} is of another name "
+            f"or shape; return one array for each parameter, or set placement='whole'"
+        )
 
 
 POSITION = "position"
@@ -172,6 +188,31 @@ def extra_specs(one: Extra, params: Mapping[str, Any], specs: Mapping[str, P], m
     axes = {"replica": (REPLICA,) if REPLICA in mesh.shape else (), "device": tuple(mesh.axis_names)}
     spec = P(axes[one.placement]) if one.placement in axes else P()
     return jax.tree.map(lambda _: spec, jax.eval_shape(one.init, dict(params)))
+
+
+def updated(name: str, one: Extra, state: TrainState) -> Any:
+    """An extra tree after an update, which must be a tree as before.
+
+    Args:
+        name: of the tree.
+        one: the declaration.
+        state: after the update, with the extra trees from before.
+
+    Raises:
+        UserError: a tree of another structure, or an array of another shape or dtype.
+    """
+    before = state.extra[name]
+    after = one.update(before, state)
+
+    def kinds(tree: Any) -> Any:
+        return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}", tree)
+
+    if kinds(before) != kinds(after):
+        raise UserError(
+            f"extra {name!r}: update returned {kinds(after)} for {kinds(before)}; return a tree of the same "
+            f"structure, with arrays of the same shapes and dtypes"
+        )
+    return after
 
 
 def with_copies(old: np.ndarray, count: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -15,13 +14,14 @@ from shardtrain.guard.health import NO_LOSSES
 from shardtrain.layout import Layout
 from shardtrain.nn.variables import Variables
 from shardtrain.train.extra import POSITION, Extra, extra_specs, initial_extra
+from shardtrain.train.optimizer import Optimizer
 from shardtrain.train.state import TrainState, is_shapes, owners, shardings, with_shardings
 
 
 def state_specs(
     model: nnx.Module,
     variables: Variables,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     extra: Mapping[str, Extra],
     mesh: Mesh,
     layout: Layout,
@@ -36,7 +36,7 @@ def state_specs(
 
 def initial_state(
     variables: Variables,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     extra: Mapping[str, Extra],
     mesh: Mesh,
     specs: TrainState,
@@ -80,9 +80,7 @@ def initial_state(
     return TrainState(step, params, model_state, opt_state, {**trees, **position})
 
 
-def opt_state_specs(
-    optimizer: optax.GradientTransformation, params: Mapping[str, Any], specs: Mapping[str, P]
-) -> Any:
+def opt_state_specs(optimizer: Optimizer, params: Mapping[str, Any], specs: Mapping[str, P]) -> Any:
     """The PartitionSpecs of the optimizer's state: a leaf of a parameter's shape has the parameter's."""
     shapes = jax.eval_shape(optimizer.init, dict(params))
     return jax.tree.map(

@@ -14,6 +14,7 @@ from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
+from shardtrain.guard.interrupt import Interrupts, uninterrupted
 from shardtrain.guard.profile import peak_memory
 from shardtrain.train.batch import Batch
 from shardtrain.train.callbacks.base import Callback, Run
@@ -41,11 +42,14 @@ class Trains(Protocol):
     def row(self, sums: Mapping[str, Any]) -> dict[str, Any]: ...
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> dict[str, Any]: ...
     def save(self, folder: Checkpoints, metrics: Mapping[str, float] | None = None) -> Path: ...
-    def roll_back(self, checkpoints: Checkpoints, step: int) -> int: ...
+    def roll_back(self, checkpoints: Checkpoints, step: int, examples: int) -> int: ...
 
 
-class Pending(NamedTuple):
-    """A step that was started and whose sums have not been read."""
+class Started(NamedTuple):
+    """A step that was started and whose sums have not been read.
+
+    Its rows, those that fill up a ragged batch included, count as examples until the sums are read.
+    """
 
     step: int
     rows: int
@@ -59,6 +63,10 @@ class Loop(Run):
     for the host. A step is read at once where its state is to be saved or looked at: at a checkpoint, and for
     callbacks that set `needs_state`. Nothing bad is saved that way.
 
+    Wherever an exception or an interrupt ends the run, the trainer has the state after the last update, with
+    its number and the examples it has trained on. The step is counted together with the assignment of its
+    state, which no interrupt comes between.
+
     Args:
         trainer: whose state is advanced.
         batches: host batches `(inputs, targets)`.
@@ -66,6 +74,7 @@ class Loop(Run):
         callbacks: called in this order, those that need the state first.
         checkpoints: saved to as they are due, and at the end.
         guard: watches over the run.
+        interrupts: those that come during the run.
     """
 
     def __init__(
@@ -76,16 +85,17 @@ class Loop(Run):
         callbacks: Sequence[Callback],
         checkpoints: Checkpoints | None,
         guard: Guard | None,
+        interrupts: Interrupts,
     ) -> None:
+        self.interrupts = interrupts
         self.trainer, self.steps, self.unit, self.rows = trainer, steps, trainer.unit, []
         self.callbacks = sorted(callbacks, key=lambda callback: not callback.needs_state)
         self.checkpoints, self.watched = checkpoints, guard is not None
         self.guard = guard or Guard(watchdog=None, on_nan=None)
         self.begun = self.done = self.step = int(trainer.state.step)
         self._feed = iter(batches)
-        self._started: list[Callback] = []
-        self._pending: Pending | None = None
-        self._ahead = False  # whether the state is one step further than `done`
+        self._called: list[Callback] = []
+        self._unread: list[Started] = []
         self._saved: int | None = None
         self._reason: str | None = None
         self._told = False
@@ -106,11 +116,14 @@ class Loop(Run):
             try:
                 for callback in self.callbacks:
                     callback.on_start(self)
-                    self._started.append(callback)
+                    self._called.append(callback)
                 self._train()
             except BaseException as error:
                 self.error = error
-                self._end()
+                try:
+                    self._read_rest(interrupted=isinstance(error, KeyboardInterrupt))
+                finally:
+                    self._end()
                 raise
             self._end()
         return self.rows
@@ -130,9 +143,9 @@ class Loop(Run):
 
     def _refuse_late(self, what: str) -> None:
         """Refuses what needs the state of `step` when the state is already that of the next one."""
-        if (now := self.done + self._ahead) != self.step:
+        if self.done != self.step:
             raise UserError(
-                f"a callback {what} at step {self.step} when the state is that of step {now}; set "
+                f"a callback {what} at step {self.step} when the state is that of step {self.done}; set "
                 f"needs_state = True in its class"
             )
 
@@ -174,6 +187,7 @@ class Loop(Run):
 
     def _train(self) -> None:
         while self.done < self.steps and self._reason is None:
+            self.interrupts.refuse_swallowed()
             if self.guard.stops_before(self.done + 1):
                 self._told = True
                 break
@@ -196,49 +210,73 @@ class Loop(Run):
             # Reading here could roll back, one step before other processes do.
             jax.block_until_ready(trainer.state)
             guard.profile()
-        if not self.rows and self._pending is None:
+        if not self.rows and not self._unread:
             self._clock = time.perf_counter()  # compiling is no step
             guard.progress.take()
         guard.progress.at("compute")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            sums = trainer.advance(batch)
-        self._ahead = True
-        if not self._read():
+            self._advance(batch)
+        if len(self._unread) > 1 and not self._read():
             self._roll_back()
-            sums = trainer.advance(batch)
-        self._ahead = False
-        trainer.examples += batch.rows
-        self.done = number
-        self._pending = Pending(number, batch.rows, sums)
+            self._advance(batch)
         if self.checkpoints is not None and self.checkpoints.due(number):
             self._save()
         elif any(c.needs_state and c.due(number, self._last) for c in self.callbacks):
             self._settle()
 
+    def _advance(self, batch: Batch) -> None:
+        """Starts an update and counts it."""
+        with uninterrupted():
+            sums = self.trainer.advance(batch)
+            self.done += 1
+            self._unread.append(Started(self.done, batch.rows, sums))
+
     def _read(self) -> bool:
-        """Reads the pending step and calls the callbacks; False where its update is to be undone."""
-        if self._pending is None:
-            return True
-        (step, size, sums), self._pending = self._pending, None
+        """Reads the first step that was not read, and calls the callbacks.
+
+        Returns:
+            False where its update is to be undone.
+        """
+        step, size, sums = self._unread[0]
         values = jax.device_get(sums)
         examples = int(values["examples"])
-        first = self.trainer.examples - size  # how many rows of a batch are real is known by its sums
-        self.trainer.examples = first + examples
         row = self.trainer.row(values) | self._times(examples)
-        good = self.guard.good(step, row, range(first, first + examples))
-        self.step = step
-        self.rows.append(row)
+        with uninterrupted():
+            self._unread.pop(0)
+            self.trainer.examples += examples - size  # how many rows of a batch are real is known by its sums
+            self.step = step
+            self.rows.append(row)
+        end = self.trainer.examples - sum(later.rows for later in self._unread)
+        good = self.guard.good(step, row, range(end - examples, end))
         due = [callback for callback in self.callbacks if callback.due(step, self._last)]
         for callback in due if good else [c for c in due if not c.needs_state]:
             callback.on_step(self, row)
         return good
+
+    def _read_rest(self, interrupted: bool) -> None:
+        """Reads the steps that an exception has left unread.
+
+        After an interrupt the callbacks are called, too; otherwise just the examples are counted. With
+        several processes nothing is read: another one may be gone, and the devices wait for it.
+        """
+        while self._unread and jax.process_count() == 1:
+            step, size, sums = self._unread[0]
+            try:
+                if interrupted:
+                    self._read()
+                else:
+                    self.trainer.examples += int(jax.device_get(sums["examples"])) - size
+            except Exception as error:
+                log.error("step %d: %s", step, error)
+            if self._unread and self._unread[0].step == step:
+                self._unread.pop(0)
 
     def _call_rest(self) -> None:
         """Calls the callbacks to which the last step is due only because the run ends with it.
 
         The batches may have ended, or a callback may have stopped the run, after the step was read.
         """
-        if self._pending is None and self.rows and self.step == self.done < self.steps:
+        if not self._unread and self.rows and self.step == self.done < self.steps:
             for callback in self.callbacks:
                 if callback.due(self.done, self.done) and not callback.due(self.done, self.steps):
                     callback.on_step(self, self.rows[-1])
@@ -256,7 +294,7 @@ class Loop(Run):
 
     def _settle(self) -> None:
         """Reads the pending step, after which the state is one to keep."""
-        if not self._read():
+        if self._unread and not self._read():
             self._roll_back()
 
     def _scores(self) -> Mapping[str, float] | None:
@@ -277,7 +315,11 @@ class Loop(Run):
         """Puts the run where it was at its last checkpoint, except for the data, which goes on from here."""
         assert self.checkpoints is not None  # else the policy was refused
         self.guard.progress.at("checkpoint")
-        saved = self.trainer.roll_back(self.checkpoints, self.done)
+        examples = self.trainer.examples - sum(later.rows for later in self._unread)
+        with uninterrupted():
+            saved = self.trainer.roll_back(self.checkpoints, self.step, examples)
+            self.done = self.step
+            self._unread.clear()
         self.guard.rolled_back(self.done, saved)
 
     # The ends.
@@ -319,7 +361,7 @@ class Loop(Run):
     def _end(self) -> None:
         """Calls `on_end` of all callbacks that have started; the first error is raised, others are logged."""
         first: Exception | None = None
-        for callback in self._started:
+        for callback in self._called:
             try:
                 callback.on_end(self)
             except Exception as error:

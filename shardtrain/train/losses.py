@@ -1,10 +1,14 @@
 """Losses and scores with one value per example, so that means over real examples are exact on any mesh."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jaxtyping import Float, Int
+
+from shardtrain.errors import UserError
 
 
 def cross_entropy(
@@ -75,3 +79,42 @@ def accuracy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
         Array([1.], dtype=float32)
     """
     return (logits.argmax(-1) == labels).astype(logits.dtype)
+
+
+BY_LABEL = (cross_entropy, pixel_cross_entropy, accuracy, dice)
+"""The functions whose targets are whole numbers, the class of each example or pixel."""
+
+
+def refuse_labels(function: Any, outputs: Any, labels: Any) -> None:
+    """Refuses targets that are no labels for a function that takes labels.
+
+    Args:
+        function: any loss or metric; only those in `BY_LABEL` are looked at.
+        outputs, labels: what it is to be called with.
+
+    Raises:
+        UserError: says what the targets are, and how to make labels of them.
+    """
+    if function not in BY_LABEL:
+        return
+    name = function.__name__
+    if not hasattr(labels, "dtype"):
+        raise UserError(
+            f"the targets are {type(labels).__name__}, and {name} takes an array of labels; give batches of "
+            f"(inputs, labels), or another loss= or objective="
+        )
+    if not hasattr(outputs, "shape"):
+        raise UserError(
+            f"the model returns {type(outputs).__name__}, and {name} takes one array of logits; give a loss= "
+            f"or an objective= that takes these outputs"
+        )
+    expected = outputs.shape[:-1]
+    given = f"the labels have dtype {labels.dtype} and shape {labels.shape}"
+    if labels.shape == outputs.shape and labels.shape[-1:] != (1,):
+        raise UserError(f"{given}, a number for each class; {name} takes one class: give labels.argmax(-1)")
+    if labels.shape != expected:
+        single = labels.shape == (*expected, 1)
+        advice = "labels.squeeze(-1)" if single else f"labels of shape {expected}"
+        raise UserError(f"{given} for outputs of shape {outputs.shape}; give {advice}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError(f"{given}; {name} takes classes, from 0: give labels.astype('int32')")

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from shardtrain.errors import UserError
 from shardtrain.metrics import Metric, PerExample
+from shardtrain.train import losses
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ class Measured:
     def __call__(self, model: Any, batch: tuple[Any, Any], context: Context) -> tuple[Array, dict[str, Any]]:
         inputs, targets = batch
         outputs = jax.tree.map(widened, model(inputs))
+        losses.refuse_labels(self.loss, outputs, targets)
         found: dict[str, Any] = {}
         for name, metric in self.metrics.items():
             if not isinstance(metric, Metric):
+                losses.refuse_labels(metric, outputs, targets)
                 found[name] = metric(outputs, targets)
             elif metric.every_step or not context.train:
                 found[name] = metric.sums(outputs, targets, context.weights)
@@ -87,8 +90,8 @@ def summed(found: Any, declared: Mapping[str, Metric], context: Context, unit: s
         that is not declared is one number, whose mean over the examples is its value.
 
     Raises:
-        UserError: a loss or a metric that is neither one value per example nor declared; a name that a row
-            uses for something else.
+        UserError: a loss or a metric that is neither one value per example nor declared; a declared metric
+            that is missing in evaluation; a name that a row uses for something else.
     """
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
         raise UserError(
@@ -97,6 +100,11 @@ def summed(found: Any, declared: Mapping[str, Metric], context: Context, unit: s
         )
     loss, metrics = found
     refuse_names(metrics, unit)
+    if missing := [key for key in declared if key not in metrics and not context.train]:
+        raise UserError(
+            f"the objective returned no {missing[0]!r} in evaluation, which metrics= declares; return "
+            f"{missing[0]!r} with its sums, or leave it out of metrics="
+        )
     real = context.real
     count = jnp.asarray(context.rows if real is None else real.sum(), jnp.float32)
 
@@ -115,12 +123,16 @@ def summed(found: Any, declared: Mapping[str, Metric], context: Context, unit: s
     return {"examples": count, "loss": total("loss", loss), "metrics": sums}
 
 
-def refuse_names(names: Mapping[str, Any], unit: str) -> None:
-    """Refuses metrics by names that a run's rows use for something else.
+def refuse_names(names: Mapping[str, Any], unit: Any) -> None:
+    """Refuses metrics by names that a run's rows use for something else, and a unit that is no name.
 
     Raises:
         UserError: names the metric.
     """
+    if not isinstance(unit, str) or not unit.isidentifier():
+        raise UserError(
+            f"unit={unit!r}: rows name it, as in images_per_second; give a word such as 'sequences'"
+        )
     taken = {"loss", "examples", "grad_norm", "step", "seconds", "skipped", "rolled_back", "peak_memory"}
     taken |= {f"{unit}_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds"}
     for name in names:

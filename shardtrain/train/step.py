@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from shardtrain.layout import Layout, active_mesh
 from shardtrain.mesh import PIPE, size
-from shardtrain.metrics import Metric
+from shardtrain.metrics import Metric, finished
 from shardtrain.nn.examples import examples
 from shardtrain.nn.transitions import resharded
 from shardtrain.nn.variables import Variables
@@ -24,12 +24,16 @@ from shardtrain.ops.contraction import CONTRACTION
 from shardtrain.pipeline.runtime.divergence import refuse_divergent
 from shardtrain.train import check
 from shardtrain.train.batch import Batch
-from shardtrain.train.extra import Extra
+from shardtrain.train.extra import Extra, updated
 from shardtrain.train.objective import Context, Objective, summed
+from shardtrain.train.optimizer import Optimizer
 from shardtrain.train.state import TrainState
 
 Remat = str | Callable[..., bool] | Collection[int] | None
 """What the backward pass keeps of the forward pass, see `shardtrain.train.Trainer`."""
+
+
+Mode = Literal["train", "evaluate", "predict"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Program:
     """
 
     variables: Variables
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     objective: Objective
     metrics: Mapping[str, Metric]
     accumulate: int
@@ -137,17 +141,18 @@ class Program:
             sums: over all real examples; where bad updates are left out, the batch's `limit` is with them.
         """
         count = jnp.maximum(sums["examples"], 1)
-        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        # For complex parameters jax returns the conjugate of the direction of steepest ascent.
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype).conj(), grads)
+        loss = sums["loss"] / count
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, loss)
         params = optax.apply_updates(state.params, updates)
         model_state = self._with_statistics(state.model_state, moved, count)
         after = TrainState(state.step + 1, params, model_state, opt_state, state.extra)
-        extra = {name: one.update(state.extra[name], after) for name, one in self.extra.items()}
+        extra = {name: updated(name, one, after) for name, one in self.extra.items()}
         after = dataclasses.replace(after, extra=extra)
         norm = optax.tree.norm(grads)
         if not self.skip_bad:
             return after, sums | {"grad_norm": norm * count}
-        loss = sums["loss"] / count
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= sums["limit"])
         before = dataclasses.replace(state, step=after.step)  # the batch counts: it is not met again
         after = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
@@ -172,8 +177,8 @@ class Program:
         examples = max(float(sums["examples"]), 1)
         row: dict[str, Any] = {"loss": float(sums["loss"]) / examples}
         for name, total in sums["metrics"].items():
-            value = self.metrics[name].finish(total) if name in self.metrics else float(total) / examples
-            row[name] = float(value) if np.ndim(value) == 0 else value
+            declared = self.metrics.get(name)
+            row[name] = float(total) / examples if declared is None else finished(name, declared, total)
         return row | {key: float(sums[key]) / examples for key in ("grad_norm", "skipped") if key in sums}
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -214,20 +219,32 @@ class Program:
         return carry
 
     def evaluated(
-        self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
+        self,
+        params: dict,
+        model_state: dict,
+        inputs: Any,
+        targets: Any,
+        real: Array | None,
+        index: Array,
+        *,
+        predict: bool,
     ) -> tuple[Any, dict[str, Any]]:
-        """In evaluation mode: the outputs where there are no targets, else the sums over real examples."""
+        """In evaluation mode: the outputs, or the sums over real examples."""
         model: Any = self.variables.model(self._cast(params), model_state, train=False)
         inputs = self._cast(inputs)
-        if targets is not None:
+        if not predict:
             return (), self._sums(model, inputs, targets, Context(False, index.shape[0], index, real))
         with examples(index, real), resharded(model, self.layout, inputs):
             return model(inputs), {}
 
-    def eval_step(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Array]]:
-        """Outputs of a batch in evaluation mode, and the sums over its real examples (if it has targets)."""
-        index = jnp.arange(batch.rows)
-        return self.evaluated(state.params, state.model_state, *batch.cropped(), batch.real, index)
+    def eval_step(self, state: TrainState, batch: Batch, *, predict: bool) -> tuple[Any, dict[str, Array]]:
+        """In evaluation mode: the outputs of a batch, or the sums over its real examples."""
+        given = (*batch.cropped(), batch.real, jnp.arange(batch.rows))
+        return self.evaluated(state.params, state.model_state, *given, predict=predict)
+
+    def step(self, mode: Mode, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, Any]]:
+        """Returns the step of a mode; jit makes a program for batches such as `like`."""
+        return self.train_step if mode == "train" else partial(self.eval_step, predict=mode == "predict")
 
 
 def compiled(

@@ -20,6 +20,7 @@ from shardtrain.checkpoint.storage import Copies
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
+from shardtrain.guard.interrupt import noticed, uninterrupted
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
 from shardtrain.metrics import Metric, PerExample, accumulate, as_metric
@@ -47,10 +48,11 @@ from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, w
 from shardtrain.train.initial import initial_state, state_specs
 from shardtrain.train.loop import Loop
 from shardtrain.train.objective import Measured, Objective, refuse_names
+from shardtrain.train.optimizer import Optimizer
 from shardtrain.train.pipelined.plan import Pipeline, PipelinePlan
 from shardtrain.train.pipelined.step import Pipelined
 from shardtrain.train.state import TrainState, by_field, bytes_on_a_device, is_shapes, one_replica, shardings
-from shardtrain.train.step import Program, Remat, compiled
+from shardtrain.train.step import Mode, Program, Remat, compiled
 
 
 class Trainer:
@@ -63,7 +65,8 @@ class Trainer:
         model: any `nnx.Module` that maps inputs to outputs. Plain `nnx` layers train data parallel and with
             sharded parameters; to shard pixels and channels use the layers of `shardtrain.nn`. A model of
             shapes alone, from `nnx.eval_shape`, compiles for any mesh and does not train.
-        optimizer: any optax transformation.
+        optimizer: any optax transformation but line searches, which evaluate the loss at points of their own.
+            The loss is passed on to those that take `value`.
         mesh: from `make_mesh`; all devices data parallel by default.
         loss: `(outputs, targets) -> one value per example`, `losses.cross_entropy` by default. The mean over
             the real examples is taken by the trainer.
@@ -144,16 +147,19 @@ class Trainer:
         several = (REPLICA,) if REPLICA in self.mesh.shape else ()
         self._rows = dataclasses.replace(self.layout, batch=(*several, *axes_of(self.layout.batch)))
         self.unit, self.accumulate, self.skips_bad = unit, accumulate, skip_bad
-        if clip_norm is not None:
-            optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         named = _metrics(loss, objective, metrics)
         refuse_names(named, unit)
+        self._metrics = list(named)
         self._variables, self._extra = Variables(model), dict(extra or {})
         check.refuse_model(model, accumulate, statistics)
-        refuse_extra(self._extra, self._variables.values()[0], self.mesh)
+        params, _ = self._variables.values()
+        refuse_extra(self._extra, params, self.mesh)
+        own = Optimizer.of(optimizer, params)
+        if clip_norm is not None:
+            own = Optimizer.of(optax.chain(optax.clip_by_global_norm(clip_norm), optimizer), params)
         self._program = Program(
             variables=self._variables,
-            optimizer=optimizer,
+            optimizer=own,
             objective=objective or Measured(loss or losses.cross_entropy, named),
             metrics={name: metric for name, metric in named.items() if isinstance(metric, Metric)},
             accumulate=accumulate,
@@ -171,10 +177,11 @@ class Trainer:
         partitioned = any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
         self._dimensions = InputDimensions.parse(dimensions, pixels=partitioned)
         self._batch_size: int | None = None
+        self._sample: Any = None
         self._steps: dict[Any, Any] = {}
-        self._specs = state_specs(model, self._variables, optimizer, self._extra, self.mesh, self.layout)
+        self._specs = state_specs(model, self._variables, own, self._extra, self.mesh, self.layout)
         self.state = initial_state(
-            self._variables, optimizer, self._extra, self.mesh, self._specs, staged=self._plan is not None
+            self._variables, own, self._extra, self.mesh, self._specs, staged=self._plan is not None
         )
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), on_devices(self.state))
 
@@ -314,7 +321,10 @@ class Trainer:
         return size(self.mesh, self._rows.cut("batch", self.mesh))
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
-        return place_batch(inputs, targets, batch_size, self.mesh, self._rows, self._dimensions)
+        if rows_of(inputs):
+            self._sample = jax.tree.map(lambda x: np.asarray(x)[:1], (inputs, targets))
+        where = self.mesh, self._rows, self._dimensions
+        return place_batch(inputs, targets, batch_size, *where, self._sample)
 
     def prepare(self, inputs: Any, targets: Any) -> Any:
         """Compiles the training step for batches of this size, before any step is made.
@@ -357,9 +367,10 @@ class Trainer:
     def _cut(self, batch: Batch) -> None:
         """Cuts the model into stages, and packs the state on the devices of each."""
         assert self._plan is not None
-        self.pipeline = Pipelined(self._program, self._shapes, self._specs, self.mesh, batch, self._plan)
-        self._specs = self.pipeline.packing.specs
-        self.state = self._with_position(self.pipeline.packing.pack(on_devices(self.state)))
+        cut = Pipelined(self._program, self._shapes, self._specs, self.mesh, batch, self._plan)
+        packed = self._with_position(cut.packing.pack(on_devices(self.state)))
+        with uninterrupted():
+            self.pipeline, self._specs, self.state = cut, cut.packing.specs, packed
 
     def ready(self, inputs: Any, targets: Any) -> None:
         """Prepares by a batch where nothing was prepared before."""
@@ -375,16 +386,12 @@ class Trainer:
         check.refuse_uncut(self._plan, self.pipeline)
         return self._compiled("train", batch)
 
-    def _compiled(self, kind: str, batch: Batch) -> Any:
+    def _compiled(self, kind: Mode, batch: Batch) -> Any:
         leaves, tree = jax.tree.flatten(batch)
         key = (kind, tree, tuple((x.shape, x.dtype) for x in leaves))
         if key not in self._steps:
-            train = kind == "train"
-            if self.pipeline is not None:
-                function = self.pipeline.train_step(batch) if train else self.pipeline.eval_step(batch)
-            else:
-                function = self._program.train_step if train else self._program.eval_step
-            out = shardings(self.mesh, self._specs) if train else None
+            function = (self._program if self.pipeline is None else self.pipeline).step(kind, batch)
+            out = shardings(self.mesh, self._specs) if kind == "train" else None
             staged, state = self.pipeline is not None, on_devices(self.state)
             self._steps[key] = compiled(function, state, batch, self.mesh, out, staged=staged)
         return self._steps[key]
@@ -395,10 +402,13 @@ class Trainer:
         Raises:
             UserError: before the first step, when there is no program yet.
         """
+        return self._newest_step().as_text()
+
+    def _newest_step(self) -> Any:
         programs = [program for (kind, *_), program in self._steps.items() if kind == "train"]
         if not programs:
             raise UserError("there is no compiled step yet; call fit or prepare(inputs, targets) first")
-        return programs[-1].as_text()
+        return programs[-1]
 
     # Training and evaluation.
 
@@ -438,15 +448,23 @@ class Trainer:
             >>> [round(row["loss"]) for row in rows]
             [2, 2, 2]
         """
-        self._arrays()
-        refuse_callbacks(callbacks)
-        shown = [Terminal()] if progress and jax.process_index() == 0 else []
-        return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard).run()
+        with noticed() as interrupts:
+            self._arrays()
+            refuse_callbacks(callbacks)
+            shown = [Terminal()] if progress and jax.process_index() == 0 else []
+            return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard, interrupts).run()
 
     def advance(self, batch: Batch) -> dict[str, Any]:
-        """Makes one update with a placed batch; returns its sums, which may still be in computation."""
-        state, sums = self.compiled_step(batch)(on_devices(self.state), batch)
-        self.state = self._with_position(state)
+        """Makes one update with a placed batch, all of whose rows count as examples.
+
+        Returns:
+            Its sums, which may still be in computation.
+        """
+        program, position = self.compiled_step(batch), self.state.extra[POSITION]
+        position = {**position, "examples": position["examples"] + batch.rows}
+        with uninterrupted():  # the program takes the memory of the state
+            state, sums = program(on_devices(self.state), batch)
+            self.state = with_position(state, position)
         return sums
 
     def row(self, sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,11 +490,10 @@ class Trainer:
         whole: int | None = None
         for inputs, targets in batches:
             whole = whole or global_batch_size(rows_of(inputs), self.mesh, self._rows)
-            batch = self._placed(inputs, targets, whole)
-            if targets is not None:
-                totals = accumulate(totals, self._evaluated(batch)[1])
+            _, sums = self._evaluated("evaluate", self._placed(inputs, targets, whole))
+            totals = accumulate(totals, sums)
         if totals is None or not totals["examples"]:
-            raise UserError("evaluate: there are no examples with targets in the batches")
+            raise UserError("evaluate: there are no examples in the batches")
         return self._program.row(totals)
 
     def predict(self, inputs: Any) -> Any:
@@ -492,12 +509,11 @@ class Trainer:
         """
         rows = rows_of(inputs)
         whole = global_batch_size(rows, self.mesh, self._rows)
-        outputs, _ = self._evaluated(self._placed(inputs, None, whole))
+        outputs, _ = self._evaluated("predict", self._placed(inputs, None, whole))
         return fetch(outputs, rows, whole, self.mesh, self._rows)
 
-    def _evaluated(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    def _evaluated(self, kind: Mode, batch: Batch) -> tuple[Any, dict[str, Any]]:
         check.refuse_uncut(self._plan, self.pipeline)
-        kind = "evaluate" if batch.targets is not None else "predict"
         return self._compiled(kind, batch)(self._arrays(), batch)
 
     # Hyperparameters.
@@ -638,20 +654,32 @@ class Trainer:
             lambda x, s: jax.device_put(with_copies(x, count), s), tree, shardings(self.mesh, specs)
         )
 
-    def roll_back(self, checkpoints: Checkpoints, step: int) -> int:
-        """Takes up the run's last checkpoint, but counts as if `step` updates were done on as many examples.
+    def roll_back(self, checkpoints: Checkpoints, step: int, examples: int) -> int:
+        """Takes up the run's last checkpoint, but counts as if `step` updates were done on `examples`.
 
         Returns:
             The step of the checkpoint.
         """
-        position = self.examples
         saved = self.restore(checkpoints, checkpoints.newest(own=True)[0])
         number = scalar(np.int32(step), self.state.step.sharding)
         self.state = self.state.replace(step=number)
-        self.examples = position
+        self.examples = examples
         return saved
 
     # What the trainer says of itself.
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the metrics that it evaluates.
+
+        Raises:
+            UserError: of an objective, whose names are not all in `metrics`, before it has been called.
+        """
+        if isinstance(self._program.objective, Measured):
+            return self._metrics
+        tree = self._newest_step().out_tree
+        _, sums = tree.unflatten(range(tree.num_leaves))
+        return [*self._metrics, *sorted(set(sums["metrics"]) - set(self._metrics))]
 
     @property
     def parameter_bytes(self) -> int:
@@ -669,9 +697,14 @@ class Trainer:
 
 
 def _metrics(
-    loss: PerExample | None, objective: Objective | None, metrics: Mapping[str, Any] | None
+    loss: PerExample | None, objective: Objective | None, metrics: Any
 ) -> dict[str, Metric | PerExample]:
     """The metrics by name; the accuracy where nothing is said and the loss is cross-entropy."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise UserError(
+            f"metrics={metrics!r}: give a dictionary of names and metrics, such as "
+            f"{{'top5': st.metrics.top_k(5)}}"
+        )
     if metrics is None:
         plain = objective is None and loss in (None, losses.cross_entropy)
         return {"accuracy": losses.accuracy} if plain else {}

@@ -156,3 +156,35 @@ def test_a_bad_step_is_acted_on_as_the_configuration_says():
         run(bad, config)
     found = run(bad, dataclasses.replace(config, on_nan="skip"))
     assert np.isfinite(found.losses[2:]).all()
+
+
+def margins(model, batch, context):
+    """An objective whose metric is in no table."""
+    images, labels = batch
+    logits = model(images)
+    return st.losses.cross_entropy(logits, labels), {"margin": logits.max(-1) - logits.min(-1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "score"),
+    [
+        ({}, "accuracy"),
+        ({"score": "loss"}, "loss"),
+        ({"metrics": {"top2": st.metrics.top_k(2), "accuracy": st.losses.accuracy}}, "top2"),
+        ({"metrics": {}}, "loss"),
+        ({"objective": margins}, "margin"),
+    ],
+)
+def test_the_score_is_the_first_of_the_metrics_unless_the_task_names_one(options, score):
+    experiment = Experiment(task(**options), CONFIG)
+    experiment.prepare()
+    assert experiment.score == score
+    if "objective" in options:
+        assert experiment.trainer.measured == ["margin"]
+        assert set(experiment.run().test) == {"loss", "margin"}
+
+
+def test_a_score_that_is_not_measured_is_refused_before_the_run():
+    experiment = Experiment(task(score="f1"), CONFIG)
+    with pytest.raises(UserError, match="score='f1'; there are loss, accuracy"):
+        experiment.prepare()

@@ -162,3 +162,40 @@ def test_the_mean_of_copies_is_one_in_every_floating_dtype():
         copies = np.array([[2.0], [4.0], [6.0], [8.0]]).astype(jnp.dtype(dtype))
         assert with_copies(copies, 2).astype(float).tolist() == [[5.0], [5.0]], dtype
     assert with_copies(np.array([[3], [1]]), 3).tolist() == [[1], [1], [1]]
+
+
+class Whole(st.Extra):
+    placement = "whole"
+
+
+class Nothing(Whole):
+    def init(self, params):
+        return None
+
+
+class Widened(Whole):
+    def init(self, params):
+        return {"n": jnp.zeros((), jnp.int32)}
+
+    def update(self, tree, state):
+        return {"n": tree["n"] + 0.5}
+
+
+class Grown(Widened):
+    def update(self, tree, state):
+        return {**tree, "m": tree["n"]}
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        (Whole(), "extra 'mine': Whole has no init"),
+        (Nothing(), "extra 'mine': init returned no arrays"),
+        (Widened(), "extra 'mine': update returned .*float.* for .*int32"),
+        (Grown(), "extra 'mine': update returned .*'m'.*; return a tree of the same structure"),
+    ],
+)
+@pytest.mark.parametrize("mesh", ["data=2", "pipe=2"])
+def test_trees_that_are_not_made_or_change_their_kind_are_refused(mesh, one, words):
+    with pytest.raises(UserError, match=words):
+        trainer(mesh, model=Deep(), extra={"mine": one}).fit(feed(1), steps=1, progress=False)

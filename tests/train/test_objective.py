@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from pipelined_models import Deep, batches, close, trainer
+from unchecked import made
 
 import shardtrain as st
 from shardtrain import UserError
@@ -213,3 +214,64 @@ def test_the_context_tells_examples_apart_and_which_are_real():
         assert [row["index"] for row in rows] == pytest.approx(expected), mesh
         assert rows[1]["filled"] == pytest.approx(3.0)
         assert np.isfinite(rows[1]["loss"])
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "pipe=2"])
+def test_an_objective_without_targets_trains_and_is_evaluated(mesh):
+    def spread_out(model, batch, context):
+        images, nothing = batch
+        assert nothing is None
+        return ((model(images) - 1) ** 2).mean(-1), {}
+
+    given = [(x, None) for x, _ in DATA]
+    ours, plain = (trainer(m, model=Deep(), objective=spread_out) for m in (mesh, "data=1"))
+    rows, expected = (one.fit(iter(given), steps=3, progress=False) for one in (ours, plain))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-10)
+    found = ours.evaluate(given)["loss"]
+    outputs = np.concatenate([ours.predict(x) for x, _ in given])
+    assert found == pytest.approx(((outputs - 1) ** 2).mean(), rel=1e-10)
+
+
+def wrong_labels():
+    x, y = DATA[0]
+    return {
+        "the labels have dtype float64 and shape (16,); cross_entropy takes classes": (x, y.astype(float)),
+        "a number for each class; cross_entropy takes one class: give labels.argmax(-1)": (x, np.eye(5)[y]),
+        "shape (16, 1) for outputs of shape (16, 5); give labels.squeeze(-1)": (x, y[:, None]),
+        "shape (16, 2) for outputs of shape (16, 5); give labels of shape (16,)": (x, np.stack([y, y], 1)),
+        "the targets are NoneType, and cross_entropy takes an array of labels": (x, None),
+    }
+
+
+@pytest.mark.parametrize("words", wrong_labels())
+def test_targets_that_are_no_labels_are_refused(words):
+    ours = trainer("data=1", model=Deep(), accumulate=1)
+    with pytest.raises(UserError) as refused:
+        ours.fit(iter([wrong_labels()[words]]), steps=1, progress=False)
+    assert words in str(refused.value)
+
+
+def test_metrics_that_do_not_fit_their_sums_are_refused():
+    def forgetful(model, batch, context):
+        return st.losses.cross_entropy(model(batch[0]), batch[1]), {}
+
+    def values(model, batch, context):
+        loss = st.losses.cross_entropy(model(batch[0]), batch[1])
+        return loss, {"top2": loss}
+
+    sums = st.metrics.Metric(lambda outputs, targets, weights: weights.sum(), lambda total: {"all": total})
+    options = {"metrics": {"top2": TOP}}
+    with pytest.raises(UserError, match="the objective returned no 'top2' in evaluation"):
+        trainer("data=1", model=Deep(), objective=forgetful, **options).evaluate(DATA)
+    with pytest.raises(UserError, match=r"metric 'top2': finish failed on sums of the shapes \(16,\)"):
+        trainer("data=1", model=Deep(), objective=values, **options).evaluate(DATA)
+    with pytest.raises(UserError, match=r"metric 'odd': finish failed .* return .* a number or an array"):
+        trainer("data=1", model=Deep(), metrics={"odd": sums}).evaluate(DATA)
+    with pytest.raises(UserError, match="give a dictionary of names and metrics"):
+        made(st.Trainer, Deep(), optax.sgd(0.1), metrics=[TOP])
+
+
+@pytest.mark.parametrize("unit", ["", "images per hour", 3])
+def test_a_unit_is_a_word(unit):
+    with pytest.raises(UserError, match="rows name it"):
+        made(st.Trainer, Deep(), optax.sgd(0.1), unit=unit)

@@ -2,9 +2,11 @@
 
 The update is traced once, as a function of ordinary named global arrays. Whatever an optimizer does by name,
 by parameter or over all parameters at once is therefore right: masks, LAMB's trust ratios, the global norm.
-Each operation of the trace then runs on the rank that stores its operands. An operation whose operands are
-stored on several ranks, such as the sum of the stages' squared norms, runs on every rank, after its operands
-have been sent to all of them; what is sent must be small.
+Each operation of the trace then runs on the rank that stores its operands. Where they are stored on several
+ranks, it runs on the rank that has more of them than all others together, after the others have sent theirs:
+a gradient stays where it is when it is divided by the norm of all gradients. Where there is no such rank, as
+for the sum of the stages' squared norms, the operation runs on every rank, after all operands have been sent.
+What is sent must be small.
 
 Values are sent between rounds. In a round every rank computes what it can from its own arrays and from the
 values sent so far; one sum over `pipe`, to which each rank contributes its own values and zeros for those of
@@ -15,6 +17,7 @@ The ranks take different branches of one `lax.switch`, in which only collectives
 within a rank; the sum over `pipe` is outside of it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,14 +135,19 @@ class _Rounds:
 
     def _place(self, equation: Any) -> int:
         operands = jaxprs.variables(equation.invars)
-        ranks = {self.rank[v] for v in operands} - {None}
         number = max((self.known_in[v] for v in operands), default=0)
-        if len(ranks) > 1:
-            self._send(operands)
+        stored = Counter[int]()
+        for v in operands:
+            if (rank := self.rank[v]) is not None:
+                stored[rank] += v.aval.size * v.aval.dtype.itemsize
+        home = max(stored, key=stored.__getitem__, default=None)
+        if home is not None and len(stored) > 1:
+            if 2 * stored[home] <= stored.total():
+                home = None
+            self._send([v for v in operands if self.rank[v] != home])
             number += 1
         for v in equation.outvars:
-            self.rank[v] = next(iter(ranks)) if len(ranks) == 1 else None
-            self.known_in[v] = number
+            self.rank[v], self.known_in[v] = home, number
         return number
 
     def _send(self, variables: Sequence[Any]) -> None:

@@ -39,7 +39,7 @@ from shardtrain.train.pipelined.state import StatePacking
 from shardtrain.train.pipelined.trace import Trace, trace
 from shardtrain.train.pipelined.update import PackedUpdate
 from shardtrain.train.state import TrainState
-from shardtrain.train.step import Program
+from shardtrain.train.step import Mode, Program
 
 
 class Pipelined:
@@ -81,7 +81,7 @@ class Pipelined:
         self._warned = set[str]()
         self._cuts = _cuts(shapes.params, specs.params) | _cuts(shapes.model_state, specs.model_state)
         self._micro = Microbatch.of(batch, program.accumulate)
-        self._trace = self._traced(self._micro, train=True)
+        self._trace = self._traced(self._micro, "train")
         self.graph = OperationGraph(self._trace.microbatch)
         self.layers = Layers(self.graph)
         self.starts = stage_starts(self.graph, plan.schedule.stages, plan.stages)
@@ -102,9 +102,9 @@ class Pipelined:
         """How many leaves the sums of a training step have."""
         return self._trace.sums.num_leaves
 
-    def _traced(self, micro: Microbatch, *, train: bool) -> Trace:
+    def _traced(self, micro: Microbatch, mode: Mode) -> Trace:
         shapes = self.shapes
-        return trace(self.program, shapes.params, shapes.model_state, micro, self.mesh, train=train)
+        return trace(self.program, shapes.params, shapes.model_state, micro, self.mesh, mode=mode)
 
     def _localized(
         self,
@@ -172,6 +172,10 @@ class Pipelined:
         given = (self.packing.specs, jax.tree.map(lambda x: x.sharding.spec, like))
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=outs, check_vma=False)
 
+    def step(self, mode: Mode, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, Any]]:
+        """Returns the step of a mode, for batches of the shape and shardings of `like`."""
+        return self.train_step(like) if mode == "train" else self.eval_step(mode, like)
+
     def train_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
         """Returns one update of a packed state, for batches of the shape and shardings of `like`.
 
@@ -180,7 +184,7 @@ class Pipelined:
         micro = Microbatch.of(like, self.program.accumulate)
         graph, programs = self.graph, self.programs
         if micro != self._micro:
-            graph = OperationGraph(self._traced(micro, train=True).microbatch)
+            graph = OperationGraph(self._traced(micro, "train").microbatch)
             programs = self._localized(self._cut_again(graph), micro, remat=self.plan.remat)
         loop = self._loop(self.schedule, programs, 1 + self.sums)
 
@@ -248,11 +252,11 @@ class Pipelined:
         blocks = [Block(v, v.shape, ((),) * v.ndim, self.sizes) for v in shared.values()]
         return {i: b.value for i, b in zip(shared, evaluate(part, blocks, self.sizes), strict=True)}
 
-    def eval_step(self, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, Any]]:
-        """Returns outputs and sums in evaluation mode, for batches of the shape and shardings of `like`."""
+    def eval_step(self, mode: Mode, like: Batch) -> Callable[[TrainState, Batch], tuple[Any, Any]]:
+        """Returns outputs or sums in evaluation mode, for batches of the shape and shardings of `like`."""
         rows = like.rows // size(self.mesh, Microbatch.of(like, 1).rows)
         micro = Microbatch.of(like, math.gcd(self.program.accumulate, rows))
-        traced = self._traced(micro, train=False)
+        traced = self._traced(micro, mode)
         shapes, sums = traced.output_shapes, 1 + traced.sums.num_leaves
         refuse_rowless(shapes, micro.shapes[0].shape[0])
         graph = OperationGraph(traced.microbatch)

@@ -14,7 +14,7 @@ from shardtrain.mesh import PIPE, REPLICA
 from shardtrain.pipeline.cut.graph import TracedMicrobatch
 from shardtrain.train import check
 from shardtrain.train.pipelined.microbatch import Microbatch
-from shardtrain.train.step import Program
+from shardtrain.train.step import Mode, Program
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def trace(
     micro: Microbatch,
     mesh: Mesh,
     *,
-    train: bool,
+    mode: Mode,
 ) -> Trace:
     """Returns the trace of one microbatch.
 
@@ -64,7 +64,7 @@ def trace(
         state: the shapes of the model's other variables by name.
         micro: the shapes of the examples.
         mesh: with `pipe`.
-        train: trace the loss; else the outputs in evaluation mode, or, if there are targets, just the sums.
+        mode: trace the loss; or, in evaluation mode, the sums or the outputs.
 
     Raises:
         UserError: an operator that a stage cannot run outside of an island.
@@ -77,11 +77,10 @@ def trace(
         before = dict(zip(state_names, variables, strict=True))
         args = dict(zip(param_names, values, strict=True)), before, inputs, targets, real, index
         outputs: Any = ()
-        if train:
+        if mode == "train":
             loss, (sums, after) = program.microbatch(*args)
         else:
-            found, sums = program.evaluated(*args)
-            outputs = found if targets is None else ()
+            outputs, sums = program.evaluated(*args, predict=mode == "predict")
             loss, after = jnp.zeros(()), before
         sum_leaves, trees["sums"] = jax.tree.flatten(sums)
         output_leaves, trees["outputs"] = jax.tree.flatten(outputs)

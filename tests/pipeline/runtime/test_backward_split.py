@@ -148,7 +148,7 @@ def test_what_stages_gather_is_logged_once(caplog):
     r = np.random.default_rng(0)
     batch = r.standard_normal((8, 8, 8, 2)), r.integers(0, 5, 8)
     case = Case.of(Flipped(), "pipe=2,height=2", *batch, make("1f1b", 2, MICROBATCHES))
-    case.pipeline.eval_step(case.batch)
+    case.pipeline.step("evaluate", case.batch)
     (text,) = (record.getMessage() for record in caplog.records if "gathers" in record.getMessage())
     assert re.match(
         r"rev \(.*test_backward_split.py:\d+\) gathers an operand of shape \(2, 8, 8, 4\) over height", text
