@@ -8,7 +8,7 @@ from shardtrain.nn.base import Partitioned
 from shardtrain.nn.conv import Conv, ConvTranspose, LocallyConnected
 from shardtrain.nn.examples import examples
 from shardtrain.nn.linear import Embed, Linear
-from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
+from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from shardtrain.nn.partition import LayoutTable, assign, partition_table
 from shardtrain.nn.pool import (
     AdaptiveAvgPool,
@@ -46,6 +46,7 @@ __all__ = [
     "LocallyConnected",
     "MaxPool",
     "Partitioned",
+    "RMSNorm",
     "Rounds",
     "Upsample",
     "assign",

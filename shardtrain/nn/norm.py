@@ -13,6 +13,9 @@ from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, spec
 from shardtrain.nn.base import Partitioned, in_layout
 from shardtrain.nn.examples import current_examples
+from shardtrain.ops.norm import checked_mask
+
+_LAST = (-1, (-1,), [-1])
 
 
 class _Affine(Partitioned):
@@ -23,7 +26,7 @@ class _Affine(Partitioned):
     bias: nnx.Param[Array] | None
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
-        names = [name for name in ("scale", "bias") if getattr(self, name) is not None]
+        names = [name for name in ("scale", "bias") if getattr(self, name, None) is not None]
         return {name: self.layout.parameter((self.num_features,), 0, mesh) for name in names}
 
     def channels(self) -> tuple[int, ...]:
@@ -33,6 +36,27 @@ class _Affine(Partitioned):
         """Scale and bias, each None if the layer has none."""
         scale, bias = self.scale, self.bias
         return None if scale is None else scale[...], None if bias is None else bias[...]
+
+    def refuse(self, name: str, usual: tuple[Any, ...], why: str) -> None:
+        """Refuses an argument of the constructor that has another value than the `usual` ones."""
+        if (given := getattr(self, name)) not in usual:
+            raise UserError(f"nn.{type(self).__name__}: {name}={given!r}, but {why}; leave {name} out")
+
+    def refuse_named_axes(self) -> None:
+        """Refuses the arguments by which `nnx` sums over devices."""
+        for name in ("axis_name", "axis_index_groups"):
+            self.refuse(name, (None,), "statistics are over all devices of the mesh already")
+
+    def mask_of(self, x: Array, mask: Array | None) -> Array | None:
+        """A mask for statistics of each example; rows that only pad a ragged batch are no part of it.
+
+        They are normalized by all that they hold, since statistics of nothing at all would be NaN.
+        """
+        mask = checked_mask(f"nn.{type(self).__name__}", x, mask)
+        if mask is None:
+            return None
+        real = current_examples(x.shape[0]).real
+        return mask if real is None else mask | ~real.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class BatchNorm(_Affine, nnx.BatchNorm):
@@ -48,7 +72,8 @@ class BatchNorm(_Affine, nnx.BatchNorm):
         kwargs: keyword arguments of `nnx.BatchNorm`.
 
     Raises:
-        UserError: at construction, for an `axis` that is not the last, or an `axis_name`.
+        UserError: at construction, for an `axis` that is not the last, an `axis_name` or its groups; when
+            called, for a mask that does not broadcast against the input.
 
     Example:
         >>> norm, x = st.nn.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((8, 4, 4, 3))
@@ -59,10 +84,8 @@ class BatchNorm(_Affine, nnx.BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.axis != -1:
-            raise UserError(f"nn.BatchNorm: axis={self.axis}; arrays are channels last here, so axis=-1")
-        if self.axis_name is not None:
-            raise UserError("nn.BatchNorm: leave axis_name out; statistics are over the whole batch already")
+        self.refuse("axis", _LAST, "arrays are channels last here")
+        self.refuse_named_axes()
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         running = spec(
@@ -76,30 +99,46 @@ class BatchNorm(_Affine, nnx.BatchNorm):
         x: Float[Array, "batch *spatial channels"],
         use_running_average: bool | None = None,
         *,
-        mask: Bool[Array, " batch"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`, and updates the running statistics.
 
         Args:
             x: the input.
             use_running_average: whether to normalize by the running statistics; overrides the constructor's.
-            mask: `(batch,)`, True for examples that count; those of the enclosing `examples` by default.
+            mask: True for values that count in the statistics; it broadcasts against `x`, so that one of
+                each example is `(batch, 1, 1, 1)`. Of them only those of real examples count, see `examples`.
         """
         running = self.use_running_average if use_running_average is None else use_running_average
         if running is None:
             raise UserError(
                 "nn.BatchNorm: say use_running_average=True or False, or call model.train() or .eval()"
             )
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        x, running_mean, running_var, scale, bias = self.promote_dtype(
+            (x, self.mean[...], self.var[...], *self.affine()), dtype=self.dtype
+        )
         if running:
             wide = jnp.promote_types(x.dtype, jnp.float32)
-            inverse = lax.rsqrt(self.var[...].astype(wide) + self.epsilon)
-            y = (x.astype(wide) - self.mean[...]) * (inverse if scale is None else inverse * scale)
+            inverse = lax.rsqrt(running_var.astype(wide) + self.epsilon)
+            y = (x.astype(wide) - running_mean) * (inverse if scale is None else inverse * scale)
             return (y if bias is None else y + bias).astype(x.dtype)
         rows = current_examples(x.shape[0])
-        real = rows.real if mask is None else mask
-        y, mean, var = ops.batch_norm(x, scale, bias, epsilon=self.epsilon, examples=real, layout=self.layout)
+        real, mask = rows.real, checked_mask("nn.BatchNorm", x, mask)
+        if rows.summing and mask is not None:
+            raise UserError(
+                "nn.BatchNorm: a mask, but with statistics='batch' the trainer counts examples, not values; "
+                "use statistics='microbatch', or leave the mask out"
+            )
+        y, mean, var = ops.batch_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            examples=real,
+            mask=mask,
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
         if rows.summing:
             count = x.shape[0] if real is None else real.sum()
             for statistic, new in ((self.mean, mean), (self.var, var + mean**2)):
@@ -123,7 +162,8 @@ class GroupNorm(_Affine, nnx.GroupNorm):
         kwargs: keyword arguments of `nnx.GroupNorm`.
 
     Raises:
-        UserError: at construction, for `reduction_axes` or an `axis_name`.
+        UserError: at construction, for `reduction_axes`, an `axis_name` or its groups; when called, for
+            a mask that does not broadcast against the input.
 
     Example:
         >>> norm = st.nn.GroupNorm(6, num_groups=3, rngs=nnx.Rngs(0))
@@ -134,14 +174,25 @@ class GroupNorm(_Affine, nnx.GroupNorm):
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
-        if self.reduction_axes is not None or self.axis_name is not None:
-            raise UserError("nn.GroupNorm: reduction_axes and axis_name have no place here; leave them out")
+        self.refuse("reduction_axes", (None,), "it normalizes a group's channels over all pixels")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.group_norm(x, self.num_groups, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.group_norm(
+            x,
+            self.num_groups,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
 
 
 class LayerNorm(_Affine, nnx.LayerNorm):
@@ -153,7 +204,8 @@ class LayerNorm(_Affine, nnx.LayerNorm):
         kwargs: keyword arguments of `nnx.LayerNorm`.
 
     Raises:
-        UserError: at construction, for other axes than the last, or an `axis_name`.
+        UserError: at construction, for other axes than the last, an `axis_name` or its groups; when
+            called, for a mask that does not broadcast against the input.
 
     Example:
         >>> st.nn.LayerNorm(16, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
@@ -163,14 +215,25 @@ class LayerNorm(_Affine, nnx.LayerNorm):
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
-        if (self.reduction_axes, self.feature_axes, self.axis_name) != (-1, -1, None):
-            raise UserError("nn.LayerNorm: it normalizes the last axis; leave the *_axes and axis_name out")
+        for name in ("reduction_axes", "feature_axes"):
+            self.refuse(name, _LAST, "it normalizes the last axis")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.layer_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.layer_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
 
 
 class InstanceNorm(_Affine, nnx.InstanceNorm):
@@ -182,7 +245,8 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
         kwargs: keyword arguments of `nnx.InstanceNorm`.
 
     Raises:
-        UserError: at construction, for `feature_axes` other than the last, or an `axis_name`.
+        UserError: at construction, for `feature_axes` other than the last, an `axis_name` or its groups;
+            when called, for a mask that does not broadcast against the input.
 
     Example:
         >>> st.nn.InstanceNorm(6, rngs=nnx.Rngs(0))(jnp.ones((8, 4, 4, 6))).shape
@@ -191,11 +255,53 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
 
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
-        if self.feature_axes != -1 or self.axis_name is not None:
-            raise UserError("nn.InstanceNorm: it normalizes the pixels of each channel; leave the axes out")
+        self.refuse("feature_axes", _LAST, "it normalizes the pixels of each channel")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.instance_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.instance_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
+
+
+class RMSNorm(_Affine, nnx.RMSNorm):
+    """`nnx.RMSNorm` over the channels, which may be cut; see `shardtrain.ops.rms_norm`.
+
+    Args:
+        args: positional arguments of `nnx.RMSNorm`.
+        kwargs: keyword arguments of `nnx.RMSNorm`.
+
+    Raises:
+        UserError: at construction, for other axes than the last, an `axis_name` or its groups; when called,
+            for a mask that does not broadcast against the input.
+
+    Example:
+        >>> st.nn.RMSNorm(16, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        (8, 16)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("reduction_axes", "feature_axes"):
+            self.refuse(name, _LAST, "it normalizes the last axis")
+        self.refuse_named_axes()
+
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the mean is of."""
+        scale = None if self.scale is None else self.scale[...]
+        x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
+        return ops.rms_norm(x, scale, epsilon=self.epsilon, mask=self.mask_of(x, mask), layout=self.layout)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from shardtrain import Layout, ops
-from shardtrain.ops import halo, island, norm, pool
+from shardtrain.ops import example_norm, halo, island, norm, pool
 from shardtrain.ops.window import Reach, Window
 
 from .parity import numbers, on_stages, parity, reference_conv
@@ -198,10 +198,10 @@ def frozen_statistics(patch):
     """The gradient as if mean and variance were constants."""
 
     def wrong(sums, saved, cotangents):
-        normal, inverse, scale, _, weight, _ = saved
+        normal, inverse, scale, _, _ = saved
         dy = cotangents[0]
         dbias, dscale = sums.over_devices(jnp.stack([dy.sum(sums.dims), (dy * normal).sum(sums.dims)]))
-        return scale * inverse * dy, dscale, dbias, None if weight is None else jnp.zeros_like(weight)
+        return scale * inverse * dy, dscale, dbias, None
 
     right = norm._normalize_forward
     normalize = jax.custom_vjp(lambda *args: right(*args)[0], nondiff_argnums=(0,))
@@ -255,7 +255,7 @@ def groups_one_device_on(patch):
 def groups_one_channel_on(patch):
     """A device counts the channels of its groups from one too many."""
     count = SimpleNamespace(**{**vars(jnp), "arange": lambda n: jnp.arange(n) + int(n == 3)})
-    patch.setattr(norm, "jnp", count)
+    patch.setattr(example_norm, "jnp", count)
 
 
 def duals_shifted(patch):
