@@ -179,7 +179,7 @@ CASES = (
     ),
     Case(
         "max pool 3x3 s2",
-        functools.partial(ops.max_pool, window=(3, 3), strides=(2, 2), padding="SAME"),
+        functools.partial(ops.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME"),
         functools.partial(plain_pool, window=3, stride=2),
         IMAGE,
     ),

@@ -20,6 +20,7 @@ from shardtrain.nn.pool import (
     Flatten,
     GlobalAvgPool,
     MaxPool,
+    MinPool,
     Upsample,
 )
 from shardtrain.nn.rounds import Rounds
@@ -45,6 +46,7 @@ __all__ = [
     "Linear",
     "LocallyConnected",
     "MaxPool",
+    "MinPool",
     "Partitioned",
     "RMSNorm",
     "Rounds",

@@ -36,6 +36,18 @@ class _Convolution(Contraction):
     def spatial(self) -> tuple[str, ...] | None:
         return spatial_names(len(self.kernel_size))
 
+    def check_mask(self) -> None:
+        """Refuses a mask of another shape than the kernel's.
+
+        Raises:
+            UserError: for that.
+        """
+        if self.mask is not None and self.mask.shape != self.kernel.shape:
+            raise UserError(
+                f"nn.{type(self).__name__}: a mask of shape {self.mask.shape} for a kernel of "
+                f"{self.kernel.shape}; give one of the kernel's shape"
+            )
+
     def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
         """Input with one batch dimension, kernel, bias, and the batch dimensions that the input had."""
         leading = inputs.shape[: inputs.ndim - len(self.kernel_size) - 1]
@@ -56,7 +68,8 @@ class Conv(_Convolution, nnx.Conv):
 
     Raises:
         UserError: at construction, for strides, dilations or padding that define no convolution, an algorithm
-            that does not support them, or a `conv_general_dilated` of your own.
+            that does not support them, a `conv_general_dilated` of your own, or a mask
+            of another shape than the kernel's; when called, for an `out_sharding`.
 
     Example:
         >>> conv = st.nn.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
@@ -80,8 +93,8 @@ class Conv(_Convolution, nnx.Conv):
         if reason := refused(algorithm, self.kernel_size, strides, implementation):
             raise UserError(f"nn.Conv: {reason}")
         _check_padding("nn.Conv", self.padding, rank)
-        if self.conv_general_dilated is not lax.conv_general_dilated:
-            raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
+        self.check_mask()
+        self.refuse("conv_general_dilated", (lax.conv_general_dilated,), "the layer brings its own")
 
     def pixels(self) -> tuple[int, int]:
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
@@ -89,9 +102,10 @@ class Conv(_Convolution, nnx.Conv):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: None = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Convolves inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
+        self.refuse_sharding(out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
             x,
@@ -122,7 +136,8 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         kwargs: keyword arguments of `nnx.ConvTranspose`.
 
     Raises:
-        UserError: at construction, for strides, dilation or padding that define no convolution.
+        UserError: at construction, for strides, dilation or padding that define no convolution, or a mask of
+            another shape than the kernel's; when called, for an `out_sharding`.
 
     Example:
         >>> up = st.nn.ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
@@ -136,6 +151,7 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         strides = tuple_of(self.strides, rank, "strides")
         tuple_of(self.kernel_dilation, rank, "kernel_dilation")
         transposed_pads(self.padding, self.kernel_size, strides)
+        self.check_mask()
 
     def pixels(self) -> tuple[int, int]:
         return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
@@ -151,9 +167,10 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: None = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Maps inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
+        self.refuse_sharding(out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
             x,

@@ -1,10 +1,11 @@
 """Partitioned linear maps and embedding tables for Flax NNX."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Num
 
@@ -23,14 +24,24 @@ class Linear(Contraction, nnx.Linear):
         args: positional arguments of `nnx.Linear`.
         kwargs: keyword arguments of `nnx.Linear`.
 
+    Raises:
+        UserError: at construction, for a `dot_general` of your own; when called, for an `out_sharding`.
+
     Example:
         >>> st.nn.Linear(16, 10, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
         (8, 10)
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refuse("dot_general", (lax.dot_general,), "the layer brings its own")
+
     @in_layout
-    def __call__(self, inputs: Num[Array, "*batch channels_in"]) -> Num[Array, "*batch channels_out"]:
+    def __call__(
+        self, inputs: Num[Array, "*batch channels_in"], out_sharding: None = None
+    ) -> Num[Array, "*batch channels_out"]:
         """Maps the last dimension of inputs `(batch, *spatial, channels)`, or of one vector."""
+        self.refuse_sharding(out_sharding=out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         y = ops.linear(
@@ -53,7 +64,7 @@ class Embed(Partitioned, nnx.Embed):
         kwargs: keyword arguments of `nnx.Embed`.
 
     Raises:
-        UserError: when called, for inputs that are not integers.
+        UserError: when called, for inputs that are not integers, or an `out_sharding`.
 
     Example:
         >>> st.nn.Embed(100, 16, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
@@ -75,15 +86,29 @@ class Embed(Partitioned, nnx.Embed):
         return (self.num_embeddings,)
 
     @in_layout
-    def __call__(self, inputs: Num[Array, "batch *spatial"]) -> Num[Array, "batch *spatial features"]:
-        """Looks up integers `(batch, *spatial)`."""
+    def __call__(
+        self, inputs: Num[Array, "*batch_and_pixels"], out_sharding: None = None
+    ) -> Num[Array, "*batch_and_pixels features"]:
+        """Looks up integers `(batch, *spatial)`, or one."""
+        self.refuse_sharding(out_sharding=out_sharding)
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise UserError(f"nn.Embed looks up integers, not {inputs.dtype}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
-        return ops.embed(inputs, table, layout=self.layout)
+        if self.num_embeddings == 1:  # whose only row nnx gives for every index
+            inputs = jnp.zeros_like(inputs)
+        return ops.embed(jnp.atleast_1d(inputs), table, layout=self.layout).reshape(
+            *inputs.shape, self.features
+        )
 
     @in_layout
-    def attend(self, query: Num[Array, "batch *spatial features"]) -> Num[Array, "batch *spatial rows"]:
-        """Products of queries `(batch, *spatial, features)` with all rows: logits, cut as the rows are."""
+    def attend(
+        self, query: Num[Array, "*batch_and_pixels features"], out_sharding: None = None
+    ) -> Num[Array, "*batch_and_pixels rows"]:
+        """Products of queries `(batch, *spatial, features)`, or of one, with all rows: logits.
+
+        They are cut as the rows are.
+        """
+        self.refuse_sharding(out_sharding=out_sharding)
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
-        return ops.linear(query, table.T, layout=self.layout, channel_mode="gather")
+        y = ops.linear(jnp.atleast_2d(query), table.T, layout=self.layout, channel_mode="gather")
+        return y[0] if query.ndim == 1 else y

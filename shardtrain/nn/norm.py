@@ -37,11 +37,6 @@ class _Affine(Partitioned):
         scale, bias = self.scale, self.bias
         return None if scale is None else scale[...], None if bias is None else bias[...]
 
-    def refuse(self, name: str, usual: tuple[Any, ...], why: str) -> None:
-        """Refuses an argument of the constructor that has another value than the `usual` ones."""
-        if (given := getattr(self, name)) not in usual:
-            raise UserError(f"nn.{type(self).__name__}: {name}={given!r}, but {why}; leave {name} out")
-
     def refuse_named_axes(self) -> None:
         """Refuses the arguments by which `nnx` sums over devices."""
         for name in ("axis_name", "axis_index_groups"):

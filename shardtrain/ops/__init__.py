@@ -12,7 +12,7 @@ from shardtrain.ops.explain import Explanation, explain_conv, load_conv_table
 from shardtrain.ops.linear import linear
 from shardtrain.ops.locally_connected import local
 from shardtrain.ops.norm import batch_norm
-from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool
+from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool, min_pool
 from shardtrain.ops.resample import adaptive_avg_pool, adaptive_max_pool, pad, resize
 from shardtrain.ops.reshard import reshard
 from shardtrain.ops.shape import concat, flatten
@@ -41,6 +41,7 @@ __all__ = [
     "load_conv_table",
     "local",
     "max_pool",
+    "min_pool",
     "pad",
     "reshard",
     "resize",

@@ -134,7 +134,7 @@ def test_halos_of_several_hops(rows, size, strides, padding, below, above):
 def test_halos_of_pooling():
     mesh = make_mesh("data=2,height=2,width=2")
     n, h, w, c = image(mesh)
-    pool = functools.partial(ops.max_pool, window=(3, 3), strides=(2, 2), padding="SAME")
+    pool = functools.partial(ops.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
     moved = sent(pool, mesh, [(N, H, W, C)], [activations(mesh)])
     rows = {("height",): n * w * c * WORD, ("width",): n * (h + 1) * c * WORD}
     assert facts(moved) == {("collective-permute", a, size): 2 for a, size in rows.items()}  # there and back
