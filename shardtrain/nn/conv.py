@@ -17,7 +17,7 @@ from shardtrain.errors import UserError
 from shardtrain.kernels.conv import refused
 from shardtrain.layout import AnyMesh, spatial_names
 from shardtrain.mesh import size
-from shardtrain.nn.base import in_layout
+from shardtrain.nn.base import in_layout, refuse, refuse_sharding
 from shardtrain.nn.contraction import Contraction, lecun_normal
 from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
 from shardtrain.ops.locally_connected import local_windows
@@ -47,6 +47,9 @@ class _Convolution(Contraction):
                 f"nn.{type(self).__name__}: a mask of shape {self.mask.shape} for a kernel of "
                 f"{self.kernel.shape}; give one of the kernel's shape"
             )
+
+    def kernel_shape_of_one(self) -> tuple[int, ...]:
+        return self.kernel.shape[-len(self.kernel_size) - 2 :]
 
     def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
         """Input with one batch dimension, kernel, bias, and the batch dimensions that the input had."""
@@ -94,7 +97,7 @@ class Conv(_Convolution, nnx.Conv):
             raise UserError(f"nn.Conv: {reason}")
         _check_padding("nn.Conv", self.padding, rank)
         self.check_mask()
-        self.refuse("conv_general_dilated", (lax.conv_general_dilated,), "the layer brings its own")
+        refuse(self, "conv_general_dilated", (lax.conv_general_dilated,), "the layer brings its own")
 
     def pixels(self) -> tuple[int, int]:
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
@@ -102,10 +105,10 @@ class Conv(_Convolution, nnx.Conv):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: None = None
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: Any = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Convolves inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
-        self.refuse_sharding(out_sharding=out_sharding)
+        refuse_sharding(self, out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
             x,
@@ -159,7 +162,7 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         specs = super().parameter_specs(mesh)
         if self.transpose_kernel:  # stored as (*window, outputs, inputs)
-            *window, outputs, inputs = self.kernel.shape
+            *window, outputs, inputs = self.kernel_shape_of_one()
             kernel_dim = self.channel_plan(mesh).kernel_dim
             transposed = self.layout.parameter((*window, inputs, outputs), kernel_dim, mesh)
             specs["kernel"] = P(*transposed[:-2], transposed[-1], transposed[-2])
@@ -167,10 +170,10 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: None = None
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: Any = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Maps inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
-        self.refuse_sharding(out_sharding=out_sharding)
+        refuse_sharding(self, out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
             x,

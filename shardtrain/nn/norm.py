@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, spec
-from shardtrain.nn.base import Partitioned, in_layout
+from shardtrain.nn.base import Partitioned, in_layout, refuse
 from shardtrain.nn.examples import current_examples
 from shardtrain.ops.norm import checked_mask
 
@@ -40,7 +40,7 @@ class _Affine(Partitioned):
     def refuse_named_axes(self) -> None:
         """Refuses the arguments by which `nnx` sums over devices."""
         for name in ("axis_name", "axis_index_groups"):
-            self.refuse(name, (None,), "statistics are over all devices of the mesh already")
+            refuse(self, name, (None,), "statistics are over all devices of the mesh already")
 
     def mask_of(self, x: Array, mask: Array | None) -> Array | None:
         """A mask for statistics of each example; rows that only pad a ragged batch are no part of it.
@@ -79,7 +79,7 @@ class BatchNorm(_Affine, nnx.BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.refuse("axis", _LAST, "arrays are channels last here")
+        refuse(self, "axis", _LAST, "arrays are channels last here")
         self.refuse_named_axes()
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
@@ -169,7 +169,7 @@ class GroupNorm(_Affine, nnx.GroupNorm):
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
-        self.refuse("reduction_axes", (None,), "it normalizes a group's channels over all pixels")
+        refuse(self, "reduction_axes", (None,), "it normalizes a group's channels over all pixels")
         self.refuse_named_axes()
 
     @in_layout
@@ -211,7 +211,7 @@ class LayerNorm(_Affine, nnx.LayerNorm):
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
         for name in ("reduction_axes", "feature_axes"):
-            self.refuse(name, _LAST, "it normalizes the last axis")
+            refuse(self, name, _LAST, "it normalizes the last axis")
         self.refuse_named_axes()
 
     @in_layout
@@ -250,7 +250,7 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
 
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
-        self.refuse("feature_axes", _LAST, "it normalizes the pixels of each channel")
+        refuse(self, "feature_axes", _LAST, "it normalizes the pixels of each channel")
         self.refuse_named_axes()
 
     @in_layout
@@ -289,7 +289,7 @@ class RMSNorm(_Affine, nnx.RMSNorm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name in ("reduction_axes", "feature_axes"):
-            self.refuse(name, _LAST, "it normalizes the last axis")
+            refuse(self, name, _LAST, "it normalizes the last axis")
         self.refuse_named_axes()
 
     @in_layout
