@@ -330,24 +330,27 @@ class _ExampleNorm:
         """Mean (None for zero) and variance of the group of every channel of this device."""
         x = x if counts is None else jnp.where(counts, x, 0)
         if self.options.moments == "square alone":
-            return None, self._means([x**2], counts)[0]
+            return None, self._means([x**2], counts)[0][0]
         if self.options.moments == "fast":
-            mean, square = self._means([x, x**2], counts)
+            (mean, square), _ = self._means([x, x**2], counts)
             return mean, jnp.maximum(0, square - mean**2)
-        (mean,) = self._means([x], counts)
+        (mean,), count = self._means([x], counts)
         if counts is None:
             deviation = island.mask_padding(x - mean, self.shape, self.cuts, self.mesh)
         else:
             deviation = jnp.where(counts, x - mean, 0)
-        return mean, self._means([deviation**2], counts)[0]
+        return mean, self._totals((deviation**2)[None])[0] / count
 
-    def _means(self, values: Sequence[Array], counts: Array | None) -> list[Array]:
-        """The means over the group of every channel of this device; `values` are zero where none counts."""
+    def _means(self, values: Sequence[Array], counts: Array | None) -> tuple[list[Array], Array | int]:
+        """The means over the group of every channel of this device, and of how many values they are.
+
+        `values` are zero where none counts.
+        """
         if counts is None:
-            pixels = math.prod(self.shape[1:-1]) if self.options.pixels else 1
-            return list(self._totals(jnp.stack(values)) / (self.per_group * pixels))
-        *totals, count = self._totals(jnp.stack([*values, counts.astype(values[0].dtype)]))
-        return [total / count for total in totals]
+            count = self.per_group * (math.prod(self.shape[1:-1]) if self.options.pixels else 1)
+            return list(self._totals(jnp.stack(values)) / count), count
+        *totals, number = self._totals(jnp.stack([*values, counts.astype(values[0].dtype)]))
+        return [total / number for total in totals], number
 
     def _totals(self, sums: Array) -> Array:
         """The sums over the group of every channel of this device, in all of its dimensions but the first."""

@@ -55,8 +55,7 @@ class _Sums:
             return mean, jnp.maximum(0, square - mean**2), count
         (mean,), count = self.means([real], counts)
         deviation = real - mean if counts is None else jnp.where(counts, real - mean, 0)
-        (var,), _ = self.means([deviation**2], counts)
-        return mean, var, count
+        return mean, self.over_devices((deviation**2).sum(self.dims)) / count, count
 
 
 def batch_norm(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -19,7 +20,7 @@ from shardtrain.ops.window import Reach, Window
 from .parity import numbers, on_stages, parity, reference_conv
 from .test_locally_connected import Case as Local
 from .test_locally_connected import test_filters_stay_with_their_pixels as filters_stay
-from .test_norm import affine_args, flax_norm, statistics_parity
+from .test_norm import affine_args, flax_norm, mask_parity, statistics_parity
 from .test_transpose import Case as Transposed
 from .test_window import halos_are_minimal, rows_arrive
 
@@ -180,6 +181,40 @@ def statistics_per_device(patch):
 
     patch.setattr(island, "run", unchecked)  # jax's own check of varying axes would notice it as well
     patch.setattr(norm._Sums, "over_devices", lambda self, x: x * lax.axis_size(self.axes))
+
+
+SPACE = "height=2,channel=2"
+
+
+def counts_per_device(patch):
+    """Each device divides by the number of values that count in its own block, times the devices."""
+    right = norm._Sums.over_devices
+
+    def wrong(sums, x):
+        total = right(sums, x)
+        return total.at[-1].set(x[-1] * lax.axis_size(sums.axes)) if x.ndim == 2 and len(x) == 3 else total
+
+    unchecked = lambda local, mesh, in_specs, out_specs, *args: jax.shard_map(  # noqa: E731
+        local, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )(*args)
+    patch.setattr(island, "run", unchecked)
+    patch.setattr(norm._Sums, "over_devices", wrong)
+
+
+def masked_rows_count(patch):
+    """The mask is there in the number of values alone: what is summed are all."""
+    where = SimpleNamespace(**{**vars(jnp), "where": lambda mask, x, other: x})
+    patch.setattr(example_norm, "jnp", where)
+
+
+def second_pass_per_device(patch):
+    """The mean is that of all devices; squares of deviations from it are not summed over them."""
+    right, calls = example_norm._ExampleNorm._over_devices, itertools.count()
+
+    def wrong(plan, sums):
+        return 2 * sums if next(calls) % 2 else right(plan, sums)
+
+    patch.setattr(example_norm._ExampleNorm, "_over_devices", wrong)
 
 
 def padded_rows_count(patch):
@@ -362,6 +397,15 @@ MUTANTS = {
     "channels gathered in another order": (
         gather_in_another_order,
         functools.partial(conv_parity, "height=2,channel=2", channel_mode="gather"),
+    ),
+    "a mask counts per device": (counts_per_device, functools.partial(mask_parity, "batch", "values", SPACE)),
+    "statistics of masked rows": (
+        masked_rows_count,
+        functools.partial(mask_parity, "group", "values", SPACE),
+    ),
+    "second pass per device": (
+        second_pass_per_device,
+        functools.partial(mask_parity, "layer", None, SPACE, two_passes=True),
     ),
     "statistics per device": (statistics_per_device, functools.partial(NORM, "data=2,height=4")),
     "padded rows count": (padded_rows_count, functools.partial(NORM, "data=2,height=4")),
