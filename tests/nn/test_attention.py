@@ -37,7 +37,7 @@ def outcome(layer, inputs, call):
 
 CASES = {
     "self": ({}, 1, {}),
-    "self, normalized": ({"normalize_qk": True}, 1, {"mask": MASK}),
+    "self, normalized": ({"normalize_qk": True, "qkv_features": 16}, 1, {"mask": MASK}),
     "cross": ({"qkv_features": 16, "out_features": 6}, 2, {"mask": MASK[..., :5]}),
     "shared heads": ({"num_kv_heads": 2}, 1, {"is_causal": True}),
 }

@@ -1,5 +1,7 @@
 """Layers stacked by `nnx.vmap` for `nnx.scan`, against the same stack of plain nnx layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,9 @@ def fitted(layers, mesh, **options):
     return trainer, [row["loss"] for row in rows]
 
 
+expected = functools.cache(lambda: fitted(nnx, "data=2")[1])
+
+
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
@@ -54,10 +59,6 @@ def test_stacked_layers_train_as_in_nnx(mesh, options):
     """The second loss is after an update, so the gradients of the whole stack are in it."""
     _, losses = fitted(st.nn, mesh, **options)
     np.testing.assert_allclose(losses, expected(), rtol=1e-9)
-
-
-def expected():
-    return fitted(nnx, "data=2")[1]
 
 
 def test_where_stacked_variables_are_cut():
