@@ -100,6 +100,18 @@ class LinearGeneral(Contraction, nnx.LinearGeneral):
             specs["bias"] = self.layout.parameter(self.out_features, 0, mesh)
         return specs
 
+    def undivided(self, mesh: AnyMesh) -> Iterator[str]:
+        plan = self.channel_plan(mesh)
+        if not (axes := plan.cut_in or plan.cut_out):
+            yield from super().undivided(mesh)
+            return
+        first = (self.out_features if plan.kernel_dim == -1 else self.in_features)[0]
+        if first % size(mesh, axes):
+            yield (
+                f"the first dimension of the features of '{{layers}}', {first}, does not divide by "
+                f"{'*'.join(axes)}={size(mesh, axes)}: each device keeps the whole kernel"
+            )
+
     @in_layout
     def __call__(
         self, inputs: Num[Array, "*batch_and_features_in"], out_sharding: Any = None

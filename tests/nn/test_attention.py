@@ -43,7 +43,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c == "cross" else pytest.mark.slow) for c in CASES]
+)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -286,6 +286,11 @@ def test_where_the_kernels_of_several_dimensions_are_cut():
     assert heads.parameter_specs(mesh) == {"kernel": P(None, "channel", None), "bias": P("channel", None)}
     assert joined.parameter_specs(mesh) == {"kernel": P("channel", None, None), "bias": P("channel")}
     assert odd.parameter_specs(mesh) == {"kernel": P(None, None, None), "bias": P(None, None)}
+    assert [list(layer.undivided(mesh)) for layer in (heads, joined)] == [[], []]
+    (said,) = odd.undivided(mesh)
+    assert "'{layers}', 3, does not divide by channel=2: each device keeps the whole kernel" in said
+    (said,) = nn.LinearGeneral(5, (3, 3), rngs=nnx.Rngs(0)).undivided(mesh)
+    assert "channels do not divide by channel=2" in said
 
 
 def test_what_stays_whole_is_said(caplog):

@@ -50,7 +50,7 @@ expected = functools.cache(lambda: fitted(nnx, "data=2")[1])
     ("mesh", "options"),
     [
         ("height=2,channel=2", {}),
-        ("data=2", {"parameters": "data"}),
+        pytest.param("data=2", {"parameters": "data"}, marks=pytest.mark.slow),
         pytest.param("data=2,height=2", {}, marks=pytest.mark.slow),
         pytest.param("channel=4", {}, marks=pytest.mark.slow),
     ],
