@@ -60,7 +60,8 @@ class BatchNorm(_Affine, nnx.BatchNorm):
     Rows that only pad a ragged batch are left out of the statistics. Under gradient accumulation and in
     pipelines every microbatch is normalized by its own statistics, as is usual. The running statistics are
     updated with each microbatch or, with the trainer's `statistics="batch"`, once with those of the whole
-    batch.
+    batch. They are in float32 and used so, whatever `dtype` and `promote_dtype` are, and unlike in `nnx` they
+    do not widen outputs of a narrower type.
 
     Args:
         args: positional arguments of `nnx.BatchNorm`.
@@ -109,21 +110,17 @@ class BatchNorm(_Affine, nnx.BatchNorm):
             raise UserError(
                 "nn.BatchNorm: say use_running_average=True or False, or call model.train() or .eval()"
             )
-        x, running_mean, running_var, scale, bias = self.promote_dtype(
-            (x, self.mean[...], self.var[...], *self.affine()), dtype=self.dtype
-        )
+        mean, var = (statistic[...].astype(x.dtype) for statistic in (self.mean, self.var))
+        x, _, _, scale, bias = self.promote_dtype((x, mean, var, *self.affine()), dtype=self.dtype)
         if running:
             wide = jnp.promote_types(x.dtype, jnp.float32)
-            inverse = lax.rsqrt(running_var.astype(wide) + self.epsilon)
-            y = (x.astype(wide) - running_mean) * (inverse if scale is None else inverse * scale)
+            inverse = lax.rsqrt(self.var[...].astype(wide) + self.epsilon)
+            y = (x.astype(wide) - self.mean[...]) * (inverse if scale is None else inverse * scale)
             return (y if bias is None else y + bias).astype(x.dtype)
         rows = current_examples(x.shape[0])
         real, mask = rows.real, checked_mask("nn.BatchNorm", x, mask)
-        if rows.summing and mask is not None:
-            raise UserError(
-                "nn.BatchNorm: a mask, but with statistics='batch' the trainer counts examples, not values; "
-                "use statistics='microbatch', or leave the mask out"
-            )
+        if rows.summing:
+            self._refuse_summing(mask)
         y, mean, var = ops.batch_norm(
             x,
             scale,
@@ -146,6 +143,18 @@ class BatchNorm(_Affine, nnx.BatchNorm):
             # A microbatch of a ragged batch may have no real example, and then changes nothing.
             statistic[...] = moved if real is None else jnp.where(real.any(), moved, old)
         return y
+
+    def _refuse_summing(self, mask: Array | None) -> None:
+        """Refuses what sums of values and squares over microbatches of examples cannot be made from."""
+        for name, given in (
+            ("mask", mask is not None),
+            ("use_fast_variance=False", not self.use_fast_variance),
+        ):
+            if given:
+                raise UserError(
+                    f"nn.BatchNorm: {name}, but with statistics='batch' the trainer sums values and squares, "
+                    f"and counts examples; use statistics='microbatch', or leave {name} out"
+                )
 
 
 class GroupNorm(_Affine, nnx.GroupNorm):

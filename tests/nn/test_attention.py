@@ -97,6 +97,7 @@ def test_dropout_is_that_of_nnx_or_drawn_by_example():
     np.testing.assert_allclose(odd, whole[1::2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_decoding_keeps_the_keys_of_nnx():
     x = jax.random.normal(jax.random.key(0), (2, 4, 8), jnp.float32)
     ours, theirs = (library.MultiHeadAttention(4, 8, rngs=nnx.Rngs(0)) for library in (nn, nnx))

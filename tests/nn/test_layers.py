@@ -157,6 +157,17 @@ def test_running_statistics_are_used_in_evaluation():
         np.testing.assert_allclose(layer(x), reference(x), rtol=1e-12)
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_running_statistics_do_not_widen_the_output(running):
+    """In nnx they do: a network in bfloat16 would go on in float32 after its first batch norm."""
+    layer = nn.BatchNorm(8, use_running_average=running, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.mean[...] = jnp.full(8, 100.3)
+    y = layer(jnp.full((4, 8), 100.5, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    if running:  # and are not rounded: bfloat16 has no 100.3
+        np.testing.assert_allclose(y.astype(float), 0.2, rtol=0.01)
+
+
 def test_batches_of_any_rank():
     conv, linear = nn.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), nn.Linear(3, 4, rngs=nnx.Rngs(0))
     assert conv(jnp.ones((9, 3))).shape == (9, 4)
@@ -264,10 +275,16 @@ def test_a_mask_updates_the_running_statistics_as_in_nnx(spec):
     np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-9)
 
 
-def test_a_mask_cannot_be_counted_by_examples():
+def test_sums_over_microbatches_have_no_masks_and_no_second_pass():
     layer = nn.BatchNorm(8, rngs=nnx.Rngs(0))
     with nn.examples(jnp.arange(4), summing=True), pytest.raises(UserError, match="statistics='microbatch'"):
         layer(jnp.ones((4, 3, 8)), mask=jnp.ones((4, 1, 1), bool))
+    layer = nn.BatchNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0))
+    with (
+        nn.examples(jnp.arange(4), summing=True),
+        pytest.raises(UserError, match="use_fast_variance=False, but"),
+    ):
+        layer(jnp.ones((4, 3, 8)))
 
 
 def test_features_that_do_not_agree_are_refused():

@@ -360,7 +360,7 @@ def test_every_argument_is_decided(name):
 
 
 COMMON = [id(row) for rows in (WEIGHTS, NORM, BIAS) for row in rows.values()]
-CHEAP = ("qkv_dot_general", "out_sharding", "qkv_sharding", "mask", "dropout_rate")
+CHEAP = ("qkv_dot_general", "out_sharding", "qkv_sharding", "mask")
 
 
 def checks():
