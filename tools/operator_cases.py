@@ -104,6 +104,10 @@ def plain_batch_norm(x: Array) -> Array:
     return (x - x.mean(axes)) * lax.rsqrt(x.var(axes) + 1e-5)
 
 
+def plain_rms_norm(x: Array) -> Array:
+    return x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
 def plain_adaptive(x: Array, extent: int) -> Array:
     for dim in range(1, x.ndim - 1):
         n = x.shape[dim]
@@ -179,7 +183,7 @@ CASES = (
     ),
     Case(
         "max pool 3x3 s2",
-        functools.partial(ops.max_pool, window=(3, 3), strides=(2, 2), padding="SAME"),
+        functools.partial(ops.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME"),
         functools.partial(plain_pool, window=3, stride=2),
         IMAGE,
     ),
@@ -209,6 +213,13 @@ CASES = (
         functools.partial(plain_norm, groups=4),
         IMAGE,
     ),
+    Case(
+        "min pool 3x3 s2",
+        functools.partial(ops.min_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME"),
+        lambda x: -plain_pool(-x, window=3, stride=2),
+        IMAGE,
+    ),
+    Case("rms norm", ops.rms_norm, plain_rms_norm, IMAGE),
     Case("instance norm", ops.instance_norm, functools.partial(plain_norm, groups=32), IMAGE),
     Case("flatten", ops.flatten, lambda x: x.reshape(x.shape[0], -1), (8, 8, 8, 32)),
     Case("linear 512", cut_out(ops.linear), jnp.matmul, (64, 512), ((512, 512),)),

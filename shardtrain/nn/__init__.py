@@ -4,11 +4,13 @@ Layers with a namesake in `nnx` take its arguments and have its parameter names,
 move over unchanged.
 """
 
+from shardtrain.nn.activation import PReLU
+from shardtrain.nn.attention import MultiHeadAttention
 from shardtrain.nn.base import Partitioned
 from shardtrain.nn.conv import Conv, ConvTranspose, LocallyConnected
 from shardtrain.nn.examples import examples
-from shardtrain.nn.linear import Embed, Linear
-from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm
+from shardtrain.nn.linear import Einsum, Embed, Linear, LinearGeneral
+from shardtrain.nn.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from shardtrain.nn.partition import LayoutTable, assign, partition_table
 from shardtrain.nn.pool import (
     AdaptiveAvgPool,
@@ -20,6 +22,7 @@ from shardtrain.nn.pool import (
     Flatten,
     GlobalAvgPool,
     MaxPool,
+    MinPool,
     Upsample,
 )
 from shardtrain.nn.rounds import Rounds
@@ -35,6 +38,7 @@ __all__ = [
     "ConvTranspose",
     "Crop",
     "Dropout",
+    "Einsum",
     "Embed",
     "Flatten",
     "GlobalAvgPool",
@@ -43,9 +47,14 @@ __all__ = [
     "LayerNorm",
     "LayoutTable",
     "Linear",
+    "LinearGeneral",
     "LocallyConnected",
     "MaxPool",
+    "MinPool",
+    "MultiHeadAttention",
+    "PReLU",
     "Partitioned",
+    "RMSNorm",
     "Rounds",
     "Upsample",
     "assign",

@@ -15,6 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import PartitionSpec as P
 
 from shardtrain import ops
+from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Layout
 
 
@@ -43,7 +44,11 @@ class Partitioned:
     path: str = ""
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
-        """How each parameter is stored on `mesh` between steps, by attribute name."""
+        """How each parameter is stored on `mesh` between steps, by attribute name.
+
+        A specification has one entry for each dimension that the layer gave the parameter. Layers that
+        `nnx.vmap` stacked have more dimensions in front, which are not cut (`partition.parameter_spec`).
+        """
         return {}
 
     def undivided(self, mesh: AnyMesh) -> Iterator[str]:
@@ -61,6 +66,32 @@ class Partitioned:
     def spatial(self) -> tuple[str, ...] | None:
         """Names of the spatial dimensions; None for a layer that takes any number of them."""
         return None
+
+
+def refuse(layer: Any, name: str, usual: Collection[Any], why: str) -> None:
+    """Refuses an argument of a constructor, kept under its name, that is none of the `usual` values.
+
+    Raises:
+        UserError: with the argument, and `why` it has no other value here.
+    """
+    given = getattr(layer, name)
+    if not any(given is value or given == value for value in usual):
+        shown = getattr(given, "__name__", repr(given))
+        raise UserError(f"nn.{type(layer).__name__}: {name}={shown}, but {why}; leave {name} out")
+
+
+def refuse_sharding(layer: Any, **shardings: Any) -> None:
+    """Refuses shardings of the output that are given to a call.
+
+    Raises:
+        UserError: for one that is not None.
+    """
+    for name, given in shardings.items():
+        if given is not None:
+            raise UserError(
+                f"nn.{type(layer).__name__}: {name}={given!r}, but outputs are cut by the layer's layout; "
+                f"leave {name} out, and say in the layout table what is cut otherwise"
+            )
 
 
 def name(path: tuple) -> str:

@@ -61,15 +61,18 @@ class Contraction(Partitioned):
         It depends on the layer alone and leaves padding out of account, so that the kernel can be placed on
         devices before there is a batch.
         """
-        channels = self.in_features, self.out_features
-        return ops.channel_plan(self.layout, mesh, channels, self.pixels(), self.feature_group_count)
+        return ops.channel_plan(self.layout, mesh, self.channels(), self.pixels(), self.feature_group_count)
 
     def channel_mode(self) -> ChannelMode:
         """The mode of the plan on the active mesh."""
         return self.channel_plan(active_mesh()).mode
 
+    def kernel_shape_of_one(self) -> tuple[int, ...]:
+        """The kernel's shape without the dimensions in front by which `nnx.vmap` stacks layers."""
+        return self.kernel.shape[-self.pixel_dims - 2 :]
+
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
-        shape = self.kernel.shape
+        shape = self.kernel_shape_of_one()
         kernel_dim = self.channel_plan(mesh).kernel_dim
         specs = {"kernel": self.layout.parameter(shape, kernel_dim, mesh, self.pixel_dims)}
         if self.use_bias:
@@ -87,5 +90,5 @@ class Contraction(Partitioned):
                 f"device computes all of them"
             )
 
-    def channels(self) -> tuple[int, ...]:
+    def channels(self) -> tuple[int, int]:
         return (self.in_features, self.out_features)

@@ -17,7 +17,7 @@ from shardtrain.errors import UserError
 from shardtrain.kernels.conv import refused
 from shardtrain.layout import AnyMesh, spatial_names
 from shardtrain.mesh import size
-from shardtrain.nn.base import in_layout
+from shardtrain.nn.base import in_layout, refuse, refuse_sharding
 from shardtrain.nn.contraction import Contraction, lecun_normal
 from shardtrain.ops.arguments import MODES, Padding, listed, tuple_of
 from shardtrain.ops.locally_connected import local_windows
@@ -35,6 +35,21 @@ class _Convolution(Contraction):
 
     def spatial(self) -> tuple[str, ...] | None:
         return spatial_names(len(self.kernel_size))
+
+    def check_mask(self) -> None:
+        """Refuses a mask of another shape than the kernel's.
+
+        Raises:
+            UserError: for that.
+        """
+        if self.mask is not None and self.mask.shape != self.kernel.shape:
+            raise UserError(
+                f"nn.{type(self).__name__}: a mask of shape {self.mask.shape} for a kernel of "
+                f"{self.kernel.shape}; give one of the kernel's shape"
+            )
+
+    def kernel_shape_of_one(self) -> tuple[int, ...]:
+        return self.kernel.shape[-len(self.kernel_size) - 2 :]
 
     def operands(self, inputs: Array) -> tuple[Array, Array, Array | None, tuple[int, ...]]:
         """Input with one batch dimension, kernel, bias, and the batch dimensions that the input had."""
@@ -56,7 +71,8 @@ class Conv(_Convolution, nnx.Conv):
 
     Raises:
         UserError: at construction, for strides, dilations or padding that define no convolution, an algorithm
-            that does not support them, or a `conv_general_dilated` of your own.
+            that does not support them, a `conv_general_dilated` of your own, or a mask
+            of another shape than the kernel's; when called, for an `out_sharding`.
 
     Example:
         >>> conv = st.nn.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))
@@ -80,8 +96,8 @@ class Conv(_Convolution, nnx.Conv):
         if reason := refused(algorithm, self.kernel_size, strides, implementation):
             raise UserError(f"nn.Conv: {reason}")
         _check_padding("nn.Conv", self.padding, rank)
-        if self.conv_general_dilated is not lax.conv_general_dilated:
-            raise UserError("nn.Conv: it brings its own conv_general_dilated; use nnx.Conv for another one")
+        self.check_mask()
+        refuse(self, "conv_general_dilated", (lax.conv_general_dilated,), "the layer brings its own")
 
     def pixels(self) -> tuple[int, int]:
         strides = tuple_of(self.strides, len(self.kernel_size), "strides")
@@ -89,9 +105,10 @@ class Conv(_Convolution, nnx.Conv):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: Any = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Convolves inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
+        refuse_sharding(self, out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv(
             x,
@@ -122,7 +139,8 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         kwargs: keyword arguments of `nnx.ConvTranspose`.
 
     Raises:
-        UserError: at construction, for strides, dilation or padding that define no convolution.
+        UserError: at construction, for strides, dilation or padding that define no convolution, or a mask of
+            another shape than the kernel's; when called, for an `out_sharding`.
 
     Example:
         >>> up = st.nn.ConvTranspose(8, 4, (2, 2), (2, 2), padding="VALID", rngs=nnx.Rngs(0))
@@ -136,6 +154,7 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
         strides = tuple_of(self.strides, rank, "strides")
         tuple_of(self.kernel_dilation, rank, "kernel_dilation")
         transposed_pads(self.padding, self.kernel_size, strides)
+        self.check_mask()
 
     def pixels(self) -> tuple[int, int]:
         return 1, math.prod(tuple_of(self.strides, len(self.kernel_size), "strides"))
@@ -143,7 +162,7 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         specs = super().parameter_specs(mesh)
         if self.transpose_kernel:  # stored as (*window, outputs, inputs)
-            *window, outputs, inputs = self.kernel.shape
+            *window, outputs, inputs = self.kernel_shape_of_one()
             kernel_dim = self.channel_plan(mesh).kernel_dim
             transposed = self.layout.parameter((*window, inputs, outputs), kernel_dim, mesh)
             specs["kernel"] = P(*transposed[:-2], transposed[-1], transposed[-2])
@@ -151,9 +170,10 @@ class ConvTranspose(_Convolution, nnx.ConvTranspose):
 
     @in_layout
     def __call__(
-        self, inputs: Num[Array, "*batch_and_pixels channels_in"]
+        self, inputs: Num[Array, "*batch_and_pixels channels_in"], out_sharding: Any = None
     ) -> Num[Array, "*batch_and_pixels_out channels_out"]:
         """Maps inputs `(*batch, *spatial, channels)` with any number of batch dimensions, as in Flax."""
+        refuse_sharding(self, out_sharding=out_sharding)
         x, kernel, bias, leading = self.operands(inputs)
         y = ops.conv_transpose(
             x,

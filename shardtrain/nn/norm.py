@@ -11,8 +11,11 @@ from jaxtyping import Bool, Float
 from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, spec
-from shardtrain.nn.base import Partitioned, in_layout
+from shardtrain.nn.base import Partitioned, in_layout, refuse
 from shardtrain.nn.examples import current_examples
+from shardtrain.ops.norm import checked_mask
+
+_LAST = (-1, (-1,), [-1])
 
 
 class _Affine(Partitioned):
@@ -23,7 +26,7 @@ class _Affine(Partitioned):
     bias: nnx.Param[Array] | None
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
-        names = [name for name in ("scale", "bias") if getattr(self, name) is not None]
+        names = [name for name in ("scale", "bias") if getattr(self, name, None) is not None]
         return {name: self.layout.parameter((self.num_features,), 0, mesh) for name in names}
 
     def channels(self) -> tuple[int, ...]:
@@ -34,6 +37,22 @@ class _Affine(Partitioned):
         scale, bias = self.scale, self.bias
         return None if scale is None else scale[...], None if bias is None else bias[...]
 
+    def refuse_named_axes(self) -> None:
+        """Refuses the arguments by which `nnx` sums over devices."""
+        for name in ("axis_name", "axis_index_groups"):
+            refuse(self, name, (None,), "statistics are over all devices of the mesh already")
+
+    def mask_of(self, x: Array, mask: Array | None) -> Array | None:
+        """A mask for statistics of each example; rows that only pad a ragged batch are no part of it.
+
+        They are normalized by all that they hold, since statistics of nothing at all would be NaN.
+        """
+        mask = checked_mask(f"nn.{type(self).__name__}", x, mask)
+        if mask is None:
+            return None
+        real = current_examples(x.shape[0]).real
+        return mask if real is None else mask | ~real.reshape(-1, *[1] * (x.ndim - 1))
+
 
 class BatchNorm(_Affine, nnx.BatchNorm):
     """`nnx.BatchNorm` with the statistics of the whole batch on every mesh.
@@ -41,14 +60,16 @@ class BatchNorm(_Affine, nnx.BatchNorm):
     Rows that only pad a ragged batch are left out of the statistics. Under gradient accumulation and in
     pipelines every microbatch is normalized by its own statistics, as is usual. The running statistics are
     updated with each microbatch or, with the trainer's `statistics="batch"`, once with those of the whole
-    batch.
+    batch. They are in float32 and used so, whatever `dtype` and `promote_dtype` are, and unlike in `nnx` they
+    do not widen outputs of a narrower type.
 
     Args:
         args: positional arguments of `nnx.BatchNorm`.
         kwargs: keyword arguments of `nnx.BatchNorm`.
 
     Raises:
-        UserError: at construction, for an `axis` that is not the last, or an `axis_name`.
+        UserError: at construction, for an `axis` that is not the last, an `axis_name` or its groups; when
+            called, for a mask that does not broadcast against the input.
 
     Example:
         >>> norm, x = st.nn.BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((8, 4, 4, 3))
@@ -59,10 +80,8 @@ class BatchNorm(_Affine, nnx.BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.axis != -1:
-            raise UserError(f"nn.BatchNorm: axis={self.axis}; arrays are channels last here, so axis=-1")
-        if self.axis_name is not None:
-            raise UserError("nn.BatchNorm: leave axis_name out; statistics are over the whole batch already")
+        refuse(self, "axis", _LAST, "arrays are channels last here")
+        self.refuse_named_axes()
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         running = spec(
@@ -76,30 +95,42 @@ class BatchNorm(_Affine, nnx.BatchNorm):
         x: Float[Array, "batch *spatial channels"],
         use_running_average: bool | None = None,
         *,
-        mask: Bool[Array, " batch"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`, and updates the running statistics.
 
         Args:
             x: the input.
             use_running_average: whether to normalize by the running statistics; overrides the constructor's.
-            mask: `(batch,)`, True for examples that count; those of the enclosing `examples` by default.
+            mask: True for values that count in the statistics; it broadcasts against `x`, so that one of
+                each example is `(batch, 1, 1, 1)`. Of them only those of real examples count, see `examples`.
         """
         running = self.use_running_average if use_running_average is None else use_running_average
         if running is None:
             raise UserError(
                 "nn.BatchNorm: say use_running_average=True or False, or call model.train() or .eval()"
             )
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
+        mean, var = (statistic[...].astype(x.dtype) for statistic in (self.mean, self.var))
+        x, _, _, scale, bias = self.promote_dtype((x, mean, var, *self.affine()), dtype=self.dtype)
         if running:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             inverse = lax.rsqrt(self.var[...].astype(wide) + self.epsilon)
             y = (x.astype(wide) - self.mean[...]) * (inverse if scale is None else inverse * scale)
             return (y if bias is None else y + bias).astype(x.dtype)
         rows = current_examples(x.shape[0])
-        real = rows.real if mask is None else mask
-        y, mean, var = ops.batch_norm(x, scale, bias, epsilon=self.epsilon, examples=real, layout=self.layout)
+        real, mask = rows.real, checked_mask("nn.BatchNorm", x, mask)
+        if rows.summing:
+            self._refuse_summing(mask)
+        y, mean, var = ops.batch_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            examples=real,
+            mask=mask,
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
         if rows.summing:
             count = x.shape[0] if real is None else real.sum()
             for statistic, new in ((self.mean, mean), (self.var, var + mean**2)):
@@ -113,6 +144,18 @@ class BatchNorm(_Affine, nnx.BatchNorm):
             statistic[...] = moved if real is None else jnp.where(real.any(), moved, old)
         return y
 
+    def _refuse_summing(self, mask: Array | None) -> None:
+        """Refuses what sums of values and squares over microbatches of examples cannot be made from."""
+        for name, given in (
+            ("mask", mask is not None),
+            ("use_fast_variance=False", not self.use_fast_variance),
+        ):
+            if given:
+                raise UserError(
+                    f"nn.BatchNorm: {name}, but with statistics='batch' the trainer sums values and squares, "
+                    f"and counts examples; use statistics='microbatch', or leave {name} out"
+                )
+
 
 class GroupNorm(_Affine, nnx.GroupNorm):
     """`nnx.GroupNorm` on batch, pixels and channels that may be cut; see `shardtrain.ops.group_norm`.
@@ -123,7 +166,8 @@ class GroupNorm(_Affine, nnx.GroupNorm):
         kwargs: keyword arguments of `nnx.GroupNorm`.
 
     Raises:
-        UserError: at construction, for `reduction_axes` or an `axis_name`.
+        UserError: at construction, for `reduction_axes`, an `axis_name` or its groups; when called, for
+            a mask that does not broadcast against the input.
 
     Example:
         >>> norm = st.nn.GroupNorm(6, num_groups=3, rngs=nnx.Rngs(0))
@@ -134,14 +178,25 @@ class GroupNorm(_Affine, nnx.GroupNorm):
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
-        if self.reduction_axes is not None or self.axis_name is not None:
-            raise UserError("nn.GroupNorm: reduction_axes and axis_name have no place here; leave them out")
+        refuse(self, "reduction_axes", (None,), "it normalizes a group's channels over all pixels")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.group_norm(x, self.num_groups, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.group_norm(
+            x,
+            self.num_groups,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
 
 
 class LayerNorm(_Affine, nnx.LayerNorm):
@@ -153,7 +208,8 @@ class LayerNorm(_Affine, nnx.LayerNorm):
         kwargs: keyword arguments of `nnx.LayerNorm`.
 
     Raises:
-        UserError: at construction, for other axes than the last, or an `axis_name`.
+        UserError: at construction, for other axes than the last, an `axis_name` or its groups; when
+            called, for a mask that does not broadcast against the input.
 
     Example:
         >>> st.nn.LayerNorm(16, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
@@ -163,14 +219,25 @@ class LayerNorm(_Affine, nnx.LayerNorm):
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
         self.num_features = num_features
-        if (self.reduction_axes, self.feature_axes, self.axis_name) != (-1, -1, None):
-            raise UserError("nn.LayerNorm: it normalizes the last axis; leave the *_axes and axis_name out")
+        for name in ("reduction_axes", "feature_axes"):
+            refuse(self, name, _LAST, "it normalizes the last axis")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.layer_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.layer_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
 
 
 class InstanceNorm(_Affine, nnx.InstanceNorm):
@@ -182,7 +249,8 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
         kwargs: keyword arguments of `nnx.InstanceNorm`.
 
     Raises:
-        UserError: at construction, for `feature_axes` other than the last, or an `axis_name`.
+        UserError: at construction, for `feature_axes` other than the last, an `axis_name` or its groups;
+            when called, for a mask that does not broadcast against the input.
 
     Example:
         >>> st.nn.InstanceNorm(6, rngs=nnx.Rngs(0))(jnp.ones((8, 4, 4, 6))).shape
@@ -191,11 +259,53 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
 
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
-        if self.feature_axes != -1 or self.axis_name is not None:
-            raise UserError("nn.InstanceNorm: it normalizes the pixels of each channel; leave the axes out")
+        refuse(self, "feature_axes", _LAST, "it normalizes the pixels of each channel")
+        self.refuse_named_axes()
 
     @in_layout
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        scale, bias = self.affine()
-        x, scale, bias = self.promote_dtype((x, scale, bias), dtype=self.dtype)
-        return ops.instance_norm(x, scale, bias, epsilon=self.epsilon, layout=self.layout)
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return ops.instance_norm(
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
+
+
+class RMSNorm(_Affine, nnx.RMSNorm):
+    """`nnx.RMSNorm` over the channels, which may be cut; see `shardtrain.ops.rms_norm`.
+
+    Args:
+        args: positional arguments of `nnx.RMSNorm`.
+        kwargs: keyword arguments of `nnx.RMSNorm`.
+
+    Raises:
+        UserError: at construction, for other axes than the last, an `axis_name` or its groups; when called,
+            for a mask that does not broadcast against the input.
+
+    Example:
+        >>> st.nn.RMSNorm(16, rngs=nnx.Rngs(0))(jnp.ones((8, 16))).shape
+        (8, 16)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("reduction_axes", "feature_axes"):
+            refuse(self, name, _LAST, "it normalizes the last axis")
+        self.refuse_named_axes()
+
+    @in_layout
+    def __call__(
+        self, x: Float[Array, "batch *spatial channels"], mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "batch *spatial channels"]:
+        """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the mean is of."""
+        scale = None if self.scale is None else self.scale[...]
+        x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
+        return ops.rms_norm(x, scale, epsilon=self.epsilon, mask=self.mask_of(x, mask), layout=self.layout)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from flax import nnx
@@ -33,6 +33,9 @@ _NAMESAKES: dict[type, type] = {
     nnx.LayerNorm: norm.LayerNorm,
     nnx.Dropout: pool.Dropout,
 }
+
+_CUT_BY_CHANNEL = (nnx.LinearGeneral, nnx.Einsum)
+"""Plain layers that XLA gets right, and that have a namesake here which does not stay whole or says so."""
 
 
 def leaves(model: nnx.Module) -> dict[str, nnx.Module]:
@@ -88,6 +91,7 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
             _check_plain(path, module, mesh)
     _check_axes_used(found, layouts, mesh)
     _log_undivided(found, mesh)
+    _log_whole(found, mesh)
     _check_parameters_spread(model, default, mesh)
     return dataclasses.replace(layouts[""], parameters=default.parameters)
 
@@ -142,15 +146,31 @@ def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
                 f"layer {path!r} is a plain {name}, which XLA gets wrong or keeps whole on a mesh with "
                 f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__} with the same arguments"
             )
-    if size(mesh, "channel") > 1 and _plain_parameters(module):
+    large = [value for value in _parameters(module).values() if sum(n > 1 for n in value.shape) > 1]
+    if size(mesh, "channel") > 1 and large:
+        kind = type(module).__name__
+        instead = f"shardtrain.nn.{kind}" if type(module) in _CUT_BY_CHANNEL else "layers of shardtrain.nn"
         raise UserError(
-            f"layer {path!r}, a plain {type(module).__name__}, would be kept whole on each of the "
-            f"channel={size(mesh, 'channel')} devices; use layers of shardtrain.nn, or a mesh without channel"
+            f"layer {path!r}, a plain {kind}, would be kept whole on each of the "
+            f"channel={size(mesh, 'channel')} devices; use {instead}, or a mesh without channel"
         )
 
 
-def _plain_parameters(module: nnx.Module) -> bool:
-    return any(isinstance(value, nnx.Param) for value in vars(module).values())
+def _parameters(module: nnx.Module) -> dict[str, nnx.Param]:
+    """A module's own parameters by the names of its attributes."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+
+
+def _log_whole(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
+    """Logs the vectors of plain modules, which XLA keeps whole on a mesh that cuts channels."""
+    whole = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in found.items()
+        if not isinstance(module, Partitioned)
+        for name in _parameters(module)
+    ]
+    if whole and size(mesh, "channel") > 1:
+        log.warning("whole on each of the channel=%d devices: %s", size(mesh, "channel"), ", ".join(whole))
 
 
 def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layout], mesh: AnyMesh) -> None:
@@ -190,11 +210,26 @@ def parameter_spec(model: nnx.Module, mesh: AnyMesh, default: Layout) -> dict[tu
         if isinstance(module, Partitioned):
             specs |= {(*path, name): spec for name, spec in module.parameter_specs(mesh).items()}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if path not in specs:
-            shape = jax.numpy.shape(variable.get_value())
+        shape = jax.numpy.shape(variable.get_value())
+        if path in specs:
+            specs[path] = _stacked(path, specs[path], shape, mesh)
+        else:
             is_parameter = isinstance(variable, nnx.Param)
             specs[path] = default.parameter(shape, None, mesh) if is_parameter else P()
     return specs
+
+
+def _stacked(path: tuple, one: P, shape: Sequence[int], mesh: AnyMesh) -> P:
+    """The PartitionSpec of a variable of layers that `nnx.vmap` stacked, from that of `one` layer's."""
+    if len(shape) == len(one):
+        return one
+    stacked = P(*[None] * (len(shape) - len(one)), *one)
+    if any(n % size(mesh, axes_of(entry)) for n, entry in zip(shape, stacked, strict=True)):
+        raise UserError(
+            f"the variable {name(path)!r} has the shape {tuple(shape)}, whose last dimensions do not divide "
+            f"as {one} of one layer; stack layers along the first dimension, by nnx.vmap(..., out_axes=0)"
+        )
+    return stacked
 
 
 def partition_table(model: nnx.Module, mesh: AnyMesh, default: Layout | None = None) -> Table:

@@ -17,18 +17,8 @@ from shardtrain.ops.arguments import Padding, numbers_of, tuple_of
 from shardtrain.ops.resample import method_of
 
 
-class MaxPool(Partitioned, nnx.Module):
-    """`nnx.max_pool` as a layer; see `shardtrain.ops.max_pool`.
-
-    Args:
-        window_shape: rows of the window, one number for all spatial dimensions or one for each.
-        strides: rows from one window to the next, likewise; 1 by default.
-        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
-
-    Example:
-        >>> st.nn.MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
-        (2, 4, 4, 3)
-    """
+class _Pool(Partitioned, nnx.Module):
+    """Base class of pooling by a window."""
 
     def __init__(
         self,
@@ -40,18 +30,55 @@ class MaxPool(Partitioned, nnx.Module):
         self.strides = numbers_of(1 if strides is None else strides, "strides")
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
 
+
+class MaxPool(_Pool):
+    """`nnx.max_pool` as a layer; see `shardtrain.ops.max_pool`.
+
+    Args:
+        window_shape: rows of the window, one number for all spatial dimensions or one for each, which then
+            says how many dimensions are spatial.
+        strides: rows from one window to the next, likewise; 1 by default.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
+
+    Example:
+        >>> st.nn.MaxPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
+    """
+
     @in_layout
-    def __call__(self, x: Num[Array, "batch *spatial channels"]) -> Num[Array, "batch *spatial_out channels"]:
-        return ops.max_pool(
-            x, self.window_shape, strides=self.strides, padding=self.padding, layout=self.layout
-        )
+    def __call__(
+        self, x: Num[Array, "*batch_and_pixels channels"]
+    ) -> Num[Array, "*batch_and_pixels_out channels"]:
+        return ops.max_pool(x, self.window_shape, self.strides, self.padding, layout=self.layout)
 
 
-class AvgPool(Partitioned, nnx.Module):
+class MinPool(_Pool):
+    """`nnx.min_pool` as a layer; see `shardtrain.ops.min_pool`.
+
+    Args:
+        window_shape: rows of the window, one number for all spatial dimensions or one for each, which then
+            says how many dimensions are spatial.
+        strides: rows from one window to the next, likewise; 1 by default.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
+
+    Example:
+        >>> st.nn.MinPool((2, 2), strides=(2, 2))(jnp.ones((2, 8, 8, 3))).shape
+        (2, 4, 4, 3)
+    """
+
+    @in_layout
+    def __call__(
+        self, x: Num[Array, "*batch_and_pixels channels"]
+    ) -> Num[Array, "*batch_and_pixels_out channels"]:
+        return ops.min_pool(x, self.window_shape, self.strides, self.padding, layout=self.layout)
+
+
+class AvgPool(_Pool):
     """`nnx.avg_pool` as a layer; see `shardtrain.ops.avg_pool`.
 
     Args:
-        window_shape: rows of the window, one number for all spatial dimensions or one for each.
+        window_shape: rows of the window, one number for all spatial dimensions or one for each, which then
+            says how many dimensions are spatial.
         strides: rows from one window to the next, likewise; 1 by default.
         padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
         count_include_pad: whether padding counts in the mean, as zeros.
@@ -68,22 +95,15 @@ class AvgPool(Partitioned, nnx.Module):
         padding: Padding = "VALID",
         count_include_pad: bool = True,
     ) -> None:
-        self.window_shape = numbers_of(window_shape, "window_shape")
-        self.strides = numbers_of(1 if strides is None else strides, "strides")
-        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        super().__init__(window_shape, strides, padding)
         self.count_include_pad = count_include_pad
 
     @in_layout
     def __call__(
-        self, x: Float[Array, "batch *spatial channels"]
-    ) -> Float[Array, "batch *spatial_out channels"]:
+        self, x: Float[Array, "*batch_and_pixels channels"]
+    ) -> Float[Array, "*batch_and_pixels_out channels"]:
         return ops.avg_pool(
-            x,
-            self.window_shape,
-            strides=self.strides,
-            padding=self.padding,
-            count_include_pad=self.count_include_pad,
-            layout=self.layout,
+            x, self.window_shape, self.strides, self.padding, self.count_include_pad, layout=self.layout
         )
 
 
@@ -246,7 +266,7 @@ class Dropout(Partitioned, nnx.Dropout):
         inputs: Float[Array, "*shape"],
         *,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | Array | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> Float[Array, "*shape"]:
         off = self.deterministic if deterministic is None else deterministic
         if off is None:
@@ -260,7 +280,8 @@ class Dropout(Partitioned, nnx.Dropout):
             raise UserError("nn.Dropout: give rngs, to the constructor or to the call")
         source = source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
         key = source if isinstance(source, jax.Array) else source()
-        shape = [1 if d in self.broadcast_dims else n for d, n in enumerate(inputs.shape)]
+        broadcast = {d % inputs.ndim for d in self.broadcast_dims}
+        shape = [1 if d in broadcast else n for d, n in enumerate(inputs.shape)]
         index = current_examples(inputs.shape[0]).index[: shape[0]]
         draw = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.rate, shape[1:]))
         mesh = active_mesh()

@@ -7,11 +7,12 @@ mesh, and partitioned inside `with jax.set_mesh(mesh):`.
 from shardtrain.ops.channels import ChannelPlan, channel_plan
 from shardtrain.ops.conv import conv
 from shardtrain.ops.embed import embed
+from shardtrain.ops.example_norm import group_norm, instance_norm, layer_norm, rms_norm
 from shardtrain.ops.explain import Explanation, explain_conv, load_conv_table
 from shardtrain.ops.linear import linear
 from shardtrain.ops.locally_connected import local
-from shardtrain.ops.norm import batch_norm, group_norm, instance_norm, layer_norm
-from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool
+from shardtrain.ops.norm import batch_norm
+from shardtrain.ops.pool import avg_pool, global_avg_pool, max_pool, min_pool
 from shardtrain.ops.resample import adaptive_avg_pool, adaptive_max_pool, pad, resize
 from shardtrain.ops.reshard import reshard
 from shardtrain.ops.shape import concat, flatten
@@ -40,9 +41,11 @@ __all__ = [
     "load_conv_table",
     "local",
     "max_pool",
+    "min_pool",
     "pad",
     "reshard",
     "resize",
+    "rms_norm",
     "take_turn",
     "torch_padding",
 ]

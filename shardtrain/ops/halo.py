@@ -11,7 +11,7 @@ from shardtrain.layout import Axes
 from shardtrain.ops.window import Reach, Round
 
 
-def exchange(x: Array, dim: int, reach: Reach, *, fill: float = 0.0, grouped: bool = False) -> Array:
+def exchange(x: Array, dim: int, reach: Reach, *, fill: float | int = 0.0, grouped: bool = False) -> Array:
     """The rows of dimension `dim` that this device's outputs are computed from.
 
     To be called for one dimension after the other: the halos of later dimensions include those of earlier
@@ -49,7 +49,7 @@ def block(x: Array, dim: int, starts: tuple[int, ...], rows: int, axes: Axes) ->
     return lax.dynamic_slice_in_dim(x, start, rows, dim)
 
 
-def _neighbours(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Array], list[Array]]:
+def _neighbours(x: Array, dim: int, reach: Reach, fill: float | int) -> tuple[list[Array], list[Array]]:
     """Halo rows before and after the block by collective-permute: hop h is sent by the h-th neighbour."""
     n, rows = reach.shards, x.shape[dim]
     low, high = [], []
@@ -64,12 +64,12 @@ def _neighbours(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Arr
     return low[::-1], high
 
 
-def _missing(part: Array, absent: Array, fill: float) -> Array:
+def _missing(part: Array, absent: Array, fill: float | int) -> Array:
     """A received part with `fill` where no device sent any: a permute gives zeros there."""
     return part if fill == 0 else jnp.where(absent, jnp.asarray(fill, part.dtype), part)
 
 
-def _grouped(x: Array, dim: int, reach: Reach, fill: float) -> tuple[list[Array], list[Array]]:
+def _grouped(x: Array, dim: int, reach: Reach, fill: float | int) -> tuple[list[Array], list[Array]]:
     """Halo rows before and after the block by one all-gather of all blocks' edges along the axis."""
     if reach.halo == (0, 0):
         return [], []

@@ -56,7 +56,7 @@ def pad_to(x: Array, extents: Sequence[int]) -> Array:
 
 
 def mask_padding(
-    x: Array, extents: Sequence[int], cuts: Sequence[Axes], mesh: AnyMesh | None, fill: float = 0.0
+    x: Array, extents: Sequence[int], cuts: Sequence[Axes], mesh: AnyMesh | None, fill: float | int = 0.0
 ) -> Array:
     """This device's block with `fill` written past the global `extents`; for use inside an island.
 

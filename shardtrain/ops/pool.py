@@ -20,23 +20,25 @@ from shardtrain.ops.window import Window
 
 
 def max_pool(
-    x: Num[Array, "batch *spatial channels"],
-    window: int | Sequence[int],
-    *,
+    inputs: Num[Array, "*batch_and_pixels channels"],
+    window_shape: int | Sequence[int],
     strides: int | Sequence[int] | None = None,
     padding: Padding = "VALID",
+    *,
     layout: Layout | None = None,
-) -> Num[Array, "batch *spatial_out channels"]:
+) -> Num[Array, "*batch_and_pixels_out channels"]:
     """The largest value in every window; the gradient goes to the first of equal values.
 
     On a mesh spatial neighbours exchange the halo rows that their windows share.
 
     Args:
-        x: input, channels last.
-        window: rows of the window, one number or one per spatial dimension.
+        inputs: arrays `(*batch, *spatial, channels)`, channels last. A window of several numbers says how
+            many dimensions are spatial, so there may be none or several batch dimensions before them.
+        window_shape: rows of the window, one number for each spatial dimension, or one for all dimensions
+            between the first and the last.
         strides: rows from one window to the next; 1 by default, as in Flax.
         padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs. Padding counts as smaller than
-            every value.
+            every value; a window of padding alone gives -infinity.
         layout: which mesh axes cut what; by name by default.
 
     Returns:
@@ -49,26 +51,64 @@ def max_pool(
         >>> st.ops.max_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
         (2, 4, 4, 3)
     """
-    return _pool(x, _windows(x, window, strides, padding), "max", chosen(layout))
+    return _pool(inputs, _windows(inputs, window_shape, strides, padding), "max", chosen(layout))
+
+
+def min_pool(
+    inputs: Num[Array, "*batch_and_pixels channels"],
+    window_shape: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    *,
+    layout: Layout | None = None,
+) -> Num[Array, "*batch_and_pixels_out channels"]:
+    """The smallest value in every window; the gradient goes to the first of equal values.
+
+    On a mesh spatial neighbours exchange the halo rows that their windows share.
+
+    Args:
+        inputs: arrays `(*batch, *spatial, channels)`, channels last. A window of several numbers says how
+            many dimensions are spatial, so there may be none or several batch dimensions before them.
+        window_shape: rows of the window, one number for each spatial dimension, or one for all dimensions
+            between the first and the last.
+        strides: rows from one window to the next; 1 by default, as in Flax.
+        padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs. Padding counts as larger than
+            every value; a window of padding alone gives infinity.
+        layout: which mesh axes cut what; by name by default.
+
+    Returns:
+        The output, cut as the input is.
+
+    Raises:
+        UserError: a window that does not fit.
+
+    Example:
+        >>> st.ops.min_pool(jnp.ones((2, 8, 8, 3)), (2, 2), strides=(2, 2)).shape
+        (2, 4, 4, 3)
+    """
+    return _pool(inputs, _windows(inputs, window_shape, strides, padding), "min", chosen(layout))
 
 
 def avg_pool(
-    x: Float[Array, "batch *spatial channels"],
-    window: int | Sequence[int],
-    *,
+    inputs: Float[Array, "*batch_and_pixels channels"],
+    window_shape: int | Sequence[int],
     strides: int | Sequence[int] | None = None,
     padding: Padding = "VALID",
     count_include_pad: bool = True,
+    *,
     layout: Layout | None = None,
-) -> Float[Array, "batch *spatial_out channels"]:
+) -> Float[Array, "*batch_and_pixels_out channels"]:
     """The mean of every window.
 
     Args:
-        x: input, channels last.
-        window: rows of the window, one number or one per spatial dimension.
+        inputs: arrays `(*batch, *spatial, channels)`, channels last. A window of several numbers says how
+            many dimensions are spatial, so there may be none or several batch dimensions before them.
+        window_shape: rows of the window, one number for each spatial dimension, or one for all dimensions
+            between the first and the last.
         strides: rows from one window to the next; 1 by default, as in Flax.
         padding: `"SAME"`, `"VALID"`, a number, or `(before, after)` pairs.
-        count_include_pad: whether padding counts in the mean, as zeros.
+        count_include_pad: whether padding counts in the mean, as zeros. Where it does not, a window of
+            padding alone gives NaN.
         layout: which mesh axes cut what; by name by default.
 
     Returns:
@@ -81,16 +121,16 @@ def avg_pool(
         >>> st.ops.avg_pool(jnp.ones((2, 8, 8, 3)), (3, 3), strides=(2, 2), padding="SAME").shape
         (2, 4, 4, 3)
     """
-    windows = _windows(x, window, strides, padding)
-    total = _pool(x, windows, "sum", chosen(layout))
+    windows = _windows(inputs, window_shape, strides, padding)
+    total = _pool(inputs, windows, "sum", chosen(layout))
     if count_include_pad:
         return total / math.prod(w.size for w in windows)
-    counts = np.ones((1, *total.shape[1:-1], 1))
+    counts = np.ones((*total.shape[-len(windows) - 1 : -1], 1))
     for dim, w in enumerate(windows):
         starts = np.arange(w.extent_out) * w.stride - w.pad[0]
-        inside = np.minimum(starts + w.size, w.extent) - np.maximum(starts, 0)
-        counts = counts * inside.reshape([-1 if d == dim + 1 else 1 for d in range(counts.ndim)])
-    return total / jnp.asarray(np.maximum(counts, 1), total.dtype)
+        inside = np.maximum(np.minimum(starts + w.size, w.extent) - np.maximum(starts, 0), 0)
+        counts = counts * inside.reshape([-1 if d == dim else 1 for d in range(counts.ndim)])
+    return total / jnp.asarray(counts, total.dtype)
 
 
 def global_avg_pool(
@@ -115,19 +155,25 @@ def global_avg_pool(
 def _windows(
     x: Array, window: int | Sequence[int], strides: int | Sequence[int] | None, padding: Padding
 ) -> tuple[Window, ...]:
-    rank = x.ndim - 2
+    rank = len(window) if isinstance(window, Sequence) else x.ndim - 2
+    if not 1 <= rank < x.ndim:
+        raise UserError(
+            f"window_shape={window} for an input of shape {x.shape}; give one number for each spatial "
+            f"dimension of inputs (*batch, *spatial, channels)"
+        )
     if x.dtype == bool:
         raise UserError("truth values are not pooled; use .astype(...) to numbers first")
     if mode_of(padding) != "constant":
         raise UserError(
             f"padding={padding!r} is not for pooling; use 'SAME', 'VALID' or numbers, or ops.pad first"
         )
-    sizes = tuple_of(window, rank, "window")
+    extents = x.shape[-rank - 1 : -1]
+    sizes = tuple_of(window, rank, "window_shape")
     steps = tuple_of(strides, rank, "strides")
-    pads = pads_of(padding, x.shape[1:-1], sizes, steps)
+    pads = pads_of(padding, extents, sizes, steps)
     windows = tuple(
         Window(extent, span, step, pad)
-        for extent, span, step, pad in zip(x.shape[1:-1], sizes, steps, pads, strict=True)
+        for extent, span, step, pad in zip(extents, sizes, steps, pads, strict=True)
     )
     for name, w in zip(spatial_names(rank), windows, strict=True):
         if w.extent_out < 1:
@@ -135,16 +181,30 @@ def _windows(
                 f"a pooling window of {w.size} rows does not fit the {name} of {w.extent} with padding "
                 f"{w.pad}; use padding='SAME' or a smaller window"
             )
-        if max(w.pad) >= w.size:
-            raise UserError(f"padding {w.pad} makes windows of {w.size} rows that hold no input at all")
     return windows
 
 
-@functools.partial(jax.jit, static_argnames=("windows", "kind", "layout"))
 def _pool(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> Array:
+    """Pools inputs of any number of batch dimensions."""
+    batch = x.shape[: x.ndim - len(windows) - 1]
+    y = _pool_one_batch(x.reshape(math.prod(batch), *x.shape[len(batch) :]), windows, kind, layout)
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _neutral(kind: str, dtype: jnp.dtype) -> float | int:
+    """What padding holds, so that it has no part in a sum or is never the extreme value."""
+    if kind == "sum":
+        return 0.0
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return -np.inf if kind == "max" else np.inf
+    limits = jnp.iinfo(dtype)
+    return limits.min if kind == "max" else limits.max
+
+
+@functools.partial(jax.jit, static_argnames=("windows", "kind", "layout"))
+def _pool_one_batch(x: Array, windows: tuple[Window, ...], kind: str, layout: Layout) -> Array:
     mesh = active_mesh()
-    least = -np.inf if jnp.issubdtype(x.dtype, jnp.inexact) else float(jnp.iinfo(x.dtype).min)
-    fill, combine = (least, lax.max) if kind == "max" else (0.0, lax.add)
+    fill, combine = _neutral(kind, x.dtype), {"max": lax.max, "min": lax.min, "sum": lax.add}[kind]
     names = spatial_names(len(windows))
     cuts = [layout.cut(name, mesh) for name in names]
     windows = tuple(

@@ -34,6 +34,22 @@ CASES = {
     "LayerNorm": (nnx.LayerNorm, nn.LayerNorm, (8,), {}),
 }
 
+MORE_CASES = {
+    "RMSNorm": (nnx.RMSNorm, nn.RMSNorm, (8,), {}),
+    "BatchNorm, two passes": (nnx.BatchNorm, nn.BatchNorm, (8,), {"use_fast_variance": False}),
+    "GroupNorm, two passes": (nnx.GroupNorm, nn.GroupNorm, (8, 2), {"use_fast_variance": False}),
+    "PReLU": (nnx.PReLU, nn.PReLU, (0.3,), {}),
+    "LinearGeneral": (nnx.LinearGeneral, nn.LinearGeneral, (8, (4, 3)), {}),
+    "LinearGeneral, two dimensions": (
+        nnx.LinearGeneral,
+        nn.LinearGeneral,
+        ((6, 8), (2, 4)),
+        {"axis": (-2, -1), "use_bias": False},
+    ),
+    "LinearGeneral, not the last": (nnx.LinearGeneral, nn.LinearGeneral, (6, 4), {"axis": 2}),
+    "Einsum": (nnx.Einsum, nn.Einsum, ("nhwa,bac->nhwbc", (2, 8, 4), (2, 4)), {}),
+}
+
 
 def x64(layer):
     """The layer with all its numbers in float64, and off their initial zeros and ones."""
@@ -57,11 +73,23 @@ def outcome(layer, x):
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_nnx(case, spec):
-    theirs, ours, args, kwargs = CASES[case]
+    layer_parity(*CASES[case], spec)
+
+
+@pytest.mark.parametrize(
+    "spec", ["height=2,channel=2", pytest.param("data=2,height=2,channel=2", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_parity_of_more_layers(case, spec):
+    layer_parity(*MORE_CASES[case], spec)
+
+
+def layer_parity(theirs, ours, args, kwargs, spec):
     x = jax.random.normal(jax.random.key(0), (4, 7, 6, 8), jnp.float64)
     kwargs = kwargs | {"param_dtype": jnp.float64}
-    reference = x64(theirs(*args, **kwargs, rngs=nnx.Rngs(0)))
-    layer = x64(ours(*args, **kwargs, rngs=nnx.Rngs(0)))
+    if theirs is not nnx.PReLU:
+        kwargs |= {"rngs": nnx.Rngs(0)}
+    reference, layer = x64(theirs(*args, **kwargs)), x64(ours(*args, **kwargs))
     assert nnx.to_pure_dict(nnx.state(layer)).keys() == nnx.to_pure_dict(nnx.state(reference)).keys()
     expected = nnx.jit(outcome)(reference, x)
     with jax.set_mesh(make_mesh(spec)):
@@ -129,6 +157,17 @@ def test_running_statistics_are_used_in_evaluation():
         np.testing.assert_allclose(layer(x), reference(x), rtol=1e-12)
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_running_statistics_do_not_widen_the_output(running):
+    """In nnx they do: a network in bfloat16 would go on in float32 after its first batch norm."""
+    layer = nn.BatchNorm(8, use_running_average=running, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.mean[...] = jnp.full(8, 100.3)
+    y = layer(jnp.full((4, 8), 100.5, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    if running:  # and are not rounded: bfloat16 has no 100.3
+        np.testing.assert_allclose(y.astype(float), 0.2, rtol=0.01)
+
+
 def test_batches_of_any_rank():
     conv, linear = nn.Conv(3, 4, (3,), rngs=nnx.Rngs(0)), nn.Linear(3, 4, rngs=nnx.Rngs(0))
     assert conv(jnp.ones((9, 3))).shape == (9, 4)
@@ -145,7 +184,10 @@ def test_batches_of_any_rank():
         (lambda r: nn.ConvTranspose(1, 1, (3,), padding="REFLECT", rngs=r), "REFLECT' is not defined"),
         (lambda r: nn.ConvTranspose(1, 1, (3,), (1, 2), rngs=r), "strides=.* for 1 spatial"),
         (lambda r: nn.LocallyConnected(1, 1, (4, 4), 5, padding="VALID", rngs=r), "does not fit the height"),
-        (lambda r: nn.InstanceNorm(3, axis_name="data", rngs=r), "leave the axes out"),
+        (
+            lambda r: nn.InstanceNorm(3, axis_name="data", rngs=r),
+            "axis_name='data', but .* leave axis_name out",
+        ),
         (lambda r: nn.Conv(1, 1, (3, 3), (1, 2, 3), rngs=r), "strides=.* for 2 spatial dimensions"),
         (lambda r: nn.BatchNorm(3, axis=1, rngs=r), "channels last"),
         (lambda r: nn.BatchNorm(3, axis_name="data", rngs=r), "leave axis_name out"),
@@ -207,6 +249,82 @@ def test_rows_that_are_no_examples_do_not_count():
     np.testing.assert_allclose(
         y[:3], nn.BatchNorm(8, param_dtype=jnp.float64, rngs=nnx.Rngs(0))(x[:3]), rtol=1e-12
     )
+
+
+def test_a_mask_of_examples_alone_leaves_rows_that_are_none():
+    """Rows of padding have statistics of their own, since those of nothing are NaN; real ones have nnx's."""
+    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8))
+    mask = jnp.array([True, False, True, False]).reshape(4, 1, 1, 1)
+    for ours, theirs in ((nn.LayerNorm, nnx.LayerNorm), (nn.InstanceNorm, nnx.InstanceNorm)):
+        expected = theirs(8, rngs=nnx.Rngs(0))(x, mask=mask)
+        with nn.examples(jnp.arange(4), jnp.array([True, True, True, False])):
+            found = ours(8, rngs=nnx.Rngs(0))(x, mask=mask)
+        np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-5, atol=1e-5)
+        assert np.isnan(found[1]).all()
+        assert np.isfinite(found[3]).all()
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,height=2"])
+def test_a_mask_updates_the_running_statistics_as_in_nnx(spec):
+    x = jax.random.normal(jax.random.key(0), (4, 7, 6, 8), jnp.float64)
+    mask = (jnp.arange(7) % 3 > 0).reshape(1, 7, 1, 1)
+    ours, theirs = (x64(library.BatchNorm(8, momentum=0.5, rngs=nnx.Rngs(0))) for library in (nn, nnx))
+    with jax.set_mesh(make_mesh(spec)):
+        found = nnx.jit(lambda layer, x: layer(x, mask=mask))(ours, x)
+    np.testing.assert_allclose(found, theirs(x, mask=mask), rtol=1e-9)
+    np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-9)
+
+
+def test_sums_over_microbatches_have_no_masks_and_no_second_pass():
+    layer = nn.BatchNorm(8, rngs=nnx.Rngs(0))
+    with nn.examples(jnp.arange(4), summing=True), pytest.raises(UserError, match="statistics='microbatch'"):
+        layer(jnp.ones((4, 3, 8)), mask=jnp.ones((4, 1, 1), bool))
+    layer = nn.BatchNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0))
+    with (
+        nn.examples(jnp.arange(4), summing=True),
+        pytest.raises(UserError, match="use_fast_variance=False, but"),
+    ):
+        layer(jnp.ones((4, 3, 8)))
+
+
+def test_features_that_do_not_agree_are_refused():
+    layer = nn.LinearGeneral((2, 3), 4, axis=(-2, -1), rngs=nnx.Rngs(0))
+    with pytest.raises(
+        UserError, match=r"maps features \(2, 3\) in the dimensions \(-2, -1\), .* \(5, 3, 2\)"
+    ):
+        layer(jnp.ones((5, 3, 2)))
+
+
+def test_where_the_kernels_of_several_dimensions_are_cut():
+    mesh = make_mesh("data=4,channel=2")
+    heads = nn.LinearGeneral(8, (4, 3), rngs=nnx.Rngs(0))
+    joined = nn.LinearGeneral((4, 6), 8, axis=(-2, -1), rngs=nnx.Rngs(0))
+    odd = nn.LinearGeneral(8, (3, 4), rngs=nnx.Rngs(0))
+    assert heads.parameter_specs(mesh) == {"kernel": P(None, "channel", None), "bias": P("channel", None)}
+    assert joined.parameter_specs(mesh) == {"kernel": P("channel", None, None), "bias": P("channel")}
+    assert odd.parameter_specs(mesh) == {"kernel": P(None, None, None), "bias": P(None, None)}
+    assert [list(layer.undivided(mesh)) for layer in (heads, joined)] == [[], []]
+    (said,) = odd.undivided(mesh)
+    assert "'{layers}', 3, does not divide by channel=2: each device keeps the whole kernel" in said
+    (said,) = nn.LinearGeneral(5, (3, 3), rngs=nnx.Rngs(0)).undivided(mesh)
+    assert "channels do not divide by channel=2" in said
+
+
+def test_what_stays_whole_is_said(caplog):
+    mesh = make_mesh("data=4,channel=2")
+    rngs = nnx.Rngs(0)
+
+    class Block(nnx.Module):
+        def __init__(self):
+            self.conv = nn.Conv(8, 8, (3, 3), rngs=rngs)
+            self.gamma = nnx.Param(jnp.ones(8))
+            self.einsum = nn.Einsum("nhwa,ab->nhwb", (8, 8), rngs=rngs)
+
+    nn.assign(Block(), mesh, Layout(), {})
+    assert "whole on each of the channel=2 devices: gamma" in caplog.text
+    assert "the kernel of 'einsum', an Einsum, is not cut by channel=2" in caplog.text
+    with pytest.raises(UserError, match=r"a plain LinearGeneral, .* use shardtrain.nn.LinearGeneral"):
+        nn.assign(nnx.Sequential(nnx.LinearGeneral(8, 8, rngs=rngs)), mesh, Layout(), {})
 
 
 def test_rows_must_be_a_multiple_of_the_examples():

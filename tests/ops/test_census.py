@@ -134,7 +134,7 @@ def test_halos_of_several_hops(rows, size, strides, padding, below, above):
 def test_halos_of_pooling():
     mesh = make_mesh("data=2,height=2,width=2")
     n, h, w, c = image(mesh)
-    pool = functools.partial(ops.max_pool, window=(3, 3), strides=(2, 2), padding="SAME")
+    pool = functools.partial(ops.max_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
     moved = sent(pool, mesh, [(N, H, W, C)], [activations(mesh)])
     rows = {("height",): n * w * c * WORD, ("width",): n * (h + 1) * c * WORD}
     assert facts(moved) == {("collective-permute", a, size): 2 for a, size in rows.items()}  # there and back
@@ -324,9 +324,26 @@ def test_group_and_layer_norm_send_moments_only():
 
     mesh = make_mesh("data=2,height=2,channel=2")
     n, h, w, _ = image(mesh)
-    layer = sent(ops.layer_norm, mesh, [(N, H, W, C)], [activations(mesh)])
-    assert {(row.kind, row.axes) for row in layer} == {("all-reduce", ("channel",))}
-    assert sum(row.payload * row.count for row in layer) <= 2 * 2 * n * h * w * WORD
+    for norm, moments in ((ops.layer_norm, 2), (ops.rms_norm, 1)):
+        layer = sent(norm, mesh, [(N, H, W, C)], [activations(mesh)])
+        assert {(row.kind, row.axes) for row in layer} == {("all-reduce", ("channel",))}
+        assert sum(row.payload * row.count for row in layer) <= 2 * moments * n * h * w * WORD
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_passes_are_two_sums(masked):
+    """The mean (and with a mask the number of values) first, the variance then; one sum backward, as ever."""
+    mesh = make_mesh("data=2,height=2,width=2")
+
+    def norm(x):
+        mask = jnp.arange(W)[:, None] % 2 > 0 if masked else None
+        return ops.batch_norm(x, mask=mask, use_fast_variance=False)[0]
+
+    forward, both = (sent(norm, mesh, [(N, H, W, C)], [activations(mesh)], backward=b) for b in (False, True))
+    axes = mesh.axis_names
+    sums = Counter([("all-reduce", axes, (2 if masked else 1) * C * WORD), ("all-reduce", axes, C * WORD)])
+    assert facts(forward) == sums
+    assert facts(both) == sums + Counter({("all-reduce", axes, 2 * C * WORD): 1})
 
 
 # --- inside a pipeline ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -13,13 +14,13 @@ from flax import nnx
 from jax import lax
 
 from shardtrain import Layout, ops
-from shardtrain.ops import halo, island, norm, pool
+from shardtrain.ops import example_norm, halo, island, norm, pool
 from shardtrain.ops.window import Reach, Window
 
 from .parity import numbers, on_stages, parity, reference_conv
 from .test_locally_connected import Case as Local
 from .test_locally_connected import test_filters_stay_with_their_pixels as filters_stay
-from .test_norm import affine_args, flax_norm, statistics_parity
+from .test_norm import affine_args, flax_norm, mask_parity, statistics_parity
 from .test_transpose import Case as Transposed
 from .test_window import halos_are_minimal, rows_arrive
 
@@ -182,6 +183,40 @@ def statistics_per_device(patch):
     patch.setattr(norm._Sums, "over_devices", lambda self, x: x * lax.axis_size(self.axes))
 
 
+SPACE = "height=2,channel=2"
+
+
+def counts_per_device(patch):
+    """Each device divides by the number of values that count in its own block, times the devices."""
+    right = norm._Sums.over_devices
+
+    def wrong(sums, x):
+        total = right(sums, x)
+        return total.at[-1].set(x[-1] * lax.axis_size(sums.axes)) if x.ndim == 2 and len(x) == 3 else total
+
+    unchecked = lambda local, mesh, in_specs, out_specs, *args: jax.shard_map(  # noqa: E731
+        local, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )(*args)
+    patch.setattr(island, "run", unchecked)
+    patch.setattr(norm._Sums, "over_devices", wrong)
+
+
+def masked_rows_count(patch):
+    """The mask is there in the number of values alone: what is summed are all."""
+    where = SimpleNamespace(**{**vars(jnp), "where": lambda mask, x, other: x})
+    patch.setattr(example_norm, "jnp", where)
+
+
+def second_pass_per_device(patch):
+    """The mean is that of all devices; squares of deviations from it are not summed over them."""
+    right, calls = example_norm._ExampleNorm._over_devices, itertools.count()
+
+    def wrong(plan, sums):
+        return 2 * sums if next(calls) % 2 else right(plan, sums)
+
+    patch.setattr(example_norm._ExampleNorm, "_over_devices", wrong)
+
+
 def padded_rows_count(patch):
     """Rows of padding are examples like all others."""
     right = island.pad_to
@@ -198,10 +233,10 @@ def frozen_statistics(patch):
     """The gradient as if mean and variance were constants."""
 
     def wrong(sums, saved, cotangents):
-        normal, inverse, scale, _, weight, _ = saved
+        normal, inverse, scale, _, _ = saved
         dy = cotangents[0]
         dbias, dscale = sums.over_devices(jnp.stack([dy.sum(sums.dims), (dy * normal).sum(sums.dims)]))
-        return scale * inverse * dy, dscale, dbias, None if weight is None else jnp.zeros_like(weight)
+        return scale * inverse * dy, dscale, dbias, None
 
     right = norm._normalize_forward
     normalize = jax.custom_vjp(lambda *args: right(*args)[0], nondiff_argnums=(0,))
@@ -255,7 +290,7 @@ def groups_one_device_on(patch):
 def groups_one_channel_on(patch):
     """A device counts the channels of its groups from one too many."""
     count = SimpleNamespace(**{**vars(jnp), "arange": lambda n: jnp.arange(n) + int(n == 3)})
-    patch.setattr(norm, "jnp", count)
+    patch.setattr(example_norm, "jnp", count)
 
 
 def duals_shifted(patch):
@@ -362,6 +397,15 @@ MUTANTS = {
     "channels gathered in another order": (
         gather_in_another_order,
         functools.partial(conv_parity, "height=2,channel=2", channel_mode="gather"),
+    ),
+    "a mask counts per device": (counts_per_device, functools.partial(mask_parity, "batch", "values", SPACE)),
+    "statistics of masked rows": (
+        masked_rows_count,
+        functools.partial(mask_parity, "group", "values", SPACE),
+    ),
+    "second pass per device": (
+        second_pass_per_device,
+        functools.partial(mask_parity, "layer", None, SPACE, two_passes=True),
     ),
     "statistics per device": (statistics_per_device, functools.partial(NORM, "data=2,height=4")),
     "padded rows count": (padded_rows_count, functools.partial(NORM, "data=2,height=4")),

@@ -231,6 +231,130 @@ def test_norms_of_an_uneven_array_that_is_cut():
     parity(op, reference, [x, kernel], "height=4,channel=2")
 
 
+# Which of the values (4, 7, 6, 8) count: shapes that broadcast, in all ways that a mesh cuts them.
+WHICH = {
+    "examples": np.array([True, False, True, True]).reshape(4, 1, 1, 1),
+    "pixels": (np.arange(42) % 3 > 0).reshape(1, 7, 6, 1),
+    "rows": (np.arange(7) % 4 > 0).reshape(7, 1, 1),
+    "channels": np.arange(8) % 4 > 0,
+    "values": np.random.default_rng(0).random((4, 7, 6, 8)) > 0.5 * (np.arange(8) > 2),
+}
+NORMS = {
+    "batch": (lambda x, s, b, **o: ops.batch_norm(x, s, b, **o)[0], nnx.BatchNorm, {"epsilon": 1e-5}),
+    "group": (lambda x, s, b, **o: ops.group_norm(x, 4, s, b, **o), nnx.GroupNorm, {"num_groups": 4}),
+    "wide group": (lambda x, s, b, **o: ops.group_norm(x, 1, s, b, **o), nnx.GroupNorm, {"num_groups": 1}),
+    "instance": (ops.instance_norm, nnx.InstanceNorm, {}),
+    "layer": (ops.layer_norm, nnx.LayerNorm, {}),
+    "rms": (lambda x, s, b, **o: ops.rms_norm(x, s, **o) + b, nnx.RMSNorm, {}),
+}
+
+
+def nnx_values(kind, which, **options):
+    """The nnx layer as a function of its input, scale and bias; of the input `which` says what counts."""
+
+    def f(x, scale, bias):
+        more = {} if kind is nnx.RMSNorm else {"use_bias": False}
+        layer = kind(x.shape[-1], **more, **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer.scale[...] = scale
+        if kind is nnx.BatchNorm:  # whose running statistics are in float32 whatever is asked for
+            layer.mean, layer.var = (nnx.BatchStat(jnp.zeros(x.shape[-1:])) for _ in range(2))
+        mask = None if which is None else jnp.broadcast_to(which, x.shape)
+        return layer(x, mask=mask) + bias
+
+    return f
+
+
+def mask_parity(name, which, mesh, two_passes=False):
+    op, kind, options = NORMS[name]
+    more = {"use_fast_variance": False} if two_passes else {}
+    shown = {} if name == "rms" else more
+    mask = None if which is None else jnp.asarray(WHICH[which])
+    reference = nnx_values(kind, None if which is None else WHICH[which], **options, **more)
+    args = [numbers(4, 7, 6, 8) * 3 + 1, numbers(8), numbers(8, seed=1)]
+    return parity(lambda *args: op(*args, mask=mask, **shown), reference, args, mesh)
+
+
+def has_statistics(name, which):
+    """Whether every statistic is of some value; without any it is NaN."""
+    nothing = {("batch", "channels"), ("instance", "channels")}
+    nothing |= {(name, "examples") for name in NORMS if name != "batch"}
+    nothing |= {(name, where) for name in ("layer", "rms") for where in ("pixels", "rows")}
+    return (name, which) not in nothing
+
+
+CHEAP = {("batch", "values"), ("group", "values"), ("wide group", "channels"), ("layer", "values")}
+CHEAP |= {("batch", "examples"), ("rms", "channels"), ("batch", "rows"), ("instance", "pixels")}
+MASKED = [(name, which) for name in NORMS for which in WHICH if has_statistics(name, which)]
+
+
+@pytest.mark.parametrize(
+    ("name", "which"), [pytest.param(*c, marks=[] if c in CHEAP else pytest.mark.slow) for c in MASKED]
+)
+@pytest.mark.parametrize("mesh", ["height=2,channel=2", pytest.param("data=8", marks=pytest.mark.slow)])
+def test_masks(name, which, mesh):
+    mask_parity(name, which, mesh, two_passes=which != "values")
+
+
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "rms"])
+@pytest.mark.parametrize(
+    "mesh", ["height=2,channel=4", pytest.param("data=2,height=2", marks=pytest.mark.slow)]
+)
+def test_two_passes(name, mesh):
+    mask_parity(name, None, mesh, two_passes=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "rms"])
+def test_two_passes_keep_the_digits_of_a_large_mean(name):
+    """In float32 a mean of 3000 leaves the mean square no digits of a variance of 1."""
+    op, _, _ = NORMS[name]
+    x, one = jnp.asarray(numbers(4, 6, 6, 8) + 3000), jnp.ones(8, jnp.float32)
+    right = op(x, one, 0 * one)
+    with jax.set_mesh(make_mesh("height=2,channel=2")):
+        slow, fast = (
+            op(jnp.asarray(x, jnp.float32), one, 0 * one, use_fast_variance=fast) for fast in (False, True)
+        )
+    np.testing.assert_allclose(slow, right, atol=2e-3)
+    assert np.abs(fast - right).max() > 0.1
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "data=8", "data=2,height=4"])
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_of_nothing_are_nan_as_in_nnx(name, mesh):
+    """Rows that only pad the blocks of a mesh have no part in it."""
+    op, kind, options = NORMS[name]
+    x, mask = (
+        jnp.asarray(numbers(3, 5, 3, 2)),
+        np.array([True, False]),
+    )  # of the second channel nothing counts
+    if name not in ("batch", "instance"):
+        mask = np.array([True, False, True]).reshape(3, 1, 1, 1)  # of the second example nothing does
+    options = options | ({"num_groups": 1} if kind is nnx.GroupNorm else {})
+    one = jnp.ones(2)
+    expected = nnx_values(kind, mask, **options)(x, one, 0 * one)
+    op = (lambda x, s, b, **o: ops.group_norm(x, 1, s, b, **o)) if kind is nnx.GroupNorm else op
+    with jax.set_mesh(make_mesh(mesh)):
+        found = op(x, one, 0 * one, mask=jnp.asarray(mask))
+    assert 0 < np.isnan(expected).mean() < 1
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_a_mask_counts_among_real_examples():
+    x, scale = jnp.asarray(numbers(4, 6, 4, 8)), jnp.asarray(numbers(8))
+    real = np.array([True, True, True, False])
+    mask = WHICH["rows"][:6]
+
+    def reference(x, scale):
+        counted = x[:3][:, mask.ravel()]
+        mean, var = counted.mean((0, 1, 2)), counted.var((0, 1, 2))
+        return (x - mean) / jnp.sqrt(var + EPSILON) * scale
+
+    def op(x, scale, examples=jnp.asarray(real)):
+        return ops.batch_norm(x, scale, examples=examples, mask=jnp.asarray(mask))[0]
+
+    parity(op, reference, [x, scale], "data=2,height=2")
+    assert np.isfinite(op(x, scale, jnp.zeros(4, bool))).all()  # a microbatch that is padding only
+
+
 @pytest.fixture
 def no_shape_checks():
     """Wrong shapes get past jaxtyping, as they do where users are."""
@@ -246,6 +370,9 @@ def test_refused():
         ops.batch_norm(x, jnp.ones(5))
     with pytest.raises(UserError, match=r"bias has shape \(1,\) for 6 channels"):
         ops.batch_norm(x, None, jnp.ones(1))
+    for mask in (jnp.ones(2, bool), jnp.ones((1, 2, 4, 6), bool), jnp.ones(6)):
+        with pytest.raises(UserError, match=r"a mask of .* broadcast .*: one .* mask.reshape\(-1, 1, 1\)"):
+            ops.layer_norm(x, mask=mask)
     for groups in (0, 4):
         with pytest.raises(UserError, match=f"6 channels do not divide into {groups} groups"):
             ops.group_norm(x, groups)

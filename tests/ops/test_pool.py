@@ -30,7 +30,7 @@ def poolings(draw, meshes=MESHES):
         padding = tuple((draw(st.integers(0, s - 1)), draw(st.integers(0, s - 1))) for s in size)
     extents = [max(s, draw(st.integers(1, 13 if rank < 3 else 5))) for s in size]
     shape = (draw(st.integers(1, 4)), *extents, draw(st.integers(1, 4)))
-    options = {"window": tuple(size), "strides": tuple(strides), "padding": padding}
+    options = {"window_shape": tuple(size), "strides": tuple(strides), "padding": padding}
     return draw(st.sampled_from(meshes)), shape, options, draw(st.sampled_from(LAYOUTS))
 
 
@@ -39,7 +39,7 @@ def ours(pool, options, layout=None, **more):
 
 
 def plain(pool, options, **more):
-    return lambda x: pool(x, options["window"], options["strides"], options["padding"], **more)
+    return lambda x: pool(x, options["window_shape"], options["strides"], options["padding"], **more)
 
 
 def few_values(*shape):
@@ -94,12 +94,12 @@ def test_many_poolings(drawn, kind):
 @pytest.mark.parametrize("mesh", ["height=2,width=2", "height=8"])
 def test_all_values_equal(mesh):
     """The gradient goes to the first of equal values, also where the neighbour owns it."""
-    options = {"window": (3, 3), "strides": (1, 1), "padding": "SAME"}
+    options = {"window_shape": (3, 3), "strides": (1, 1), "padding": "SAME"}
     parity(ours(ops.max_pool, options), plain(nnx.max_pool, options), [np.zeros((2, 7, 9, 2))], mesh)
 
 
 def test_max_pool_against_reduce_window():
-    options = {"window": (3, 2), "strides": (2, 1), "padding": ((1, 0), (0, 1))}
+    options = {"window_shape": (3, 2), "strides": (2, 1), "padding": ((1, 0), (0, 1))}
 
     def reference(x):
         pads = ((0, 0), *options["padding"], (0, 0))
@@ -170,13 +170,53 @@ def test_without_a_mesh():
     np.testing.assert_allclose(half(x, (3, 3)), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("pool", [ops.max_pool, ops.avg_pool])
+POOLS = {name: (getattr(ops, name), getattr(nnx, name)) for name in ("max_pool", "min_pool", "avg_pool")}
+
+
+@pytest.mark.parametrize("mesh", ["height=2,channel=2", "data=2,height=2"])
+@pytest.mark.parametrize("name", POOLS)
+def test_arguments_of_nnx(name, mesh):
+    """By position, and none or several batch dimensions before as many dimensions as the window has."""
+    pool, reference = POOLS[name]
+
+    def both(pool):
+        def f(x, one):
+            return pool(x, (2, 3), (2, 1), "SAME"), pool(one, window_shape=(3, 2), strides=None)
+
+        return f
+
+    parity(both(pool), both(reference), [numbers(2, 3, 7, 6, 4), numbers(6, 5, 2)], mesh)
+
+
+@pytest.mark.parametrize("mesh", ["height=2,width=2", "height=8"])
+@pytest.mark.parametrize("name", POOLS)
+def test_padding_larger_than_the_window(name, mesh):
+    pool, reference = POOLS[name]
+    options = {"window_shape": (3, 2), "strides": (2, 1), "padding": ((4, 1), (0, 3))}
+    x = numbers(2, 5, 6, 3)
+    for more in ({}, {"count_include_pad": False}) if name == "avg_pool" else ({},):
+        expected = reference(x, **options, **more)
+        with jax.set_mesh(make_mesh(mesh)):
+            found = jax.jit(lambda x, more=more: pool(x, **options, **more))(x)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    with jax.set_mesh(make_mesh(mesh)):
+        finite = lambda pool: lambda x: jnp.where(jnp.isfinite(y := pool(x, **options)), y, 0)  # noqa: E731
+        parity(finite(pool), finite(reference), [x], mesh)
+
+
+def test_min_pool_of_whole_numbers():
+    x = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (2, 6, 4)))
+    expected = -nnx.max_pool(-x.astype(float), (3,), padding="SAME")
+    np.testing.assert_array_equal(ops.min_pool(x, 3, padding="SAME"), expected)
+
+
+@pytest.mark.parametrize("pool", [pool for pool, _ in POOLS.values()])
 @pytest.mark.parametrize(
     ("window", "options", "message"),
     [
         ((7, 1), {}, "pooling window of 7 rows does not fit the height of 6"),
-        ((2, 2), {"padding": 2}, r"padding \(2, 2\) makes windows of 2 rows that hold no input"),
-        ((2,), {}, r"window=\(2,\) for 2 spatial dimensions"),
+        ((2,) * 4, {}, r"window_shape=\(2, 2, 2, 2\) for an input of shape \(2, 6, 6, 3\)"),
+        ((), {}, r"window_shape=\(\) for an input"),
         ((2, 2), {"strides": (0, 1)}, r"strides=\(0, 1\) for 2 spatial dimensions"),
         ((2, 2), {"padding": "CIRCULAR"}, "padding='CIRCULAR'"),
         ((2, 2), {"padding": [(0, 1)]}, "2 spatial dimensions need 2 entries"),
@@ -188,7 +228,7 @@ def test_refused(pool, window, options, message):
 
 
 def test_axis_that_is_manual_outside():
-    pool = functools.partial(ops.max_pool, window=(2, 2))
+    pool = functools.partial(ops.max_pool, window_shape=(2, 2))
     with jax.set_mesh(make_mesh("data=2,height=4")):
         manual = jax.shard_map(
             pool, axis_names={"height"}, in_specs=P(None, "height"), out_specs=P(None, "height")
