@@ -35,7 +35,7 @@ SUB_ROOMS = {
     "train": ["callbacks", "pipelined"],
 }
 """Rooms within a room, from the ground up; modules beside them stand wherever the absence of circles lets them."""
-WITHOUT_JAX = ["pipeline/schedules", "guard/protocol.py", "errors.py", "versions.py"]
+WITHOUT_JAX = ["pipeline/schedules", "guard/protocol.py", "guard/token.py", "errors.py", "versions.py"]
 
 
 def modules() -> list[Path]:

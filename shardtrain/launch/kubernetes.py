@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from shardtrain.errors import REQUEUE, UserError
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
@@ -150,6 +151,8 @@ spec:
                           fieldPath: metadata.namespace
                     - name: {JOB}
                       value: $(NAMESPACE)/{job.name}/$(JOBSET_UID)
+                    - name: {TOKEN}  # that no one knows who cannot read the JobSet
+                      value: $(JOBSET_UID)
                     - name: {RESTARTS}  # after the first start the run goes on from its checkpoint
                       valueFrom:
                         fieldRef:

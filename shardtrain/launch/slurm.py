@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardtrain.errors import FAULT, REQUEUE, UserError
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
 SAVE_SECONDS = 120
 """How long before the time limit the processes are told to save."""
+
+SECRET = r"od -An -N16 -tx1 /dev/urandom | tr -d ' \n'"
+"""Prints 32 random hexadecimal digits."""
 
 SWAP = f"status == {REQUEUE} ? 1 : status == 1 ? {REQUEUE} : status"
 """Swaps the statuses `REQUEUE` and 1 in the shell's arithmetic; done twice it changes nothing."""
@@ -122,6 +126,9 @@ def script(job: SlurmJob, command: list[str]) -> str:
     return f"""#!/bin/bash
 # Written by `shardtrain launch slurm`. Submit it with `sbatch`.
 {header}
+
+# A secret of this start, by which its processes know each other's messages.
+export {TOKEN}=$({SECRET})
 
 # When one process fails, all are ended: the others would wait for it for ever. They may then end with
 # {REQUEUE}, "I was told to stop, run me again", and srun takes the largest status of all. So that it is that

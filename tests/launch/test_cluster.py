@@ -5,7 +5,7 @@ import importlib
 import jax
 import pytest
 
-from shardtrain import UserError
+from shardtrain import UserError, compat
 from shardtrain.launch import Cluster, Limits, connect, detect, restarts
 from shardtrain.launch.connect import devices_of
 
@@ -189,7 +189,9 @@ def test_a_start_says_what_differs_and_goes_on(monkeypatch, rank):
     monkeypatch.setattr(module, "meet", lambda *_: identities)
     monkeypatch.setattr(module.log, "warning", lambda text, *words: warnings.append(text % words))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    for name, value in (LOCAL | {"SHARDTRAIN_PROCESS_ID": str(rank)}).items():
+    monkeypatch.setattr(compat, "collectives_at", lambda address: None)  # devices are in use here
+    more = {"SHARDTRAIN_PROCESS_ID": str(rank), "SHARDTRAIN_TOKEN": 32 * "a", "NCCL_SOCKET_IFNAME": "lo"}
+    for name, value in (LOCAL | more).items():
         monkeypatch.setenv(name, value)
     assert connect().process_id == rank
     assert [line.split(";")[0] for line in warnings] == [
