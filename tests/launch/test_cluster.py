@@ -55,6 +55,9 @@ def test_slurm():
     assert found == Cluster("Slurm", "sth1:61447", 6, 3, (1, 2), 3, True)
     assert detect(SLURM | {"SLURM_NODEID": "0"}).apart is False
     assert detect(SLURM | {"JAX_COORDINATOR_PORT": "5000"}).coordinator == "sth1:5000"
+    one_node = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}
+    assert detect(one_node).coordinator == "127.0.0.1:61447"
+    assert detect(one_node).is_local
     ports = {
         detect(SLURM | more).coordinator
         for more in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"})

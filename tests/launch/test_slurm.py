@@ -1,6 +1,7 @@
 """The batch script: what it asks for, and what it does when srun ends, with a bash that runs it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,15 @@ def test_what_starts_again(tmp_path, status, comment, again):
     ended, scontrol_calls = run(tmp_path, status, comment=comment)
     assert ended == status
     assert scontrol_calls[-1:] == (["requeue 7"] if again else [])
+
+
+def test_every_start_has_a_secret_token_of_its_own(tmp_path):
+    tokens = set()
+    for _ in range(2):
+        run(tmp_path, 0, command=["sh", "-c", f'echo "$SHARDTRAIN_TOKEN" > {tmp_path}/token'])
+        tokens.add((tmp_path / "token").read_text())
+    assert len(tokens) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}\n", token) for token in tokens)
 
 
 def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):
