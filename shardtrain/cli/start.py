@@ -18,6 +18,7 @@ from typing import TypeVar
 import jax
 import tyro
 
+from shardtrain import interrupts
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
 from shardtrain.errors import StartError, UserError, first_line
 from shardtrain.guard.processes import everyone
@@ -55,7 +56,8 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
     """Parses the command line into `flags` and runs `recipe`.
 
     A `UserError` becomes one sentence on stderr and exit status 2, or 76 if the processes of a job do not
-    find each other. An interrupt exits with 130.
+    find each other. Ctrl-C becomes the line `interrupted` and exit status 130: until training begins at once,
+    from then on by a `KeyboardInterrupt`.
 
     Args:
         recipe: called with the parsed flags.
@@ -66,20 +68,22 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         >>> if __name__ == "__main__":  # doctest: +SKIP
         ...     main(train, Flags, __doc__)
     """
-    parsed = tyro.cli(flags, description=description)
-    log_to_stderr()
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # Orbax logs tracebacks of errors that become one sentence here
-    hush_late_failures()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a trace, and may come before there are steps
-    with one_sentence():
+    with interrupts.at_once(), one_sentence():
+        parsed = tyro.cli(flags, description=description)
+        log_to_stderr()
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # Orbax logs tracebacks of errors that become one sentence here
+        hush_late_failures()
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # it asks for a trace, and may come before there are steps
         recipe(parsed)
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Exits with a sentence on stderr after a `UserError`, and with status 130 after an interrupt.
+    """Exits with a sentence on stderr after a `UserError`, and with status 130 after a `KeyboardInterrupt`.
 
     Example:
         >>> with one_sentence():
@@ -91,8 +95,7 @@ def one_sentence() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        interrupts.leave()
 
 
 def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) -> None:
