@@ -9,6 +9,7 @@ import shardtrain
 ROOT = Path(shardtrain.__file__).parent
 FLOORS = [
     "errors",
+    "files",
     "interrupts",
     "versions",
     "hlo",

@@ -342,8 +342,8 @@ class Checkpoints:
         for step in set(self._here()) - set(self._retention.scores):
             try:
                 entries = manifest.read(self._path(step) / "default")
-                self._retention.scores[step] = entries["metrics"][self._best]
-            except (ValueError, KeyError):
+                self._retention.scores[step] = float(entries["metrics"][self._best])
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # a damaged checkpoint, or one without the metric, is never the best
         there = set(self._here()) | {self._saved}
         self._retention.scores = {

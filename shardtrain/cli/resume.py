@@ -105,7 +105,7 @@ def compare(flags: Any, common: type, manifest: Mapping[str, Any], where: Path) 
         UserError: if a flag that defines the run differs, such as seed, batch size or model; names the flags.
     """
     here, there = as_json(flags), manifest.get("flags")
-    if there is None:
+    if not isinstance(there, dict):
         log.warning("the checkpoint in %s was not made by a recipe: its flags are not compared", where)
         return
     shared = {field.name for field in dataclasses.fields(common)}
