@@ -10,12 +10,15 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from shardtrain.errors import UserError
 
 
 @contextmanager
-def regular(path: str | Path) -> Iterator[BinaryIO]:
+def regular(path: str | Path) -> Iterator[BufferedReader]:
     """Opens a regular file to read it.
 
     Raises:
@@ -27,14 +30,18 @@ def regular(path: str | Path) -> Iterator[BinaryIO]:
         Traceback (most recent call last):
         OSError: [Errno 22] it is no regular file: '/dev/zero'
     """
-    no_regular_file = OSError(errno.EINVAL, "it is no regular file", str(path))
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a device may act on being opened
-        raise no_regular_file
+    _refuse_irregular(path, os.stat(path).st_mode)  # before it is opened: a device may act on that
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it has become a pipe meanwhile
-            raise no_regular_file
+        _refuse_irregular(path, os.fstat(descriptor).st_mode)  # it may have become a pipe meanwhile
         yield file
+
+
+def _refuse_irregular(path: str | Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def whole(path: str | Path, most: int) -> bytes:
@@ -52,6 +59,23 @@ def whole(path: str | Path, most: int) -> bytes:
     if content is None or len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content
+
+
+def expanded(path: str | Path) -> Path:
+    """Returns a path in which `~` and `~name` are the folders of users.
+
+    Raises:
+        UserError: if there is no such user, for whom pathlib would raise a `RuntimeError`.
+
+    Example:
+        >>> expanded("~no such user/runs")
+        Traceback (most recent call last):
+        shardtrain.errors.UserError: ~no such user/runs: there is no such user; write the whole path
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"{path}: there is no such user; write the whole path")
+    return Path(found)
 
 
 def parsed(text: str | bytes) -> Any:

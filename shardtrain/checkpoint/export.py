@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
-from shardtrain.files import regular
+from shardtrain.files import expanded, regular
 from shardtrain.nn.variables import fill, flatten
 
 
@@ -43,7 +43,7 @@ def export_state(path: str | Path, model: nnx.Module) -> Path:
         >>> len(np.load(path).files) == len(jax.tree.leaves(nnx.state(model)))
         True
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
     values = {key: np.asarray(value) for key, value in flatten(nnx.state(model)).items()}
     if jax.process_index():
@@ -80,7 +80,7 @@ def import_state(path: str | Path, model: nnx.Module) -> None:
         >>> other = nnx.eval_shape(lambda: st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(1)))
         >>> st.import_state(path, other)
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     state = nnx.state(model)
     variables = flatten(state)
     try:

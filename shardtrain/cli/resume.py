@@ -10,6 +10,7 @@ from typing import Any
 
 from shardtrain.checkpoint import Checkpoints
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.launch import job, restarts
 from shardtrain.train import Trainer
 
@@ -72,7 +73,7 @@ def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | No
         return None
     if resume == "auto":
         return (own, None) if own.steps() else None
-    place, step = Path(resume).expanduser().absolute(), None
+    place, step = expanded(resume).absolute(), None
     if os.path.isdir(place / "checkpoints"):  # also False if the path is longer than paths can be
         place = place / "checkpoints"
     elif place.name.isdecimal():  # the folder of a run may also be a number, which comes first

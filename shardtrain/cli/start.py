@@ -20,7 +20,9 @@ import tyro
 
 from shardtrain import interrupts
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
+from shardtrain.cli.outputs import printable
 from shardtrain.errors import StartError, UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard.processes import everyone
 from shardtrain.mesh import parse
 
@@ -92,7 +94,7 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         interrupts.leave()
@@ -169,7 +171,7 @@ def check_out(folder: Path) -> Path:
     Raises:
         UserError: if the folder cannot be created or written to, or if it has files that are not of a run.
     """
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         probe = nearest / f".write-test-{secrets.token_hex(8)}"  # random, because pods have equal process ids
@@ -180,6 +182,10 @@ def check_out(folder: Path) -> Path:
         raise UserError(
             f"--out {folder} cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
+    if odd := [
+        name for name in (*names, LOCK_FILE) if (folder / name).exists() and not _is_sound(folder / name)
+    ]:
+        raise UserError(f"--out {folder} holds a pipe or a device, {odd[0]}; name a new or empty folder")
     if foreign := [name for name in names if name.removesuffix(".part") not in RUN_FILES]:
         raise UserError(
             f"--out {folder} holds files that are no run of ours, such as {foreign[0]}; "
@@ -280,6 +286,11 @@ def open_run(folder: Path, *, resume: bool) -> None:
         for name in names:
             shutil.move(folder / name, earlier / name)
         print(f"the run that was in {folder} is kept in {earlier.name}/", file=sys.stderr)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a path is a folder or a regular file: others may block whoever opens them."""
+    return path.is_dir() or path.is_file()
 
 
 def _run_of(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardtrain import compat, interrupts
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
 from shardtrain.guard.health import Health, OnNan, Row
@@ -94,7 +95,7 @@ class Guard:
             raise UserError(f"on_nan={on_nan!r}: there are 'stop', 'skip', 'rollback' and None")
         if spike is not None and not 1 < spike < float("inf"):
             raise UserError(f"spike={spike}: a spike is more than 1 times the median, such as 3")
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else expanded(folder)
         self.on_nan = on_nan
         client = compat.coordination_client()
         several = client is not None and compat.process_count() > 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from shardtrain.errors import UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard.token import TOKEN, job_token
 from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
@@ -250,7 +251,7 @@ def packages() -> list[Finding]:
 
 def folder(out: Path) -> list[Finding]:
     """Checks whether a run can be written to --out, and whether the clock of that disk is this host's."""
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     try:
         nearest = next(path for path in (out, *out.parents) if path.exists())
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".doctor-") as probe:

@@ -47,15 +47,16 @@ class KubernetesJob:
             raise UserError(
                 f"--name {self.name}: use lower case letters, digits and -, at most 41, a letter first"
             )
-        if not self.image or re.search(r"\s", self.image):
+        if not self.image or " " in self.image or not self.image.isprintable():
             raise UserError(f"--image {self.image!r}: name the container image that has shardtrain in it")
         if self.pods < 1 or self.gpus < 0 or self.restarts < 0 or self.grace < 1:
             raise UserError("launch k8s: use --pods and --grace above 0, --gpus and --restarts from 0")
         if self.claim is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", self.claim):
             raise UserError(f"--claim {self.claim!r}: use lower case letters, digits, - and .")
         for flag in ("cpu", "memory"):
-            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", getattr(self, flag)):
-                raise UserError(f"--{flag} {getattr(self, flag)}: write a quantity such as 4 or 16Gi")
+            value = getattr(self, flag)
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", value) or not re.search("[1-9]", value):
+                raise UserError(f"--{flag} {value}: write a quantity above 0, such as 4 or 16Gi")
 
 
 def manifest(job: KubernetesJob, command: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Writes a batch script for Slurm. The same job gives the same text every time."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -51,7 +52,7 @@ class SlurmJob:
     output: str = "slurm-%j.out"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", self.nodes):
+        if not re.fullmatch(r"[1-9][0-9]{0,8}(-[1-9][0-9]{0,8})?", self.nodes):
             raise UserError(f"--nodes {self.nodes}: write a number such as 2, or a range such as 2-4")
         least, _, most = self.nodes.partition("-")
         if most and int(most) < int(least):
@@ -70,6 +71,40 @@ class SlurmJob:
                 raise UserError(
                     f"--{flag} {value!r}: write it without blanks, quotes, \\ and #, and not empty"
                 )
+        if (seconds := time_limit(self.time)) <= SAVE_SECONDS:
+            raise UserError(
+                f"--time {self.time} is {seconds:g} s, and processes are told to save {SAVE_SECONDS} s "
+                f"before its end; give more, such as 00:10:00"
+            )
+
+
+def time_limit(text: str) -> float:
+    """Returns the seconds of a time limit as Slurm writes it; infinity for none.
+
+    Raises:
+        UserError: if Slurm would not take it.
+
+    Example:
+        >>> time_limit("90"), time_limit("1-2:03:04"), time_limit("unlimited")
+        (5400.0, 93784.0, inf)
+    """
+    if text.lower() in ("unlimited", "infinite", "0"):
+        return math.inf
+    days, dash, clock = text.rpartition("-")
+    # Without days one number is minutes and two are minutes and seconds; with days they begin with hours.
+    units = (3600, 60, 1) if dash or clock.count(":") == 2 else (60, 1)
+    numbers = clock.split(":")
+    if (
+        (dash and not re.fullmatch("[0-9]{1,6}", days))
+        or len(numbers) > len(units)
+        or not all(re.fullmatch("[0-9]{1,6}", number) for number in numbers)
+        or any(int(number) > 59 for number in numbers[1:])
+    ):
+        raise UserError(
+            f"--time {text}: write a time such as 90 (minutes), 12:00:00, 2-12 (days and hours), or unlimited"
+        )
+    seconds = sum(unit * int(number) for unit, number in zip(units, numbers, strict=False))
+    return float(seconds + 86400 * int(days or 0))
 
 
 def script(job: SlurmJob, command: list[str]) -> str:
