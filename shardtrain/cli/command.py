@@ -10,6 +10,7 @@ import tyro
 from shardtrain import interrupts
 from shardtrain.cli.doctor import Doctor
 from shardtrain.cli.launch import Kubernetes, Local, Slurm
+from shardtrain.cli.parsing import parse
 from shardtrain.cli.pipeline import Show
 from shardtrain.cli.runs import Runs
 from shardtrain.cli.start import one_sentence
@@ -72,8 +73,8 @@ def main(args: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
     with interrupts.at_once(), one_sentence():
-        command = tyro.cli(
-            Command,  # type: ignore[arg-type]
+        command = parse(
+            Command,
             prog="shardtrain",
             description="Tools of shardtrain for the command line.",
             args=words[:end],

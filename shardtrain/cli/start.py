@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-import tyro
 
 from shardtrain import interrupts
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
 from shardtrain.cli.outputs import printable
+from shardtrain.cli.parsing import as_typed
+from shardtrain.cli.parsing import parse as parse_flags
 from shardtrain.errors import StartError, UserError, first_line
 from shardtrain.files import expanded
 from shardtrain.guard.processes import everyone
@@ -71,7 +72,7 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         ...     main(train, Flags, __doc__)
     """
     with interrupts.at_once(), one_sentence():
-        parsed = tyro.cli(flags, description=description)
+        parsed = parse_flags(flags, description=description)
         log_to_stderr()
         logging.getLogger("absl").setLevel(
             logging.CRITICAL
@@ -80,7 +81,10 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         signal.signal(
             signal.SIGUSR1, signal.SIG_IGN
         )  # it asks for a trace, and may come before there are steps
-        recipe(parsed)
+        try:
+            recipe(parsed)
+        except UserError as error:
+            raise type(error)(as_typed(str(error), parsed)) from error
 
 
 @contextmanager
