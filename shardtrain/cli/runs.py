@@ -35,6 +35,9 @@ MOST_BYTES = 1 << 28
 LONGEST_LINE_BYTES = 1 << 20
 """A row of `metrics.jsonl` and of `events.jsonl` is shorter."""
 
+LARGEST_DRAWN = 1e300
+"""Numbers beyond it are left out of a picture, whose axis is as long as their difference."""
+
 LONGEST_TEXT = 60
 """Names of models and meshes in the table are cut to so many characters."""
 
@@ -197,7 +200,8 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
 
     positive, lowest, highest, starts = True, math.inf, 0.0, 0.0
     for k, run in enumerate(runs):
-        points = [(row["step"], value) for row in run.rows if (value := _number(row.get(key))) is not None]
+        found = [(row["step"], _number(row.get(key))) for row in run.rows]
+        points = [(step, value) for step, value in found if value is not None and abs(value) < LARGEST_DRAWN]
         if not points:
             continue
         steps, values = np.array(points, float).T
