@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from shardtrain.errors import UserError
+from shardtrain.mesh import AXES
 
 WORDS = {"INT": "a whole number", "FLOAT": "a number", "None": "None"}
 """What tyro calls the kinds of values."""
@@ -86,20 +87,17 @@ def sentence(box: str, words: Sequence[str]) -> str:
 
 
 def as_typed(text: str, flags: Any) -> str:
-    """Returns a message in which `clip_norm=-1.0`, the name and the value of a flag, is `--clip-norm -1.0`.
+    """Returns a message in which `clip_norm=-1.0`, a flag's name and a value, is `--clip-norm -1.0`.
 
-    Messages of the library name arguments of Python, which a user of the command line has not typed.
+    Messages of the library name arguments of Python, which a user of the command line has not typed. What is
+    in quotes stays as it is, and so do axes of a mesh, such as `data=2`.
 
     Args:
         text: the message.
-        flags: the flags, a dataclass; what is named with another value than the flag's is something else.
+        flags: a dataclass whose fields are the flags.
     """
-    for field in fields(flags):
-        value = getattr(flags, field.name)
-        for shown in {str(value), repr(value)}:
-            there = rf"(?<![\w.'\"]){field.name}={re.escape(shown)}(?![\w.])"
-            typed = f"--{field.name.replace('_', '-')} {shown}"
-            text = typed.join(re.split(there, text))
+    for name in {field.name for field in fields(flags)} - set(AXES):
+        text = re.sub(rf"(?<![\w.'\"-]){name}=(?=[^\s=])", f"--{name.replace('_', '-')} ", text)
     return text
 
 

@@ -73,5 +73,14 @@ def test_a_message_of_the_library_names_the_flag_that_was_typed():
     flags = parse(Flags, ["--clip-norm", "-1", "--batch-size", "7"])
     assert as_typed("clip_norm=-1.0; use a positive norm", flags) == "--clip-norm -1.0; use a positive norm"
     assert as_typed("fit: batch_size=7 is odd", flags) == "fit: --batch-size 7 is odd"
-    for other in ("clip_norm=-1.05 is", "mesh 'data=digits' is", "batch_size=8", "my.batch_size=7"):
+    assert as_typed("accumulate=1 is too few, such as accumulate=8", flags) == (
+        "--accumulate 1 is too few, such as --accumulate 8"
+    )
+    for other in (
+        "mesh 'clip_norm=2' is",
+        "data=2,pipe=2 has",
+        "my.batch_size=7",
+        "seed == 3",
+        "--out a.steps=3",
+    ):
         assert as_typed(other, flags) == other
