@@ -15,6 +15,10 @@ AlexNet of 61 million parameters on 1024 images of 224x224 (a minute on 2 cores)
 Writes to --out: result.json, metrics.jsonl, curve.png, checkpoints/ and tensorboard/.
 """
 
+from shardtrain import cli  # first, so that Ctrl-C is one line from here on
+
+# isort: split
+
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +35,6 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 import shardtrain as st
-from shardtrain import cli
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse, size
 from shardtrain.nn.rounds import Scheme

@@ -8,6 +8,10 @@ accuracy on digits):
 Writes to --out: result.json, metrics.jsonl, curve.png, checkpoints/ and tensorboard/.
 """
 
+from shardtrain import cli  # first, so that Ctrl-C is one line from here on
+
+# isort: split
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,6 @@ from typing import Literal
 from flax import nnx
 
 import shardtrain as st
-from shardtrain import cli
 
 MODELS = ("resnet8", "resnet18", "resnet34", "resnet50", "lenet")
 

@@ -9,6 +9,10 @@ over devices if their rows divide evenly. The closing table counts this in the c
 Writes to --out: result.json, metrics.jsonl, curve.png, predictions.png, checkpoints/ and tensorboard/.
 """
 
+from shardtrain import cli  # first, so that Ctrl-C is one line from here on
+
+# isort: split
+
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +22,6 @@ import numpy as np
 from flax import nnx
 
 import shardtrain as st
-from shardtrain import cli
 
 SUMS = ("all-reduce", "reduce-scatter")
 FIRST, WRONG, COLUMNS = 24, 8, 8  # the picture: first images, wrong ones after them, images in a row

@@ -13,6 +13,10 @@ waits only for what it needs, F = I = W. `runs_as` is the form of it that is run
 number for each stage) are there, too.
 """
 
+from shardtrain import cli  # first, so that Ctrl-C is one line from here on
+
+# isort: split
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +25,6 @@ from typing import Any, Literal
 from flax import nnx
 
 import shardtrain as st
-from shardtrain import cli
 from shardtrain.errors import UserError
 from shardtrain.mesh import parse, size
 

@@ -18,6 +18,10 @@ Writes to --out: result.json, metrics.jsonl, curve.png, predictions.png, checkpo
 --memory memory.png.
 """
 
+from shardtrain import cli  # first, so that Ctrl-C is one line from here on
+
+# isort: split
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +37,6 @@ from matplotlib.patches import Patch
 from rich.table import Table
 
 import shardtrain as st
-from shardtrain import cli
 from shardtrain.mesh import parse
 
 MEMORY_MESHES = ("data=1", "depth=2", "depth=2,height=2", "depth=4,height=2")

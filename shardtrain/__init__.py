@@ -6,44 +6,23 @@ trainer = st.Trainer(st.models.ResNet(8, classes=10, channels=1, rngs=nnx.Rngs(0
 trainer.fit(batches, steps=500)
 """
 
-from shardtrain import data, experiments, launch, metrics, nn, ops, pipeline, plan
-from shardtrain.checkpoint import Checkpoints, export_state, import_state
-from shardtrain.data import volumes
-from shardtrain.errors import UserError
-from shardtrain.guard import Guard
-from shardtrain.layout import Layout
-from shardtrain.mesh import describe, make_mesh
-from shardtrain.nn import models
-from shardtrain.plan import census
-from shardtrain.plan.summary import summary
-from shardtrain.train import EMA, Extra, Pipeline, Trainer, TrainState, callbacks, losses
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EMA",
-    "Checkpoints",
-    "Extra",
-    "Guard",
-    "Layout",
-    "Pipeline",
-    "TrainState",
-    "Trainer",
-    "UserError",
-    "callbacks",
-    "census",
-    "data",
-    "describe",
-    "experiments",
-    "export_state",
-    "import_state",
-    "launch",
-    "losses",
-    "make_mesh",
-    "metrics",
-    "models",
-    "nn",
-    "ops",
-    "pipeline",
-    "plan",
-    "summary",
-    "volumes",
-]
+if TYPE_CHECKING:
+    from shardtrain.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a module of the package, or all public names, when they are first used.
+
+    Importing them takes seconds, and `shardtrain.cli` makes sure of Ctrl-C before.
+    """
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if not name.startswith("_") or name == "__all__":
+        api = importlib.import_module(f"{__name__}.api")
+        if hasattr(api, name):
+            return globals().setdefault(name, getattr(api, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -89,11 +89,30 @@ def in_haste() -> dict[str, bool | int] | None:
 def coordination_client() -> Any:
     """Returns this process's client of the job's key-value store, None in a job of one process.
 
-    We use its `key_value_set(key, value, allow_overwrite)` and `key_value_dir_get(prefix)`.
+    We use its `key_value_set(key, value, allow_overwrite)` and `key_value_dir_get_bytes(prefix)`.
     """
     from jax._src import distributed  # the public API has no name for it
 
     return distributed.global_state.client
+
+
+def collectives_at(address: str) -> None:
+    """Lets this process's CPU collectives listen at an address; jax takes that of the host's own name.
+
+    To be called after `jax.distributed.initialize` and before the first use of devices. Collectives other
+    than Gloo, which a user can choose with `JAX_CPU_COLLECTIVES_IMPLEMENTATION`, stay as they are.
+    """
+    from jax._src import config, xla_bridge  # the public API cannot say where collectives listen
+    from jax._src.lib import _jax
+
+    if config.cpu_collectives_implementation.value != "gloo":
+        return
+
+    def client() -> Any:
+        gloo = _jax.make_gloo_tcp_collectives(coordination_client(), hostname=address)
+        return xla_bridge.make_cpu_client(gloo)
+
+    xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
 
 
 def process_rank() -> int:

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 RUN_PACKAGES = ("shardtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -24,6 +26,43 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    return found
+
+
+def newer(
+    there: Mapping[str, Any], packages: Sequence[str] = ("shardtrain", "jax", "orbax-checkpoint")
+) -> str:
+    """Returns a clause that names the packages of a file's writer that are newer than those here.
+
+    Args:
+        there: versions of packages, as the file says.
+        packages: those that may make a difference.
+
+    Returns:
+        The clause; empty if none is newer.
+
+    Example:
+        >>> newer({"shardtrain": "999.0"})
+        'it was written by shardtrain 999.0, which is newer than 0.1.0 here'
+    """
+    here = versions()
+    found = [
+        f"{name} {version}, which is newer than {here[name]} here"
+        for name in packages
+        if isinstance(version := there.get(name), str)
+        and name in here
+        and version.isprintable()
+        and _release(version) > _release(here[name])
+    ]
+    return f"it was written by {' and by '.join(found)}" if found else ""
+
+
+def _release(version: str) -> list[int]:
+    """Returns the numbers of a version: `[0, 12, 1]` for `0.12.1.dev3`, without zeros at the end."""
+    numbers = re.match(r"\d{1,9}(\.\d{1,9})*", version)
+    found = [int(number) for number in numbers[0].split(".")] if numbers else []
+    while found and not found[-1]:
+        found.pop()
     return found
 
 

@@ -167,7 +167,7 @@ def bad_idx(folder):
         (["--mesh", "data=3"], "a batch of 128 does not divide by data=3; use 126 or 129"),
         (
             ["--mesh", "data=2,pipe=2"],
-            "mesh pipe=2,data=2 with accumulate=1: its stages would work one at a time",
+            "mesh pipe=2,data=2 with --accumulate 1: its stages would work one at a time",
         ),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "/no/such/folder"], "/no/such/folder"),

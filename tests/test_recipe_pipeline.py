@@ -143,7 +143,7 @@ def test_a_schedule_of_ones_own(tmp_path):
             ["--schedule", "none", "--mesh", "replica=2,pipe=2"],
             "leave replica out of --mesh, or choose a schedule such as 1f1b",
         ),
-        (["--parameters", "pipe"], "parameters='pipe', but a mesh with pipe keeps each stage's parameters"),
+        (["--parameters", "pipe"], "--parameters 'pipe', but a mesh with pipe keeps each stage's parameters"),
         (["--model", "lenet", "--stages", "conv1|head"], "has 2 stages, 4 are asked for"),
         (
             ["--model", "lenet", "--microbatches", "7"],

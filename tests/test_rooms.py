@@ -9,6 +9,8 @@ import shardtrain
 ROOT = Path(shardtrain.__file__).parent
 FLOORS = [
     "errors",
+    "files",
+    "interrupts",
     "versions",
     "hlo",
     "compat",
@@ -27,6 +29,7 @@ FLOORS = [
     "train",
     "plan",
     "experiments",
+    "api",
     "cli",
     "__main__",
 ]
@@ -35,7 +38,14 @@ SUB_ROOMS = {
     "train": ["callbacks", "pipelined"],
 }
 """Rooms within a room, from the ground up; modules beside them stand wherever the absence of circles lets them."""
-WITHOUT_JAX = ["pipeline/schedules", "guard/protocol.py", "errors.py", "versions.py"]
+WITHOUT_JAX = [
+    "pipeline/schedules",
+    "guard/protocol.py",
+    "guard/token.py",
+    "errors.py",
+    "interrupts.py",
+    "versions.py",
+]
 
 
 def modules() -> list[Path]:

@@ -16,6 +16,7 @@ from shardtrain import compat
 from shardtrain.checkpoint import manifest
 from shardtrain.checkpoint.storage import Handler, Retention, Save, at_low_priority, read
 from shardtrain.errors import UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard.processes import everyone, meet
 from shardtrain.versions import versions
 
@@ -77,7 +78,7 @@ class Checkpoints:
                 raise UserError(f"Checkpoints: {name}={value}; use 1 or more, or None")
         if mode not in ("max", "min"):
             raise UserError(f"Checkpoints: mode={mode!r}; there are 'max' and 'min'")
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = expanded(folder).absolute()
         self.every, self._best = every, best
         self._retention = Retention(keep, 1 if mode == "max" else -1, {})
         self._entries = dict(manifest or {})
@@ -342,8 +343,8 @@ class Checkpoints:
         for step in set(self._here()) - set(self._retention.scores):
             try:
                 entries = manifest.read(self._path(step) / "default")
-                self._retention.scores[step] = entries["metrics"][self._best]
-            except (ValueError, KeyError):
+                self._retention.scores[step] = float(entries["metrics"][self._best])
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # a damaged checkpoint, or one without the metric, is never the best
         there = set(self._here()) | {self._saved}
         self._retention.scores = {

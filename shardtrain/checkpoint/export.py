@@ -6,13 +6,16 @@ read with `allow_pickle=False`. Floats that numpy does not have, such as bfloat1
 
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from shardtrain.errors import UserError
+from shardtrain.files import expanded, regular
 from shardtrain.nn.variables import fill, flatten
 
 
@@ -40,7 +43,7 @@ def export_state(path: str | Path, model: nnx.Module) -> Path:
         >>> len(np.load(path).files) == len(jax.tree.leaves(nnx.state(model)))
         True
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     path = path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
     values = {key: np.asarray(value) for key, value in flatten(nnx.state(model)).items()}
     if jax.process_index():
@@ -77,32 +80,54 @@ def import_state(path: str | Path, model: nnx.Module) -> None:
         >>> other = nnx.eval_shape(lambda: st.models.LeNet(10, (8, 8, 1), rngs=nnx.Rngs(1)))
         >>> st.import_state(path, other)
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     state = nnx.state(model)
     variables = flatten(state)
     try:
         # np.load would accept a single array, too, because it goes by content.
-        with zipfile.ZipFile(path) as archive:
-            found = {name.removesuffix(".npy"): _read(archive, name) for name in archive.namelist()}
+        with regular(path) as file, zipfile.ZipFile(file) as archive:
+            headers = {name.removesuffix(".npy"): _header(archive, name) for name in archive.namelist()}
+            _refuse_other_model(path, variables, headers)  # before arrays of whatever size are read
+            found = {key: _read(archive, f"{key}.npy") for key in headers}
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path} cannot be read ({reason}); give a file that export_state wrote") from error
-    for key in sorted(variables.keys() | found.keys()):
-        if key not in found or key not in variables:
-            where = "is not in the file" if key not in found else "is only in the file"
-            raise UserError(f"{path} is of another model: {key} {where}")
-        ours, theirs = variables[key], found[key]
-        if theirs.dtype.kind == "V" and theirs.dtype.itemsize == ours.dtype.itemsize:
-            found[key] = theirs = theirs.view(ours.dtype)
-        if (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
-            raise UserError(
-                f"{path} is of another model: {key} is {theirs.shape} of {theirs.dtype} there and "
-                f"{ours.shape} of {ours.dtype} here"
-            )
+    for key, ours in variables.items():
+        if found[key].dtype != ours.dtype:
+            found[key] = found[key].view(ours.dtype)
     shardings = {
         key: ours.sharding if isinstance(ours, jax.Array) else None for key, ours in variables.items()
     }
     nnx.update(model, fill(state, jax.device_put(found, shardings)))
+
+
+def _refuse_other_model(path: Path, variables: Mapping[str, Any], headers: Mapping[str, Any]) -> None:
+    """Refuses a file whose variables have other names, shapes or dtypes than the model's."""
+    for key in sorted(variables.keys() | headers.keys()):
+        if key not in headers or key not in variables:
+            where = "is not in the file" if key not in headers else "is only in the file"
+            raise UserError(f"{path} is of another model: {key} {where}")
+        ours, (shape, dtype) = variables[key], headers[key]
+        if dtype.kind == "V" and dtype.itemsize == ours.dtype.itemsize:
+            dtype = ours.dtype
+        if (shape, dtype) != (ours.shape, ours.dtype):
+            raise UserError(
+                f"{path} is of another model: {key} is {shape} of {dtype} there and "
+                f"{ours.shape} of {ours.dtype} here"
+            )
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns shape and dtype of an array in an archive, without reading it."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version](file)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects")
+    return shape, dtype
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:

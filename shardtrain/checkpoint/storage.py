@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +16,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from shardtrain.checkpoint import manifest
 from shardtrain.errors import UserError, first_line
-from shardtrain.versions import versions
+from shardtrain.versions import newer, versions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -146,24 +146,35 @@ def read(folder: Path, like: Any, several: tuple[int, ...], entries: Mapping[str
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if placed else np.asarray(x)
 
     handler = Handler()
-    stored = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
+    with _explained(folder, entries):
+        stored = ocp.tree.to_flat_dict(handler.metadata(folder / "default").tree)
     like = jax.tree_util.tree_map_with_path(
         lambda path, x: x.on_disk(stored.get(_keys(path))) if isinstance(x, Copies) else x, like
     )
     target = jax.tree.map(wanted, like)
     if differences := _differences(stored, ocp.tree.to_flat_dict(target), several):
+        writer = newer(entries.get("versions", {}))
         raise UserError(
-            f"the checkpoint {folder} does not fit this model and optimizer ({min(differences)}); resume "
-            f"with the flags that it was made with"
+            f"the checkpoint {folder} does not fit this model and optimizer ({min(differences)}"
+            f"{f'; {writer}' if writer else ''}); resume with the flags that it was made with"
+            f"{', and with these versions' if writer else ''}"
         )
-    try:
+    with _explained(folder, entries):
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         return handler.restore(folder / "default", args=Restore(target, restore_args=restore_args))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, entries: Mapping[str, Any]) -> Iterator[None]:
+    """Raises a `UserError` that says who wrote a checkpoint if it cannot be read in this context."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         made = entries.get("versions", {}).get("orbax-checkpoint")
+        by = f"it was written by orbax-checkpoint {made}, this is {versions()['orbax-checkpoint']}"
         raise UserError(
-            f"the checkpoint {folder} is whole but cannot be read ({first_line(error)}); it "
-            f"was written by orbax-checkpoint {made}, this is {versions()['orbax-checkpoint']}"
+            f"the checkpoint {folder} is whole but cannot be read ({first_line(error)}); "
+            f"{newer(entries.get('versions', {})) or by}"
         ) from error
 
 

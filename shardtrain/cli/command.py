@@ -7,8 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from shardtrain import interrupts
 from shardtrain.cli.doctor import Doctor
 from shardtrain.cli.launch import Kubernetes, Local, Slurm
+from shardtrain.cli.parsing import parse
 from shardtrain.cli.pipeline import Show
 from shardtrain.cli.runs import Runs
 from shardtrain.cli.start import one_sentence
@@ -70,13 +72,13 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     end = words.index("--") if "--" in words else len(words)
     config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="shardtrain",
-        description="Tools of shardtrain for the command line.",
-        args=words[:end],
-        config=config,
-    )
-    with one_sentence():
+    with interrupts.at_once(), one_sentence():
+        command = parse(
+            Command,
+            prog="shardtrain",
+            description="Tools of shardtrain for the command line.",
+            args=words[:end],
+            config=config,
+        )
         if command is not None:
             command.run(words[end + 1 :])

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.launch import detect
 from shardtrain.launch.cluster import surrounding
 from shardtrain.launch.doctor import Finding, examine
@@ -44,7 +45,7 @@ class Doctor:
         # A coordinator without the other two is that of a job that has not started yet.
         alone = given[1:] == (None, None) and surrounding(os.environ) is None
         cluster = None if alone else detect(os.environ, *given)
-        findings = examine(self.out.expanduser().absolute(), cluster, self.coordinator, self.start_limit)
+        findings = examine(expanded(self.out).absolute(), cluster, self.coordinator, self.start_limit)
         bad = [finding for finding in findings if not finding.good]
         if findings[0].process == (
             cluster.process_id if cluster else 0

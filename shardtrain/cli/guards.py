@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shardtrain import compat
+from shardtrain.cli.outputs import printable
 from shardtrain.errors import UserError
 from shardtrain.guard import Guard
 from shardtrain.guard.watch import SLOW_PHASE_FACTOR
@@ -97,7 +98,7 @@ def log_to_stderr() -> None:
     class Rank(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             record.rank = compat.process_rank()
-            return super().format(record)
+            return printable(super().format(record), keep="\n\t")
 
     handler = _Stderr()
     handler.setFormatter(Rank("%(asctime)s rank %(rank)d %(message)s", "%H:%M:%S"))

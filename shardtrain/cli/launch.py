@@ -8,9 +8,14 @@ from typing import Annotated
 
 import tyro
 
+from shardtrain.cli.outputs import write_new
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.launch import kubernetes, slurm
 from shardtrain.launch.local import run_local
+
+MARK = "# Written by `shardtrain launch "
+"""Near the beginning of each job file; another file is not replaced."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Slurm:
     cpus_per_task: int | None = None
     """Processors of each process."""
     time: str = "24:00:00"
-    """Time limit; 120 s before, processes are told to save."""
+    """Time limit, such as 90 (minutes), 12:00:00 or 2-12; 120 s before, processes are told to save."""
     partition: str | None = None
     """The cluster's default without."""
     restarts: int = 3
@@ -79,7 +84,7 @@ class Slurm:
     log: str = "slurm-%j.out"
     """File of the output."""
     out: Path = Path("job.sbatch")
-    """File of the script; - prints it."""
+    """File of the script, new or one of these; - prints it."""
     submit: bool = False
     """Hand it to Slurm at once."""
 
@@ -101,7 +106,7 @@ class Slurm:
         )
         write_or_print(self.out, slurm.script(job, list(command)))
         if self.submit:
-            print(slurm.submit(self.out))
+            print(slurm.submit(expanded(self.out)))
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Kubernetes:
     grace: int = 120
     """Seconds that pods have to save when they are to end."""
     out: Path = Path("jobset.yaml")
-    """File of the manifest; - prints it."""
+    """File of the manifest, new or one of these; - prints it."""
 
     def run(self, command: Sequence[str]) -> None:
         """Writes the manifest."""
@@ -153,14 +158,11 @@ def write_or_print(path: Path, text: str) -> None:
     """Writes a job file, or prints it if the path is `-`.
 
     Raises:
-        UserError: if the path cannot be written.
+        UserError: if the path cannot be written, or if there is a file that is no such job file.
     """
     if str(path) == "-":
         print(text, end="")
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from error
-    print(f"wrote {path}", file=sys.stderr)
+    path = expanded(path)
+    replaced = write_new("--out", path, text, MARK)
+    print(f"wrote {path}{' in place of another job' if replaced else ''}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """`shardtrain pipeline show`: draws a schedule in the terminal, and writes it as CSV or as a picture."""
 
 import math
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shardtrain.cli.pictures import picture
+from shardtrain.cli.pictures import picture, refuse_picture
 from shardtrain.errors import UserError
 from shardtrain.pipeline import Costs, Schedule, make
 from shardtrain.pipeline.schedules.schedule import is_file, validate
@@ -47,6 +48,7 @@ class Show:
         if self.png is not None:
             draw(schedule, self.png, costs)
         if self.csv is not None:
+            refuse_other_than_schedule(self.csv)
             schedule.save(self.csv)
         Console(width=100).print(timeline(schedule, costs))
 
@@ -69,6 +71,21 @@ class Show:
                 f"too long to read; show at most {LONGEST:,}"
             )
         return make(self.schedule, ranks, microbatches, self.chunks)
+
+
+def refuse_other_than_schedule(path: Path) -> None:
+    """Refuses to write a schedule to a file that is there and is no schedule.
+
+    Raises:
+        UserError: if there is such a file.
+    """
+    if os.path.lexists(path) and not path.is_dir():  # for a folder, saving says it
+        try:
+            Schedule.load(path)
+        except UserError as error:
+            raise UserError(
+                f"--csv {path} is there and is no schedule; name a new file, or remove it"
+            ) from error
 
 
 def read_costs(text: str, schedule: Schedule) -> Costs:
@@ -101,15 +118,12 @@ def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
         costs: of its stages, equal by default.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, is no PNG by its name, or is another file that is there.
 
     Example:
         >>> draw(st.pipeline.make("zb-h1", ranks=4, microbatches=8), Path("zb-h1.png"))  # doctest: +SKIP
     """
-    if path.is_dir():
-        raise UserError(f"--png {path} is a folder; name a file in it")
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--png {path}: the picture is a PNG; name a file that ends in .png")
+    refuse_picture("--png", path)
     drawn = bars(schedule, costs)
     length = max(1, *(bar.end for bar in drawn))
     panels = math.ceil(length / PANEL)

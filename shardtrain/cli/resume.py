@@ -10,6 +10,7 @@ from typing import Any
 
 from shardtrain.checkpoint import Checkpoints
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.launch import job, restarts
 from shardtrain.train import Trainer
 
@@ -72,7 +73,7 @@ def source(resume: str, own: Checkpoints) -> tuple[Checkpoints, int | None] | No
         return None
     if resume == "auto":
         return (own, None) if own.steps() else None
-    place, step = Path(resume).expanduser().absolute(), None
+    place, step = expanded(resume).absolute(), None
     if os.path.isdir(place / "checkpoints"):  # also False if the path is longer than paths can be
         place = place / "checkpoints"
     elif place.name.isdecimal():  # the folder of a run may also be a number, which comes first
@@ -105,7 +106,7 @@ def compare(flags: Any, common: type, manifest: Mapping[str, Any], where: Path) 
         UserError: if a flag that defines the run differs, such as seed, batch size or model; names the flags.
     """
     here, there = as_json(flags), manifest.get("flags")
-    if there is None:
+    if not isinstance(there, dict):
         log.warning("the checkpoint in %s was not made by a recipe: its flags are not compared", where)
         return
     shared = {field.name for field in dataclasses.fields(common)}

@@ -30,6 +30,7 @@ from shardtrain.cli.start import (
 from shardtrain.errors import UserError
 from shardtrain.experiments import Experiment, Report, Result, Task
 from shardtrain.experiments.curves import plot_curves
+from shardtrain.files import expanded
 from shardtrain.guard import Guard
 from shardtrain.guard.processes import meet
 from shardtrain.launch import Limits, connect, job, restarts
@@ -72,7 +73,7 @@ def run(flags: Flags, make_task: Callable[[Flags], Task]) -> None:
     check(flags)
     cluster = connect(flags.coordinator, flags.processes, flags.process_id, Limits(start=flags.start_limit))
     start_jax(flags.devices, flags.mesh, x64=flags.x64, processes=cluster.processes if cluster else 1)
-    with ExitStack() as folder, guards.guard(flags, flags.out.expanduser().absolute()) as guard:
+    with ExitStack() as folder, guards.guard(flags, expanded(flags.out).absolute()) as guard:
         guarded(flags, make_task, guard, folder)
 
 

@@ -1,11 +1,11 @@
 """`shardtrain runs`: shows the runs in a folder in a table, and their curves in one picture."""
 
-import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +16,30 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shardtrain.cli.pictures import picture
+from shardtrain.cli.flags import LARGEST_COUNT
+from shardtrain.cli.outputs import printable
+from shardtrain.cli.pictures import picture, refuse_picture
 from shardtrain.errors import UserError
+from shardtrain.files import expanded, parsed, regular, whole
 
 SUBFOLDERS = ("checkpoints", "tensorboard", "profile")
 """Folders of a run, in which no other runs are looked for."""
 
 RUNNING_SECONDS = 60.0
 """A run whose files did not change for this time, or for 5 steps if they take longer, is not running."""
+
+
+MOST_BYTES = 1 << 28
+"""A longer `result.json` is none of ours."""
+
+LONGEST_LINE_BYTES = 1 << 20
+"""A row of `metrics.jsonl` and of `events.jsonl` is shorter."""
+
+LARGEST_DRAWN = 1e300
+"""Numbers beyond it are left out of a picture, whose axis is as long as their difference."""
+
+LONGEST_TEXT = 60
+"""Names of models and meshes in the table are cut to so many characters."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class Runs:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = Path("runs")
     """Folder that holds runs, at any depth."""
     plot: Path | None = None
-    """File to draw their curves to, as a PNG."""
+    """File to draw their curves to, a PNG."""
 
     def run(self, rest: Sequence[str] = ()) -> None:
         """Prints the table, and draws the picture if one is asked for.
@@ -59,13 +75,15 @@ class Runs:
         """
         if rest:
             raise UserError(f"-- {' '.join(rest)}: runs runs no other command; leave it out")
-        folder = self.folder.expanduser()
-        if not folder.is_dir():
+        folder = expanded(self.folder)
+        if self.plot is not None:
+            refuse_picture("--plot", self.plot)
+        if not os.path.isdir(folder):  # also False if the path is longer than paths can be
             raise UserError(f"{self.folder} is no folder; give one that --out was in")
         found = sorted((read(place, folder) for place in places(folder)), key=lambda run: run.when)
         if not found:
             raise UserError(f"there are no runs in {self.folder}; give a folder that --out was in")
-        Console(width=100, markup=False).print(table(found))
+        Console(width=100, markup=False, emoji=False, highlight=False).print(table(found))
         if self.plot is not None:
             compare(found, self.plot)
 
@@ -80,23 +98,23 @@ def places(folder: Path) -> Iterator[Path]:
 
 def read(place: Path, folder: Path) -> Run:
     """Reads the files of a run, as far as they can be read."""
-    rows = [row for row in _lines(place / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    rows = [row for row in _lines(place / "metrics.jsonl") if _count(row.get("step")) is not None]
     events = _lines(place / "events.jsonl")
-    result, whole = _json(place / "result.json")
+    result, intact = _json(place / "result.json")
     first: dict[str, Any] = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     mesh = result.get("mesh") or first.get("mesh")
     scores = [_number(value) for key, value in result.items() if key.startswith("test_")]
     times = [_time(place / name) for name in ("metrics.jsonl", "events.jsonl", "result.json")]
-    steps = rows[-1]["step"] if rows else result.get("steps")
+    steps = rows[-1]["step"] if rows else _count(result.get("steps"))
     return Run(
-        name=str(place.relative_to(folder)) if place != folder else place.resolve().name,
+        name=printable(str(place.relative_to(folder)) if place != folder else place.resolve().name),
         model=_text(result.get("model")),
-        mesh=",".join(f"{k}={v}" for k, v in mesh.items()) if isinstance(mesh, dict) else None,
-        steps=steps if isinstance(steps, int) else None,
+        mesh=_mesh(mesh),
+        steps=steps,
         loss=_number(rows[-1].get("loss")) if rows else _number(result.get("final_loss")),
         score=scores[0] if scores else None,
         speed=_speed(rows),
-        state=_state(rows, events, whole, times),
+        state=_state(rows, events, intact, times),
         when=max(times),
         rows=rows,
     )
@@ -109,9 +127,9 @@ def _speed(rows: Sequence[dict]) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, times: Sequence[float]) -> str:
+def _state(rows: Sequence[dict], events: Sequence[dict], intact: bool | None, times: Sequence[float]) -> str:
     steps, _, result = times
-    if whole and result >= steps:
+    if intact and result >= steps:
         return "finished"
     last = events[-1].get("event") if events else None
     if last in ("preempted", "exit"):
@@ -119,7 +137,7 @@ def _state(rows: Sequence[dict], events: Sequence[dict], whole: bool | None, tim
     slowest = max((_number(row.get("seconds")) or 0.0 for row in rows[-5:]), default=0.0)
     if time.time() - max(times) < max(RUNNING_SECONDS, 5 * slowest):
         return "running"
-    return "damaged" if whole is False else "stopped"
+    return "damaged" if intact is False else "stopped"
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -142,7 +160,7 @@ def table(runs: Sequence[Run]) -> Table:
             "" if run.score is None else f"{run.score:.4f}",
             "" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
             run.state,
-            time.strftime("%m-%d %H:%M", time.localtime(run.when)),
+            _date(run.when),
         )
     return shown
 
@@ -156,8 +174,6 @@ def compare(runs: Sequence[Run], path: Path) -> None:
     drawn = [run for run in runs if run.rows]
     if not drawn:
         raise UserError(f"--plot {path}: none of the runs has a step to draw")
-    if os.path.isdir(path):  # also False without permission to look
-        raise UserError(f"--plot {path} is a folder; name a file in it")
     keys = [key for key in ("loss", "accuracy") if any(key in run.rows[0] for run in drawn)]
     legend_height = 0.25 * len(drawn)
     try:
@@ -184,7 +200,8 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
 
     positive, lowest, highest, starts = True, math.inf, 0.0, 0.0
     for k, run in enumerate(runs):
-        points = [(row["step"], value) for row in run.rows if (value := _number(row.get(key))) is not None]
+        found = [(row["step"], _number(row.get(key))) for row in run.rows]
+        points = [(step, value) for step, value in found if value is not None and abs(value) < LARGEST_DRAWN]
         if not points:
             continue
         steps, values = np.array(points, float).T
@@ -210,38 +227,53 @@ def _curves(axis: Any, runs: Sequence[Run], key: str) -> None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a file of JSON lines, without damaged ones."""
     rows = []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    with suppress(OSError), regular(path) as file:
+        while line := file.readline(LONGEST_LINE_BYTES):
+            with suppress(ValueError):
+                row = parsed(line.decode(errors="replace"))
+                if isinstance(row, dict):
+                    rows.append(row)
     return rows
 
 
 def _json(path: Path) -> tuple[dict[str, Any], bool | None]:
     """Returns the object in a JSON file, and whether the file is intact; None if there is no file."""
-    if not path.exists():
-        return {}, None
     try:
-        value = json.loads(path.read_text(errors="replace"))
+        value = parsed(whole(path, MOST_BYTES).decode(errors="replace"))
+    except FileNotFoundError:
+        return {}, None
     except (OSError, ValueError):
         return {}, False
     return (value, True) if isinstance(value, dict) else ({}, False)
 
 
 def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
     return float(value) if good else None
 
 
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= LARGEST_COUNT else None
+
+
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    return printable(value[:LONGEST_TEXT]) if isinstance(value, str) else None
+
+
+def _mesh(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    return _text(",".join(f"{k}={v}" for k, v in list(value.items())[:10] if _count(v) is not None))
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a file can have a date that no calendar has
+        return ""
 
 
 def _time(path: Path) -> float:

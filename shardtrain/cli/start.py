@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-import tyro
 
+from shardtrain import interrupts
 from shardtrain.cli.guards import hush_late_failures, log_to_stderr
+from shardtrain.cli.outputs import printable
+from shardtrain.cli.parsing import as_typed
+from shardtrain.cli.parsing import parse as parse_flags
 from shardtrain.errors import StartError, UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard.processes import everyone
 from shardtrain.mesh import parse
 
@@ -55,7 +59,8 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
     """Parses the command line into `flags` and runs `recipe`.
 
     A `UserError` becomes one sentence on stderr and exit status 2, or 76 if the processes of a job do not
-    find each other. An interrupt exits with 130.
+    find each other. Ctrl-C becomes the line `interrupted` and exit status 130: until training begins at once,
+    from then on by a `KeyboardInterrupt`.
 
     Args:
         recipe: called with the parsed flags.
@@ -66,20 +71,25 @@ def main(recipe: Callable[[Flags], None], flags: type[Flags], description: str) 
         >>> if __name__ == "__main__":  # doctest: +SKIP
         ...     main(train, Flags, __doc__)
     """
-    parsed = tyro.cli(flags, description=description)
-    log_to_stderr()
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # Orbax logs tracebacks of errors that become one sentence here
-    hush_late_failures()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks for a trace, and may come before there are steps
-    with one_sentence():
-        recipe(parsed)
+    with interrupts.at_once(), one_sentence():
+        parsed = parse_flags(flags, description=description)
+        log_to_stderr()
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # Orbax logs tracebacks of errors that become one sentence here
+        hush_late_failures()
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # it asks for a trace, and may come before there are steps
+        try:
+            recipe(parsed)
+        except UserError as error:
+            raise type(error)(as_typed(str(error), parsed)) from error
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Exits with a sentence on stderr after a `UserError`, and with status 130 after an interrupt.
+    """Exits with a sentence on stderr after a `UserError`, and with status 130 after a `KeyboardInterrupt`.
 
     Example:
         >>> with one_sentence():
@@ -88,11 +98,10 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        interrupts.leave()
 
 
 def start_jax(devices: int | None, mesh: str, *, x64: bool, processes: int = 1) -> None:
@@ -166,7 +175,7 @@ def check_out(folder: Path) -> Path:
     Raises:
         UserError: if the folder cannot be created or written to, or if it has files that are not of a run.
     """
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         probe = nearest / f".write-test-{secrets.token_hex(8)}"  # random, because pods have equal process ids
@@ -177,6 +186,10 @@ def check_out(folder: Path) -> Path:
         raise UserError(
             f"--out {folder} cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
+    if odd := [
+        name for name in (*names, LOCK_FILE) if (folder / name).exists() and not _is_sound(folder / name)
+    ]:
+        raise UserError(f"--out {folder} holds a pipe or a device, {odd[0]}; name a new or empty folder")
     if foreign := [name for name in names if name.removesuffix(".part") not in RUN_FILES]:
         raise UserError(
             f"--out {folder} holds files that are no run of ours, such as {foreign[0]}; "
@@ -277,6 +290,11 @@ def open_run(folder: Path, *, resume: bool) -> None:
         for name in names:
             shutil.move(folder / name, earlier / name)
         print(f"the run that was in {folder} is kept in {earlier.name}/", file=sys.stderr)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a path is a folder or a regular file: others may block whoever opens them."""
+    return path.is_dir() or path.is_file()
 
 
 def _run_of(folder: Path) -> list[str]:

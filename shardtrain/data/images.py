@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
 from shardtrain.errors import UserError
+from shardtrain.files import regular
 
 ImageBatch = tuple[Float32[np.ndarray, "rows height width channel"], Int32[np.ndarray, "rows"]]
 
@@ -198,9 +199,9 @@ def _read(path: Path, what: str) -> np.ndarray:
     # np.load goes by content: under either name it would accept a npy, a zip or a pickle.
     try:
         if path.suffix == ".npy":
-            with path.open("rb") as file:
+            with regular(path) as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
-        with zipfile.ZipFile(path) as archive, archive.open(f"{what}.npy") as file:
+        with regular(path) as whole, zipfile.ZipFile(whole) as archive, archive.open(f"{what}.npy") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # a damaged header can raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -245,7 +246,7 @@ def _content(path: Path) -> tuple[bytearray, str]:
     """Returns the bytes of a plain or gzip file as far as they can be read, and why they end early, if so."""
     data = bytearray()
     try:
-        with path.open("rb") as raw:
+        with regular(path) as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             file = gzip.GzipFile(fileobj=raw) if packed else raw

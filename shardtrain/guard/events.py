@@ -50,7 +50,8 @@ class Events:
         line = json.dumps(row | {"step": step, "message": message} | facts) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK  # a pipe must not hold up the run
+            file = os.open(self.folder / "events.jsonl", flags, 0o644)
             try:
                 os.write(file, line.encode())
             finally:

@@ -2,13 +2,15 @@
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shardtrain import compat
+from shardtrain import compat, interrupts
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
+from shardtrain.files import expanded
 from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
 from shardtrain.guard.health import Health, OnNan, Row
@@ -93,7 +95,7 @@ class Guard:
             raise UserError(f"on_nan={on_nan!r}: there are 'stop', 'skip', 'rollback' and None")
         if spike is not None and not 1 < spike < float("inf"):
             raise UserError(f"spike={spike}: a spike is more than 1 times the median, such as 3")
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else expanded(folder)
         self.on_nan = on_nan
         client = compat.coordination_client()
         several = client is not None and compat.process_count() > 1
@@ -130,14 +132,16 @@ class Guard:
             except MissingError as missing:
                 self._watch.give_up(str(missing))
             except KeyboardInterrupt:
-                self._watch.leave(130, "interrupted")
+                self._watch.leave(interrupts.STATUS, "interrupted")
             except (
                 Exception
             ) as failure:  # without this the process hangs in jax's exit handler, which waits for all
                 self._watch.leave(FAULT, f"the coordinator does not answer ({first_line(failure)})")
         elif error is not None and self.events.folder is not None and not isinstance(error, Preempted):
-            text = " ".join(str(error).split()) or type(error).__name__
-            self.events("exit", self.progress.step, text[:500])
+            interrupted = isinstance(error, KeyboardInterrupt)
+            text = "interrupted" if interrupted else " ".join(str(error).split()) or type(error).__name__
+            level = logging.DEBUG if interrupted else logging.INFO  # the program itself says it on stderr
+            self.events("exit", self.progress.step, text[:500], level=level)
         self._watch.end()
         self.watching = False
 
@@ -165,6 +169,7 @@ class Guard:
 
     def start(self, done: int, steps: int, mesh: Mapping[str, int]) -> None:
         """Called when training begins, with `done` of `steps` updates done; opens the file of events."""
+        interrupts.as_exceptions()
         self.events.folder = self.folder
         self._stop.start(done)
         facts = {"steps": steps, "mesh": dict(mesh)}

@@ -1,14 +1,21 @@
 """Messages between the processes of a job outside of collectives, through jax's key-value store.
 
 A process writes a value under a topic, which replaces the value that it wrote there before. Every process
-reads what all processes have written. The store is in the coordinator, the process of rank 0.
+reads what all processes have written. The store is in the coordinator, the process of rank 0. Whoever reaches
+its port can write there; what carries no code of the job's token is left out.
 """
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from shardtrain.guard.token import authentic, job_token, signed
+
+log = logging.getLogger(__name__)
 
 PHASES = (
     "starting", "data", "compiling", "compute", "validating", "checkpoint", "stopping", "evaluating",
@@ -18,6 +25,9 @@ PHASES = (
 
 POLL_SECONDS = 0.1
 """Time between two reads of what others have written."""
+
+MOST_STRANGE_KEYS = 100
+"""So many keys of strangers are logged; a stranger must not fill the log."""
 
 
 class MissingError(TimeoutError):
@@ -43,19 +53,37 @@ class Peers:
         rank: rank of this process.
         count: number of processes.
         scope: the beginning of all keys.
+        token: of the job; by default that of the environment.
     """
 
-    def __init__(self, client: Any, rank: int, count: int, scope: str) -> None:
+    def __init__(self, client: Any, rank: int, count: int, scope: str, token: bytes | None = None) -> None:
         self.client, self.rank, self.count, self.scope = client, rank, count, scope
+        self._token = job_token(os.environ) if token is None else token
+        self._strange: set[str] = set()
 
     def write(self, topic: str, value: str) -> None:
         """Writes the value of this process on a topic, in place of its earlier one."""
-        self.client.key_value_set(f"{self.scope}/{topic}/{self.rank}", value, allow_overwrite=True)
+        key = self._key(topic, self.rank)
+        self.client.key_value_set(key, signed(self._token, key, value), allow_overwrite=True)
 
     def read(self, topic: str) -> dict[int, str]:
-        """Returns the last value of each rank on a topic, without the ranks that have written none."""
-        entries = self.client.key_value_dir_get(f"{self.scope}/{topic}/")
-        return {int(key.rsplit("/", 1)[1]): value for key, value in entries}
+        """Returns the last value of each rank on a topic, without the ranks that have written none.
+
+        What a stranger has written is left out, and logged once for each key.
+        """
+        found = {}
+        ranks = {self._key(topic, rank): rank for rank in range(self.count)}
+        for key, message in self.client.key_value_dir_get_bytes(f"{self.scope}/{topic}/"):
+            text = authentic(self._token, key, message.decode(errors="replace")) if key in ranks else None
+            if text is not None:
+                found[ranks[key]] = text
+            elif key not in self._strange and len(self._strange) < MOST_STRANGE_KEYS:
+                self._strange.add(key)
+                log.warning("%r in the store of the job is no message of this job: it is left out", key[:200])
+        return found
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"{self.scope}/{topic}/{rank}"
 
     def meet(self, topic: str, value: str, limit: float) -> dict[int, str]:
         """Waits until all ranks have called this, and exchanges their values.
@@ -122,7 +150,9 @@ class Heartbeats:
         now = self._now()
         for rank, text in self.peers.read("beat").items():
             beat = json.loads(text)
-            if beat != self.last.get(rank):
+            if (
+                beat["n"] > self.last.get(rank, {"n": 0})["n"]
+            ):  # an earlier one that is written again is no life
                 self.last[rank], self._changed[rank] = beat, now
 
     def silent(self, seconds: float) -> list[int]:

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shardtrain import compat, errors
+from shardtrain import compat, errors, interrupts
 from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
 from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
@@ -95,6 +95,8 @@ class Watch:
         self._ended.clear()
         self.clock.tick()
         self._contact = self.clock.now()
+        if self.peers is not None:  # who has to be told
+            interrupts.as_exceptions()
         self._signals, self._wakeup_socket = socket.socketpair()
         self._wakeup_socket.setblocking(False)
         if threading.current_thread() is threading.main_thread():
@@ -150,13 +152,15 @@ class Watch:
             self.profile()
         if number not in (signal.SIGTERM, signal.SIGINT):
             return
+        if number == signal.SIGINT and interrupts.is_at_once():  # the main thread may be waiting for a device
+            interrupts.leave()
         first, now = self._signalled, time.monotonic()
         if first is None:
             self._signalled = number, now
             if number == signal.SIGTERM:
                 self.ask(f"{signal.Signals(number).name} on rank {compat.process_rank()}")
         elif now - first[1] > REPEATED_SIGNAL_SECONDS:
-            code = REQUEUE if first[0] == signal.SIGTERM else 130
+            code = REQUEUE if first[0] == signal.SIGTERM else interrupts.STATUS
             self.leave(code, "a second signal: leaving at once")
 
     def ask(self, why: str) -> None:
@@ -268,7 +272,7 @@ class Watch:
         elif isinstance(error, MissingError):
             code, reason = FAULT, text
         elif isinstance(error, KeyboardInterrupt):
-            code, reason, lines = 130, "interrupted", []
+            code, reason, lines = interrupts.STATUS, "interrupted", []
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
             reason = f"it exited with status {code}"

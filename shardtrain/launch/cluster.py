@@ -1,5 +1,6 @@
 """Finds the place of this process in its job from environment variables."""
 
+import ipaddress
 import re
 import socket
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ LOCAL, JOB, RESTARTS = "SHARDTRAIN_LOCAL", "SHARDTRAIN_JOB", "SHARDTRAIN_RESTART
 
 JAX_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 """jax's own variable, which takes precedence over the scheduler's."""
+
+JAX_BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
+"""jax's variable for the address at which process 0 listens, if that is not the one that others are told."""
 
 PORTS = range(61440, 65536)
 """Ports above the range from which Linux assigns ports by itself, so that none is in use by chance."""
@@ -54,6 +58,24 @@ class Cluster:
         """
         separator = " " if self.source.startswith("--") else "="
         return f"{self.source}{separator}{self.coordinator}" if self.source else ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the coordinator is written as a loopback address, so that all processes are on this host.
+
+        A host's own name may be a loopback address on this host, and another one for other hosts.
+
+        Example:
+            >>> Cluster("flags", "127.0.0.1:5", 2, 0).is_local, Cluster("flags", "node1:5", 2, 0).is_local
+            (True, False)
+        """
+        host = self.coordinator.rpartition(":")[0].strip("[]")
+        try:
+            numbers = str(socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)[0][4][0])
+        except OSError:
+            return host == "localhost"
+        address = ipaddress.ip_address(numbers.partition("%")[0])
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def detect(
@@ -222,7 +244,8 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
     hosts = whole(env, "SLURM_STEP_NUM_NODES", 1)
     # Two steps of one job, and its restarts, use different ports.
     job = sum(whole(env, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    coordinator = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
+    alone = env.get("SLURM_STEP_NUM_NODES") == "1"
+    coordinator = f"{'127.0.0.1' if alone else _first_node(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}"
     return Cluster("Slurm", coordinator, size, whole(env, "SLURM_PROCID"), local, hosts, node > 0)
 
 

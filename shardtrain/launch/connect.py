@@ -9,10 +9,12 @@ from pathlib import Path
 
 import jax
 
+from shardtrain import compat
 from shardtrain.errors import UserError
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch.cluster import Cluster, detect
 from shardtrain.launch.identity import own_identity, refuse_unequal
-from shardtrain.launch.rendezvous import meet, refuse_endless
+from shardtrain.launch.rendezvous import loopback, meet, refuse_endless, split_address
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +92,10 @@ def connect(
     differences = refuse_unequal(meet(cluster, own_identity(), limits.start))
     for difference in differences if cluster.process_id == 0 else ():
         log.warning("%s; install the same on all hosts if this job hangs or fails", difference)
+    _warn_of_known_token(cluster)
     # The service would handle SIGTERM, which is a `Guard`'s task, and which ends a process that has no guard.
     jax.config.update("jax_enable_preemption_service", False)
+    address, port = loopback(cluster), split_address(cluster.coordinator)[1]
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.processes,
@@ -101,8 +105,25 @@ def connect(
         initialization_timeout=JAX_CONNECT_SECONDS,
         heartbeat_timeout_seconds=limits.heartbeat,
         shutdown_timeout_seconds=limits.shutdown,
+        coordinator_bind_address=(f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+        if address
+        else None,
     )
+    if address:
+        compat.collectives_at(address)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return cluster
+
+
+def _warn_of_known_token(cluster: Cluster) -> None:
+    """Says in process 0 that others may know the token of this job, where nobody gave it a secret one."""
+    if cluster.process_id == 0 and not os.environ.get(TOKEN):
+        log.warning(
+            "this job has no secret token, so whoever reaches %s may send it messages; give all of its "
+            "processes one %s, such as that of openssl rand -hex 16",
+            cluster.coordinator,
+            TOKEN,
+        )
 
 
 def devices_of(cluster: Cluster, env: Mapping[str, str]) -> list[int] | None:

@@ -13,10 +13,20 @@ from pathlib import Path
 import jax
 
 from shardtrain.errors import UserError, first_line
+from shardtrain.files import expanded
+from shardtrain.guard.token import TOKEN, job_token
 from shardtrain.launch.cluster import Cluster, whole
 from shardtrain.launch.connect import devices_of, nvidia_gpus
 from shardtrain.launch.identity import ProcessIdentity, differences, gpu_packages, own_identity
-from shardtrain.launch.rendezvous import listen, meet, naming, refuse_elsewhere, resolve, split_address
+from shardtrain.launch.rendezvous import (
+    listen,
+    loopback,
+    meet,
+    naming,
+    refuse_elsewhere,
+    resolve,
+    split_address,
+)
 from shardtrain.versions import installed
 
 MOST_SKEW_SECONDS = 1.0
@@ -86,7 +96,7 @@ def examine(
     """
     found = [place(cluster), own_name(cluster)]
     if cluster is not None:
-        found.append(address(cluster.coordinator, cluster))
+        found += [address(cluster.coordinator, cluster), token()]
     elif coordinator is not None:
         found.append(address(coordinator))
     found += [*devices(cluster), *packages(), *folder(out)]
@@ -175,12 +185,23 @@ def address(coordinator: str, cluster: Cluster | None = None) -> Finding:
                 return Finding("coordinator", False, f"{host} is {where}, this host itself", fix)
             if is_local(where) if cluster is None else cluster.process_id == 0:
                 refuse_elsewhere(host, where)
-                listen(port).close()
+                listen(port, loopback(cluster) if cluster else "").close()
                 return Finding("coordinator", True, f"{host} is {where}, this host; port {port} is free")
     except UserError as error:
         problem, _, fix = str(error).partition("; ")
         return Finding("coordinator", False, problem, fix)
     return Finding("coordinator", True, f"{host} is {where}")
+
+
+def token() -> Finding:
+    """Says whether the token of this job is a secret; without one its network must be trusted."""
+    try:
+        job_token(os.environ)
+    except UserError as error:
+        problem, _, fix = str(error).partition("; ")
+        return Finding("token", False, problem, fix)
+    known = f"no secret, set {TOKEN} (see openssl rand -hex 16) if others reach this network"
+    return Finding("token", True, "a secret of this job" if os.environ.get(TOKEN) else known)
 
 
 def is_local(where: str) -> bool:
@@ -230,7 +251,7 @@ def packages() -> list[Finding]:
 
 def folder(out: Path) -> list[Finding]:
     """Checks whether a run can be written to --out, and whether the clock of that disk is this host's."""
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     try:
         nearest = next(path for path in (out, *out.parents) if path.exists())
         with tempfile.NamedTemporaryFile(dir=nearest, prefix=".doctor-") as probe:

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from shardtrain.errors import REQUEUE, UserError
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch.cluster import COORDINATOR, JOB, PORTS, PROCESSES, RESTARTS
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
@@ -46,15 +47,16 @@ class KubernetesJob:
             raise UserError(
                 f"--name {self.name}: use lower case letters, digits and -, at most 41, a letter first"
             )
-        if not self.image or re.search(r"\s", self.image):
+        if not self.image or " " in self.image or not self.image.isprintable():
             raise UserError(f"--image {self.image!r}: name the container image that has shardtrain in it")
         if self.pods < 1 or self.gpus < 0 or self.restarts < 0 or self.grace < 1:
             raise UserError("launch k8s: use --pods and --grace above 0, --gpus and --restarts from 0")
         if self.claim is not None and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", self.claim):
             raise UserError(f"--claim {self.claim!r}: use lower case letters, digits, - and .")
         for flag in ("cpu", "memory"):
-            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", getattr(self, flag)):
-                raise UserError(f"--{flag} {getattr(self, flag)}: write a quantity such as 4 or 16Gi")
+            value = getattr(self, flag)
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?", value) or not re.search("[1-9]", value):
+                raise UserError(f"--{flag} {value}: write a quantity above 0, such as 4 or 16Gi")
 
 
 def manifest(job: KubernetesJob, command: list[str]) -> str:
@@ -150,6 +152,8 @@ spec:
                           fieldPath: metadata.namespace
                     - name: {JOB}
                       value: $(NAMESPACE)/{job.name}/$(JOBSET_UID)
+                    - name: {TOKEN}  # that no one knows who cannot read the JobSet
+                      value: $(JOBSET_UID)
                     - name: {RESTARTS}  # after the first start the run goes on from its checkpoint
                       valueFrom:
                         fieldRef:

@@ -25,9 +25,11 @@ from typing import IO
 
 from shardtrain.errors import REQUEUE, UserError
 from shardtrain.guard import protocol
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch import cluster
 from shardtrain.launch.cluster import (
     COORDINATOR,
+    JAX_BIND_ADDRESS,
     JAX_COORDINATOR,
     JOB,
     LOCAL,
@@ -327,18 +329,20 @@ class Attempts:
 
     def environments(self, size: int, number: int) -> Iterator[dict[str, str]]:
         """Yields the environment of each process of an attempt."""
-        coordinator = f"127.0.0.1:{free_port()}"
+        coordinator, token = f"127.0.0.1:{free_port()}", secrets.token_hex(16)
         for rank in range(size):
             env = os.environ | {
                 COORDINATOR: coordinator,
                 PROCESSES: str(size),
                 PROCESS_ID: str(rank),
                 LOCAL: "1",
+                TOKEN: token,
                 JOB: self.job,
                 RESTARTS: str(self.earlier_restarts + number),
                 "PYTHONUNBUFFERED": "1",
             }
-            env.pop(JAX_COORDINATOR, None)  # it belongs to another job, and would take precedence
+            for name in (JAX_COORDINATOR, JAX_BIND_ADDRESS):  # of another job, and would take precedence
+                env.pop(name, None)
             if self.devices is not None:
                 env["JAX_NUM_CPU_DEVICES"] = str(self.devices)
             yield env
@@ -461,7 +465,7 @@ def free_port() -> int:
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             try:
-                probe.bind(("", port))
+                probe.bind(("127.0.0.1", port))
                 return port
             except OSError:
                 continue

@@ -1,5 +1,6 @@
 """Writes a batch script for Slurm. The same job gives the same text every time."""
 
+import math
 import re
 import shlex
 import subprocess
@@ -7,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardtrain.errors import FAULT, REQUEUE, UserError
+from shardtrain.guard.token import TOKEN
 from shardtrain.launch.command import refuse_no_command, refuse_unprintable
 
 SAVE_SECONDS = 120
 """How long before the time limit the processes are told to save."""
+
+SECRET = r"od -An -N16 -tx1 /dev/urandom | tr -d ' \n'"
+"""Prints 32 random hexadecimal digits."""
 
 SWAP = f"status == {REQUEUE} ? 1 : status == 1 ? {REQUEUE} : status"
 """Swaps the statuses `REQUEUE` and 1 in the shell's arithmetic; done twice it changes nothing."""
@@ -47,7 +52,7 @@ class SlurmJob:
     output: str = "slurm-%j.out"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", self.nodes):
+        if not re.fullmatch(r"[1-9][0-9]{0,8}(-[1-9][0-9]{0,8})?", self.nodes):
             raise UserError(f"--nodes {self.nodes}: write a number such as 2, or a range such as 2-4")
         least, _, most = self.nodes.partition("-")
         if most and int(most) < int(least):
@@ -66,6 +71,40 @@ class SlurmJob:
                 raise UserError(
                     f"--{flag} {value!r}: write it without blanks, quotes, \\ and #, and not empty"
                 )
+        if (seconds := time_limit(self.time)) <= SAVE_SECONDS:
+            raise UserError(
+                f"--time {self.time} is {seconds:g} s, and processes are told to save {SAVE_SECONDS} s "
+                f"before its end; give more, such as 00:10:00"
+            )
+
+
+def time_limit(text: str) -> float:
+    """Returns the seconds of a time limit as Slurm writes it; infinity for none.
+
+    Raises:
+        UserError: if Slurm would not take it.
+
+    Example:
+        >>> time_limit("90"), time_limit("1-2:03:04"), time_limit("unlimited")
+        (5400.0, 93784.0, inf)
+    """
+    if text.lower() in ("unlimited", "infinite", "0"):
+        return math.inf
+    days, dash, clock = text.rpartition("-")
+    # Without days one number is minutes and two are minutes and seconds; with days they begin with hours.
+    units = (3600, 60, 1) if dash or clock.count(":") == 2 else (60, 1)
+    numbers = clock.split(":")
+    if (
+        (dash and not re.fullmatch("[0-9]{1,6}", days))
+        or len(numbers) > len(units)
+        or not all(re.fullmatch("[0-9]{1,6}", number) for number in numbers)
+        or any(int(number) > 59 for number in numbers[1:])
+    ):
+        raise UserError(
+            f"--time {text}: write a time such as 90 (minutes), 12:00:00, 2-12 (days and hours), or unlimited"
+        )
+    seconds = sum(unit * int(number) for unit, number in zip(units, numbers, strict=False))
+    return float(seconds + 86400 * int(days or 0))
 
 
 def script(job: SlurmJob, command: list[str]) -> str:
@@ -122,6 +161,9 @@ def script(job: SlurmJob, command: list[str]) -> str:
     return f"""#!/bin/bash
 # Written by `shardtrain launch slurm`. Submit it with `sbatch`.
 {header}
+
+# A secret of this start, by which its processes know each other's messages.
+export {TOKEN}=$({SECRET})
 
 # When one process fails, all are ended: the others would wait for it for ever. They may then end with
 # {REQUEUE}, "I was told to stop, run me again", and srun takes the largest status of all. So that it is that

@@ -14,8 +14,8 @@ from shardtrain.checkpoint.checkpoints import Checkpoints
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
-from shardtrain.guard.interrupt import Interrupts, uninterrupted
 from shardtrain.guard.profile import peak_memory
+from shardtrain.interrupts import Interrupts, uninterrupted
 from shardtrain.train.batch import Batch
 from shardtrain.train.callbacks.base import Callback, Run
 from shardtrain.train.state import TrainState

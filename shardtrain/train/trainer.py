@@ -20,7 +20,7 @@ from shardtrain.checkpoint.storage import Copies
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
-from shardtrain.guard.interrupt import noticed, uninterrupted
+from shardtrain.interrupts import noticed, uninterrupted
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
 from shardtrain.metrics import Metric, PerExample, accumulate, as_metric

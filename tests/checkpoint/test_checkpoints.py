@@ -199,6 +199,76 @@ def of_another_step(folder):
             (folder / file).unlink()
 
 
+def naming(name, *, size=2000):
+    """A change of the manifest that names a file, with a checksum of its own that is right."""
+
+    def change(folder):
+        file = folder / "default" / "manifest.json"
+        found = json.loads(file.read_text())
+        del found["crc32"]
+        found["files"] = {name: [size, 0], **found["files"]}
+        found["crc32"] = manifest._own_crc(found)
+        file.write_text(json.dumps(found))
+
+    return change
+
+
+def linking(target):
+    """A change that makes a file of the checkpoint a link to another one."""
+
+    def change(folder):
+        file = data_file(folder)
+        file.unlink()
+        file.symlink_to(target)
+
+    return change
+
+
+def pipe(name):
+    def change(folder):
+        (folder / "default" / name).unlink(missing_ok=True)
+        os.mkfifo(folder / "default" / name)
+
+    return change
+
+
+OUTSIDE = "which is no file of this checkpoint"
+
+LIES = {
+    "a file above it": (naming("../../../../../../../../etc/passwd"), OUTSIDE),
+    "a file of the system": (naming("/etc/passwd"), OUTSIDE),
+    "a device": (naming("/dev/zero"), OUTSIDE),
+    "no name": (naming(""), OUTSIDE),
+    "a zero in a name": (naming("a\0b"), OUTSIDE),
+    "no length": (naming("a", size=None), "no length and checksum of 'a'"),
+    "a length that is none": (naming("a", size="1"), "no length and checksum of 'a'"),
+    "a link out of it": (linking("/etc/passwd"), OUTSIDE),
+    "a link to a device": (linking("/dev/zero"), "is no regular file"),
+    "a pipe": (pipe("_METADATA"), "_METADATA is no regular file"),
+    "a pipe that nobody names": (pipe("ours"), "ours is no regular file"),
+    "a pipe for a manifest": (pipe("manifest.json"), "manifest.json cannot be read .it is no regular file"),
+    "a manifest of brackets": (
+        lambda folder: (folder / "default" / "manifest.json").write_text(100_000 * "["),
+        "it is nested too deeply",
+    ),
+    "a manifest without an end": (
+        lambda folder: os.truncate(folder / "default" / "manifest.json", manifest.MOST_BYTES + 1),
+        "it has more than 268,435,456 bytes",
+    ),
+}
+"""What a checkpoint from elsewhere may hold."""
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_checkpoint_that_names_what_is_not_its_own_gives_way(lie, saved, tmp_path, caplog):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    spoil, message = LIES[lie]
+    spoil(folder / "6")
+    assert Checkpoints(folder).newest()[0] == 4
+    assert f"DAMAGED CHECKPOINT: {folder / '6'}: " in caplog.text
+    assert re.search(message, caplog.text)
+
+
 DAMAGES = {
     "a truncated file": (truncated, "of .* bytes"),
     "a flipped bit": (flipped, "not as it was written"),
@@ -234,6 +304,56 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     assert checkpoints.steps() == [4, 6, 8]
     assert [f.name for f in (folder / "aside").iterdir()] == ["6"]  # nothing is thrown away
     assert Checkpoints(folder).newest()[0] == 8
+
+
+def test_what_lies_outside_of_a_checkpoint_is_not_told(saved, tmp_path):
+    """Neither its size nor whether it is there."""
+    secret = tmp_path / "secret"
+    secret.write_text(1234 * "x")
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    said = set()
+    for name in ("../../../secret", "../../../none"):
+        naming(name)(folder / "6")
+        with pytest.raises(UserError) as told:
+            Checkpoints(folder).manifest(6)
+        said.add(str(told.value).replace(name, "NAME"))
+    assert len(said) == 1
+    assert "1,234" not in said.pop()
+
+
+def test_a_checkpoint_of_a_newer_version_says_so(tmp_path):
+    for there, named in (
+        ({"shardtrain": "7.1"}, "it was written by shardtrain 7.1, which is newer than"),
+        ({"jax": "99.0.1.dev2"}, "it was written by jax 99.0.1.dev2, which is newer than"),
+        ({"jax": "0.0.1"}, ""),
+        ({"jax": None}, ""),
+    ):
+        folder = tmp_path / str(there)
+        with Checkpoints(folder, manifest={"versions": there}) as checkpoints:
+            checkpoints.save(1, {"x": np.arange(6.0)}, about={"versions": versions.versions() | there})
+        with pytest.raises(
+            UserError, match=r"does not fit this model and optimizer \(y is not in it"
+        ) as told:
+            Checkpoints(folder).restore({"x": np.zeros(6), "y": np.zeros(6)})
+        assert named in str(told.value)
+        assert ("which is newer" in str(told.value)) is bool(named)
+
+
+@pytest.mark.parametrize("there", ["7.1", "0.0.1"])
+def test_a_checkpoint_that_cannot_be_read_says_who_wrote_it(there, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, {"x": np.arange(6.0)}, about={"versions": versions.versions() | {"shardtrain": there}}
+        )
+    index = tmp_path / "1" / "default" / "_METADATA"
+    index.write_text("another format")
+    folder = tmp_path / "1" / "default"
+    manifest.seal(folder, {k: v for k, v in manifest.read(folder).items() if k != "files"})
+    with pytest.raises(UserError, match="is whole but cannot be read") as told:
+        Checkpoints(tmp_path).restore({"x": np.zeros(6)})
+    assert ("by shardtrain 7.1, which is newer" if there == "7.1" else "by orbax-checkpoint") in str(
+        told.value
+    )
 
 
 def test_orbax_alone_restores_a_flipped_bit(tmp_path, monkeypatch):

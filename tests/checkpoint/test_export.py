@@ -1,5 +1,6 @@
 """Export and import of a model's variables as one file."""
 
+import os
 import pickle
 import zipfile
 
@@ -121,6 +122,21 @@ def test_a_file_that_is_damaged_or_something_else_is_refused_in_a_sentence(tmp_p
     np.save(single, np.ones(3))
     with pytest.raises(UserError, match="give a file that export_state wrote"):
         st.import_state(single, Net(0))
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path):
+    """A pipe, a device, and an array of a terabyte in a small archive."""
+    pipe, large = tmp_path / "pipe.npz", tmp_path / "large.npz"
+    os.mkfifo(pipe)
+    header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 38,)}
+    path = st.export_state(tmp_path / "net", Net(0))
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(large, "w") as other:
+        for name in archive.namelist():
+            with other.open(name, "w") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+    for place in (pipe, "/dev/zero", large):
+        with pytest.raises(UserError, match=r"it is no regular file|is \(274877906944,\) of float32 there"):
+            st.import_state(place, Net(0))
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

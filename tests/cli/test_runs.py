@@ -57,6 +57,65 @@ def folder(tmp_path):
     return tmp_path
 
 
+ODD = {
+    "result.json": [
+        100_000 * "[",
+        '{"steps": ' + "9" * 4000 + "}",
+        '{"steps": true, "model": "\\u001b[31mred\\u0007", "mesh": {"\\u001b[2J": 3}}',
+        '{"steps": -3, "mesh": {"data": [[[1]]], "x": {"y": 1}}, "test_a": 1e400, "final_loss": [1]}',
+        json.dumps({"model": 100_000 * "long ", "mesh": {f"axis{k}": 1 for k in range(1000)}}),
+        '{"mesh": "data=2", "steps": 2.5, "final_loss": ' + "9" * 400 + "}",
+    ],
+    "metrics.jsonl": [
+        '{"step": ' + "9" * 400 + ', "loss": 1}\n{"step": true}\n{"step": 1, "loss": ' + "9" * 400 + "}",
+        '{"step": 1, "loss": {}, "images_per_second": "x", "seconds": []}\n' + 100_000 * "[",
+        '{"step": 1, "loss": -1e308}\n{"step": 2, "loss": 1e308}\n{"step": 2}\n',
+        '{"step": 3, "loss": NaN, "accuracy": Infinity}\n\x00\n',
+    ],
+    "events.jsonl": ['{"event": {"a": 1}}\n{"event": "start", "mesh": 7}\n[]\n3\n"x"\n'],
+}
+
+
+def test_odd_files_are_runs_with_unknown_values(tmp_path, capsys):
+    """Whatever stands in them: no traceback, nothing that moves the cursor, one row for each run."""
+    number = 0
+    for name, texts in ODD.items():
+        for text in texts:
+            place = tmp_path / "runs" / f"r{number}"
+            place.mkdir(parents=True)
+            (place / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+            (place / name).write_text(text)
+            number += 1
+    os.utime(tmp_path / "runs" / "r0" / "metrics.jsonl", (2**55, 2**55))  # a date without a calendar
+    command.main(["runs", str(tmp_path / "runs"), "--plot", str(tmp_path / "a.png")])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert all(re.search(rf"^ *r{k}\b", out, re.MULTILINE) for k in range(number))
+    assert len(out.splitlines()) < 100
+
+
+def test_pipes_devices_and_names(tmp_path, capsys):
+    """Nothing is waited for, and a name is shown as it can be typed."""
+    for name in ("metrics.jsonl", "events.jsonl", "result.json"):
+        place = tmp_path / "runs" / f"a pipe for {name[0]}"
+        place.mkdir(parents=True)
+        os.mkfifo(place / name)
+        if name == "events.jsonl":
+            (place / "result.json").symlink_to("/dev/zero")
+    for name in (b"\x1b[31mred", b"\xff\xfe", b"[bold]x :smile:", b"two\nlines"):
+        place = os.fsencode(tmp_path / "runs") + b"/" + name
+        os.mkdir(place)
+        with open(place + b"/result.json", "w") as file:
+            file.write("{}")
+    command.main(["runs", str(tmp_path / "runs")])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[31mred" in out.replace("\n", "")
+    assert ":smile:" in out
+    assert out.count("damaged") + out.count("running") >= 2
+
+
 def test_the_table(folder, capsys):
     command.main(["runs", str(folder)])
     out = capsys.readouterr().out

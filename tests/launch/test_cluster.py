@@ -5,7 +5,7 @@ import importlib
 import jax
 import pytest
 
-from shardtrain import UserError
+from shardtrain import UserError, compat
 from shardtrain.launch import Cluster, Limits, connect, detect, restarts
 from shardtrain.launch.connect import devices_of
 
@@ -55,6 +55,9 @@ def test_slurm():
     assert found == Cluster("Slurm", "sth1:61447", 6, 3, (1, 2), 3, True)
     assert detect(SLURM | {"SLURM_NODEID": "0"}).apart is False
     assert detect(SLURM | {"JAX_COORDINATOR_PORT": "5000"}).coordinator == "sth1:5000"
+    one_node = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}
+    assert detect(one_node).coordinator == "127.0.0.1:61447"
+    assert detect(one_node).is_local
     ports = {
         detect(SLURM | more).coordinator
         for more in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"})
@@ -189,7 +192,9 @@ def test_a_start_says_what_differs_and_goes_on(monkeypatch, rank):
     monkeypatch.setattr(module, "meet", lambda *_: identities)
     monkeypatch.setattr(module.log, "warning", lambda text, *words: warnings.append(text % words))
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    for name, value in (LOCAL | {"SHARDTRAIN_PROCESS_ID": str(rank)}).items():
+    monkeypatch.setattr(compat, "collectives_at", lambda address: None)  # devices are in use here
+    more = {"SHARDTRAIN_PROCESS_ID": str(rank), "SHARDTRAIN_TOKEN": 32 * "a", "NCCL_SOCKET_IFNAME": "lo"}
+    for name, value in (LOCAL | more).items():
         monkeypatch.setenv(name, value)
     assert connect().process_id == rank
     assert [line.split(";")[0] for line in warnings] == [

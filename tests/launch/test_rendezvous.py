@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -13,9 +14,10 @@ from shardtrain.errors import StartError
 from shardtrain.launch import Cluster, rendezvous
 from shardtrain.launch.identity import own_identity, refuse_unequal
 from shardtrain.launch.local import free_port
-from shardtrain.launch.rendezvous import meet, refuse_elsewhere, split_address
+from shardtrain.launch.rendezvous import loopback, meet, refuse_elsewhere, split_address
 
 IDENTITY = own_identity()
+TOKEN = b"a secret of thirty-two characters"
 
 
 def job(processes, port, **more):
@@ -43,6 +45,11 @@ def all_meet(clusters, limit=5.0, late=0.0):
 
     with ThreadPoolExecutor(len(clusters)) as pool:
         return list(pool.map(one, clusters))
+
+
+def report(token=b"", start=0, **more):
+    """What a process sends that knows the token."""
+    return rendezvous._Line(token, start).write("report", IDENTITY | {"time": time.time()} | more)
 
 
 def dial(cluster):
@@ -121,19 +128,102 @@ def test_someone_else_at_the_port():
     assert "is no process of this job; name another port" in error_text
 
 
-def test_strangers_do_not_disturb():
+def test_strangers_do_not_disturb(monkeypatch, caplog):
+    """Forged, oversized, slow and half messages are left out and logged; nobody who sends them gets an answer."""
+    monkeypatch.setenv("SHARDTRAIN_TOKEN", TOKEN.decode())
+    monkeypatch.setattr(rendezvous, "LONGEST_MESSAGE_BYTES", 10_000)
+    monkeypatch.setattr(rendezvous, "MESSAGE_SECONDS", 0.4)
+    monkeypatch.setattr(rendezvous, "MOST_STRANGERS", 100)
+    clusters = job(3, free_port())
+    forged = {"process_id": 1, "processes": 3}
+    whole = report(TOKEN, **forged)
+    messages = [
+        json.dumps(IDENTITY | forged).encode() + b"\n",  # as it was before there were tokens
+        report(b"another token, a long one", **forged),
+        report(b"", process_id=1, processes=7),  # of another number of processes: once the end of the job
+        report(TOKEN, start=1, **forged),  # recorded in an earlier start of the job
+        rendezvous._Line(TOKEN, 0).write("answer", IDENTITY | forged),  # reflected
+        whole.replace(b'"processes": 3', b'"processes": 4'),  # changed on its way
+        report(TOKEN, process_id="1", processes=3),
+        b"x" * 10_001,
+        whole[: len(whole) // 2],
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"process_id": 1}\n',
+        b"\xff\xfe\n",
+        b"",
+    ]
+
+    def attack(message, *, leaves):
+        with dial(clusters[0]) as peer, suppress(ConnectionError):
+            peer.sendall(message)
+            if leaves:
+                peer.shutdown(socket.SHUT_WR)
+            return peer.recv(100)  # a slow one only waits
+        return b""
+
+    with ThreadPoolExecutor(2 * len(messages) + 1) as pool:
+        attacks = [pool.submit(attack, m, leaves=leaves) for m in messages for leaves in (False, True)]
+        results = all_meet(clusters, late=0.7)
+        answers = [done.result() for done in attacks]
+    assert [len(identities) for identities in results] == [3, 3, 3]
+    assert set(answers) == {b""}
+    for why in (
+        "no message of this job",
+        "more than 10000 bytes",
+        "half a message",
+        "no whole message in 0.4 s",
+    ):
+        assert why in caplog.text
+    assert TOKEN.decode() not in caplog.text
+
+
+def test_many_that_send_nothing_do_not_keep_a_process_out(monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "MOST_WAITING", 3)
     clusters = job(2, free_port())
+    with ThreadPoolExecutor(1) as pool, ExitStack() as connections:
+        meeting = pool.submit(all_meet, clusters, late=1.0)
+        for _ in range(30):
+            connections.enter_context(dial(clusters[0]))
+        assert [len(identities) for identities in meeting.result()] == [2, 2]
+    assert len(caplog.records) == rendezvous.MOST_STRANGERS  # and not one for each
 
-    def scan():
-        for message in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process_id": 1}\n', b"\xff\xfe\n"):
-            with dial(clusters[0]) as peer:
-                peer.sendall(message)
 
-    thread = threading.Thread(target=scan)
-    thread.start()
-    results = all_meet(clusters, late=1.0)
-    thread.join()
-    assert [len(identities) for identities in results] == [2, 2]
+def test_a_process_with_another_token_is_told(monkeypatch):
+    clusters, tokens = job(2, free_port()), iter([TOKEN, b"another token, a long one"])
+    monkeypatch.setattr(rendezvous, "job_token", lambda env: next(tokens))
+    first, second = all_meet(clusters, limit=1.5, late=0.2)
+    assert "1 did not come" in first
+    assert "does not know this one (another SHARDTRAIN_TOKEN)" in second
+    assert second.may_pass
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "local"),
+    [
+        ("127.0.0.1:5", True),
+        ("127.1:5", True),
+        ("localhost:5", True),
+        ("[::1]:5", True),
+        ("[::ffff:127.0.0.1]:5", True),
+        ("192.0.2.1:5", False),
+        ("node1:5", False),
+        (f"{socket.gethostname()}:5", False),  # other hosts may know it by another address
+        ("", False),
+    ],
+)
+def test_jobs_of_one_host(coordinator, local):
+    assert Cluster("flags", coordinator, 2, 0).is_local is local
+
+
+def test_a_port_of_one_host_is_closed_to_others(monkeypatch):
+    port = free_port()
+    with rendezvous.listen(port, loopback(job(2, port)[0])) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+    with rendezvous.listen(port, loopback(Cluster("flags", f"[::1]:{port}", 2, 0))) as server:
+        assert server.getsockname()[0] == "::1"
+    assert loopback(Cluster("Slurm", f"node1:{port}", 2, 0)) == ""
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"0.0.0.0:{port}")
+    assert loopback(job(2, port)[0]) == ""  # somebody knows better
 
 
 def test_a_process_that_leaves_is_missing():
@@ -141,7 +231,7 @@ def test_a_process_that_leaves_is_missing():
 
     def leave():
         with dial(clusters[0]) as peer:
-            peer.sendall(b'{"process_id": 2, "processes": 4, "host": "a", "time": 1.0, "versions": {}}\n')
+            peer.sendall(report(process_id=2, processes=4))
             time.sleep(0.3)
 
     thread = threading.Thread(target=leave)
@@ -180,8 +270,7 @@ def test_a_process_that_takes_its_time_to_leave_and_has_another_clock(monkeypatc
     with ThreadPoolExecutor(1) as pool:
         meeting = pool.submit(all_meet, clusters[:1])
         with dial(clusters[0]) as peer:
-            error_text = IDENTITY | {"process_id": 1, "processes": 2, "time": time.time() + 100}
-            peer.sendall(json.dumps(error_text).encode() + b"\n")
+            peer.sendall(report(process_id=1, processes=2, time=time.time() + 100))
             assert peer.recv(1 << 16).endswith(b"\n")
             done, _ = wait([meeting], timeout=4)
             assert done

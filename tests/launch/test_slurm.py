@@ -1,6 +1,7 @@
 """The batch script: what it asks for, and what it does when srun ends, with a bash that runs it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from shardtrain import UserError
 from shardtrain.cli.launch import Slurm, write_or_print
-from shardtrain.launch.slurm import WRAP, SlurmJob, script, submit
+from shardtrain.launch.slurm import WRAP, SlurmJob, script, submit, time_limit
 
 COMMAND = ["python", "recipes/train_cnn.py", "--out", "/shared/my runs"]
 
@@ -101,6 +102,40 @@ def test_what_starts_again(tmp_path, status, comment, again):
     ended, scontrol_calls = run(tmp_path, status, comment=comment)
     assert ended == status
     assert scontrol_calls[-1:] == (["requeue 7"] if again else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3", 180), ("2:01", 121), ("01:00:00", 3600), ("1-0", 86400), ("1-0:30", 88200), ("1-2:03:04", 93784),
+     ("UNLIMITED", float("inf")), ("0", float("inf"))],
+)  # fmt: skip
+def test_times_as_slurm_reads_them(text, seconds):
+    assert time_limit(text) == seconds
+    assert asked(script(SlurmJob("cnn", time=text), COMMAND))["time"] == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["foo", "", "1:2:3:4", "1-", "-1", "1-2:3:4:5", "1:60", "1.5", "1h", "00:00:90:00", "٣", "9" * 5000],
+)
+def test_times_that_slurm_would_not_take(text):
+    with pytest.raises(UserError, match=r"write a time such as 90 .minutes.|write it without blanks"):
+        SlurmJob("cnn", time=text)
+
+
+@pytest.mark.parametrize("text", ["2", "2:00", "00:01:59", "0-0:2", "1"])
+def test_times_in_which_nothing_can_be_saved(text):
+    with pytest.raises(UserError, match="told to save 120 s before its end; give more, such as 00:10:00"):
+        SlurmJob("cnn", time=text)
+
+
+def test_every_start_has_a_secret_token_of_its_own(tmp_path):
+    tokens = set()
+    for _ in range(2):
+        run(tmp_path, 0, command=["sh", "-c", f'echo "$SHARDTRAIN_TOKEN" > {tmp_path}/token'])
+        tokens.add((tmp_path / "token").read_text())
+    assert len(tokens) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}\n", token) for token in tokens)
 
 
 def test_failures_are_counted_and_being_told_to_stop_is_not(tmp_path):

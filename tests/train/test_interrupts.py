@@ -12,7 +12,7 @@ import pytest
 from pipelined_models import Deep, images, trainer
 
 import shardtrain as st
-from shardtrain.guard.interrupt import uninterrupted
+from shardtrain.interrupts import uninterrupted
 
 ROWS = 16
 X, Y = images(4 * ROWS)

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardtrain.errors import UserError
+from shardtrain.files import whole
 from shardtrain.pipeline.schedules.actions import KINDS, Action, sequence
 
 __all__ = ["Action", "Schedule", "is_file", "validate"]
+
+MOST_BYTES = 1 << 24
+"""A longer file is no schedule."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Schedule:
             UserError: no such file, no text, or no schedule.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = whole(path, MOST_BYTES).decode()
         except OSError as error:
             raise UserError(
                 f"schedule file {path} cannot be read ({error.strerror}); name a CSV file of actions"
