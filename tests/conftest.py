@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -31,7 +32,10 @@ class _Checks(_import_hook.JaxtypingTransformer):
 _import_hook.JaxtypingTransformer = _Checks
 install_import_hook("shardtrain", "beartype.beartype")
 
-from recipe_process import IN_HASTE  # noqa: E402  (imports shardtrain)
+from recipe_process import CACHE, IN_HASTE, KEPT_SECONDS  # noqa: E402  (imports shardtrain)
+
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_SECONDS)
 
 # XLA reads its flags once, here; what a test starts with the environment as it is, has it as it was.
 _before = os.environ.get("XLA_FLAGS")
@@ -75,6 +79,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="K/N/SEED",
         help="of the slow tests only the K-th of N shares, which are dealt anew for every SEED such as a commit",
     )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # the workers of pytest-xdist end before
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def in_share(name: str, share: str) -> bool:

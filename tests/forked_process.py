@@ -12,13 +12,14 @@ import subprocess
 import sys
 from unittest import mock
 
-from recipe_process import _FORKS, environment
+from recipe_process import _FORKS, IN_HASTE, environment
 
 
 def _run(program, arguments, streams):
     """What the fork does: runs a file as a script, with its output in two files."""
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT, 0o644), number)
+    os.environ["XLA_FLAGS"] = IN_HASTE
     sys.argv = [program, *arguments]
     try:
         runpy.run_path(program, run_name="__main__")

@@ -17,14 +17,34 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 OTHERS = ("JAX_", "XLA_", "SLURM_", "OMPI_", "SHARDTRAIN_")
 
-IN_HASTE = " ".join(f"--{name}={str(value).lower()}" for name, value in compat.IN_HASTE.items())
+
+def _flags(options):
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+
+
+IN_HASTE = _flags(compat.IN_HASTE)
 """XLA's flags for tests, which compile much and compute little."""
+
+FOR_RUNS = _flags(compat.IN_HASTE | {"xla_backend_optimization_level": 1})
+"""XLA's flags for whole runs, which compute for longer than they compile."""
+
+if "SHARDTRAIN_TEST_CACHE" not in os.environ:
+    os.environ["SHARDTRAIN_TEST_CACHE"] = tempfile.mkdtemp(prefix="shardtrain-")
+CACHE = os.environ["SHARDTRAIN_TEST_CACHE"]
+"""Folder of the programs that were compiled in this session, for all of its processes."""
+
+KEPT_SECONDS = 0.3
+"""Programs that take longer than this to compile are kept."""
 
 
 def environment(**more):
     """The environment of a process that a test starts: nothing of the test's jax, nor of a scheduler's job."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
-    return kept | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": IN_HASTE} | more
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(KEPT_SECONDS),
+    }
+    return kept | cache | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FOR_RUNS} | more
 
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -37,6 +57,7 @@ def _recipe(path, flags, streams):
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY), number)
     os.chdir(ROOT)
+    os.environ["XLA_FLAGS"] = FOR_RUNS
     sys.argv = [str(path), *flags]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")

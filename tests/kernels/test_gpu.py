@@ -149,7 +149,7 @@ CASES = [  # (shape, filters, window, outputs, type, fused)
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=pytest.mark.slow) if c is CASES[1] else c for c in CASES],
+    [pytest.param(c, marks=pytest.mark.slow) if c in (CASES[0], CASES[1], CASES[5]) else c for c in CASES],
     ids=[f"{c[2]}-{c[4]}-{'fused' if c[5] else ''}" for c in CASES],
 )
 @pytest.mark.parametrize("implementation", BOTH)

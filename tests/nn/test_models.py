@@ -23,7 +23,11 @@ def test_resnets_have_the_published_sizes(depth, count):
 
 @pytest.mark.parametrize(
     ("depth", "norm"),
-    [(8, "group"), (50, "batch"), pytest.param(18, "batch", marks=pytest.mark.slow)],
+    [
+        (8, "group"),
+        pytest.param(50, "batch", marks=pytest.mark.slow),
+        pytest.param(18, "batch", marks=pytest.mark.slow),
+    ],
 )
 def test_a_small_resnet_of_every_depth_is_the_same_on_a_mesh(depth, norm):
     model = models.ResNet(
@@ -51,6 +55,8 @@ def test_classics_have_the_published_sizes(make, count):
     """The parameter counts of torchvision's alexnet and vgg16."""
     assert parameters(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))) == count
 
+
+OFTEN = ("local", "unet of images", "unet of volumes")
 
 OTHERS = {
     "alexnet": (models.AlexNet, {"hidden": 16}, (2, 67, 63, 3), "data=2,height=2,channel=2"),
@@ -80,7 +86,7 @@ OTHERS = {
 @pytest.mark.parametrize(
     ("make", "options", "shape", "mesh"),
     [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in ("alexnet", "vgg") else [])
+        pytest.param(*case, id=name, marks=[] if name in OFTEN else [pytest.mark.slow])
         for name, case in OTHERS.items()
     ],
 )

@@ -95,7 +95,12 @@ def test_averages_are_sharded_as_their_parameters_are():
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("data=2", "pipe=2,data=2"), ("pipe=2", "data=4"), ("data=4", "data=1")]
+    ("first", "then"),
+    [
+        ("data=2", "pipe=2,data=2"),
+        pytest.param("pipe=2", "data=4", marks=pytest.mark.slow),
+        ("data=4", "data=1"),
+    ],
 )
 def test_averages_are_saved_and_taken_up_on_another_mesh(first, then, tmp_path, expected):
     one, other = (averaged(mesh, optimizer=optax.adam(0.01)) for mesh in (first, then))

@@ -188,7 +188,12 @@ def assert_same(graph, cuts, **spoilt):
     assert {n for n in moved if "count" not in n} <= after2.keys()
 
 
-@pytest.mark.parametrize("case", MODELS)
+OFTEN = ["resnet 8", "unet", "plain layers", "LSTM"]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(m, marks=[] if m in OFTEN else pytest.mark.slow) for m in MODELS]
+)
 def test_the_stages_one_after_the_other_are_the_model(case):
     make, shape, stages = MODELS[case]
     graph = graph_of(Sin(nnx.eval_shape(make)), shape)

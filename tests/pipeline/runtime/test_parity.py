@@ -19,7 +19,11 @@ QUICK = [
     ("resnet", "pipe=4,channel=2"),
     ("alexnet", "pipe=2,height=2"),
 ]
-LONG = {QUICK[1]: ("interleaved", "v"), QUICK[2]: ("interleaved", "one stage a rank")}
+LONG = {
+    QUICK[0]: ("interleaved", "v"),
+    QUICK[1]: ("interleaved", "v"),
+    QUICK[2]: ("interleaved", "one stage a rank"),
+}
 SLOW = [
     (name, f"pipe={ranks}{inner}")
     for name in MODELS
@@ -79,6 +83,7 @@ def check_on_many(name, mesh, group):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_gradients_on_sixteen_devices():
     check_on_many("unequal", "pipe=4,data=2,height=2", "one stage a rank")
 

@@ -22,7 +22,12 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+QUICK = ["messages that skip ranks", "messages on their way for two ticks"]
+
+
+@pytest.mark.parametrize(
+    "placement", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.slow) for p in PLACEMENTS]
+)
 def test_random_tables_give_the_gradient_of_one_device(placement):
     ranks_of, mesh, latency = PLACEMENTS[placement]
     schedules = [legal(seed, placed=(ranks_of, MICROBATCHES)) for seed in range(400)]

@@ -63,7 +63,7 @@ def test_a_callback_is_called_at_its_cadence_and_at_the_last_step():
     assert third.calls == [("start", 0), steps[2], steps[5], steps[7], ("end", 8, "NoneType")]
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "pipe=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=2", marks=pytest.mark.slow), "pipe=2"])
 def test_an_evaluation_sees_the_weights_of_its_own_step(mesh):
     """Steps are read one behind the devices: a loop that did not wait would evaluate one update further."""
     parts = 4 if mesh.startswith("pipe") else 1

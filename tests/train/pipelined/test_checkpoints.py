@@ -30,7 +30,13 @@ def run(tmp_path_factory):
     return folder, data, middle, rows, snapshot(one), one
 
 
-@pytest.mark.parametrize("started", [False, True], ids=["before the first batch", "after it"])
+@pytest.mark.parametrize(
+    "started",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="before the first batch"),
+        pytest.param(True, id="after it"),
+    ],
+)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_goes_on_elsewhere(run, mesh, started, tmp_path):
     folder, data, middle, rows, end, _ = run

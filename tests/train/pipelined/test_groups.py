@@ -87,8 +87,15 @@ def reported(one, batch):
     return one.compiled_step(batch)(state, batch)[1]
 
 
-@pytest.mark.parametrize("mesh", ["pipe=2,data=2", "pipe=2,channel=2"])
-@pytest.mark.parametrize("rows", [16, 9])
+@pytest.mark.parametrize(
+    ("mesh", "rows"),
+    [
+        ("pipe=2,channel=2", 9),
+        pytest.param("pipe=2,data=2", 9, marks=pytest.mark.slow),
+        pytest.param("pipe=2,channel=2", 16, marks=pytest.mark.slow),
+        pytest.param("pipe=2,data=2", 16, marks=pytest.mark.slow),
+    ],
+)
 def test_sums_of_any_shape_are_those_of_one_device(mesh, rows):
     """Also where a device computes just its block of them."""
     x, y = (part[:rows] for part in batches()[0])

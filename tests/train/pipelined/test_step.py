@@ -71,7 +71,7 @@ def alone():
     return fit(one, batches()), one._named()
 
 
-@pytest.mark.parametrize("mesh", ["pipe=2,data=2", "pipe=4"])
+@pytest.mark.parametrize("mesh", ["pipe=2,data=2", pytest.param("pipe=4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", st.pipeline.NAMES)
 def test_every_schedule_trains_as_one_device(alone, schedule, mesh):
     one = trainer(mesh, schedule=schedule)
