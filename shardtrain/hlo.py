@@ -88,10 +88,16 @@ class Instruction:
         return [word[-1].removeprefix("%") for word in words if word]
 
     @property
+    def scope(self) -> str:
+        """The whole of the op's name, such as `"jit(step)/shard_map/psum"`, or `""`."""
+        name = re.search(rf"op_name=({_STRING})", self.line)
+        return name[1][1:-1] if name else ""
+
+    @property
     def source(self) -> str:
         """The last three parts of the op's name, or `file:line`, or `""`."""
-        if name := re.search(rf"op_name=({_STRING})", self.line):
-            return "/".join(name[1][1:-1].split("/")[-3:])
+        if self.scope:
+            return "/".join(self.scope.split("/")[-3:])
         place = re.search(r'source_file="(?:[^"]*/)?([^"/]+)" source_line=(\d+)', self.line)
         return f"{place[1]}:{place[2]}" if place else ""
 

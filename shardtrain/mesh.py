@@ -102,12 +102,15 @@ def make_mesh(spec: str = "", /, *, devices: Sequence[Any] | None = None, **axes
     return compat.auto_mesh(np.array(used, dtype=object).reshape(shape), names)
 
 
-def _asked(spec: str, axes: Mapping[str, int]) -> dict[str, int]:
+def _asked(spec: Any, axes: Mapping[str, int]) -> dict[str, int]:
     """Sizes by axis of the text and the keywords together, -1 for the axis that takes the rest.
 
     Raises:
         UserError: unknown axes, an axis given twice, sizes that are not positive.
     """
+    if not isinstance(spec, str):
+        written = _written(dict(spec)) if isinstance(spec, Mapping) else f"data={spec}"
+        raise UserError(f"make_mesh({spec!r}): give axes and sizes as text, such as make_mesh({written!r})")
     sizes = parse(spec)
     if twice := [name for name in axes if name in sizes]:
         raise UserError(f"the axis {twice[0]!r} is given both in {spec!r} and as a keyword; give it once")

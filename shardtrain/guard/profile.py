@@ -54,7 +54,7 @@ class Progress:
         >>> progress = Progress()
         >>> progress.at("data", step=7)
         >>> progress.at("compute")
-        >>> progress.take()["data"] >= 0
+        >>> progress.take()[1]["data"] >= 0
         True
     """
 
@@ -72,11 +72,11 @@ class Progress:
         self.what, self.since, self.marks = what, now, self.marks + 1
         self.step = self.step if step is None else step
 
-    def take(self) -> dict[str, float]:
-        """Returns the seconds of each phase since the last call."""
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Returns the time of now, and the seconds of each phase since the last call."""
         self.at(self.what)
         taken, self._seconds = dict(self._seconds), defaultdict(float)
-        return taken
+        return self.since, taken
 
 
 class Profiler:

@@ -15,6 +15,7 @@ from shardtrain.errors import UserError
 from shardtrain.layout import Dimensions, Layout, default_dimensions, spec
 from shardtrain.mesh import SPATIAL, size, text
 from shardtrain.ops.island import crop_to, round_up
+from shardtrain.train.check import refuse_values
 
 Cuts = Sequence[tuple[str, ...]]
 
@@ -148,6 +149,7 @@ def place_batch(
     """
     share = local_rows(mesh, layout, batch_size)
     leaves = [np.asarray(x) for x in jax.tree.leaves((inputs, targets))]
+    refuse_values(leaves)
     counts = {x.shape[0] if x.ndim else -1 for x in leaves}
     if len(counts) != 1 or -1 in counts:
         raise UserError(f"a batch's arrays disagree on its rows: shapes {[x.shape for x in leaves]}")
@@ -284,6 +286,8 @@ def fetch(outputs: Any, rows: int, batch_size: int, mesh: Mesh, layout: Layout) 
 def rows_of(inputs: Any) -> int:
     """Returns the number of rows of a host batch."""
     leaves = jax.tree.leaves(inputs)
+    if leaves and isinstance(inputs, list | tuple) and not hasattr(leaves[0], "shape"):
+        raise UserError("a batch's inputs are a list of numbers; give an array, such as np.asarray(inputs)")
     if not leaves or not np.ndim(leaves[0]):
         raise UserError("a batch has no rows; give arrays whose leading dimension is the batch")
     return np.shape(leaves[0])[0]

@@ -1,19 +1,31 @@
 """Refuses what cannot work: wrong arguments, and operators that XLA would compute wrongly."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from shardtrain import jaxprs
+from shardtrain import hlo, jaxprs
 from shardtrain.errors import UserError
 from shardtrain.mesh import SPATIAL, size, text
 from shardtrain.nn.base import Partitioned, name
 
+log = logging.getLogger(__name__)
+
+SMALL_BYTES = 1024
+"""Collectives outside of islands that send less are labels, keys and the like."""
+
 REMAT = ("contractions", "nothing")
+
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 _WINDOWED = {
     "conv_general_dilated": ("convolution", "shardtrain.ops.conv or shardtrain.nn.Conv"),
@@ -55,6 +67,37 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> N
             f"the model has a {what} outside shardtrain's operators ({jaxprs.where(equation)}), {reason}; "
             f"use {instead}"
         )
+
+
+def warn_of_foreign_collectives(text: str, mesh: Mesh) -> None:
+    """Logs what a compiled step moves outside of the islands, where no operator of ours asked for it.
+
+    On cut pixels and channels XLA keeps an operation right that it cannot partition, such as a Fourier
+    transform between two layers, by gathering its operands on every device.
+
+    Args:
+        text: of the compiled program.
+        mesh: that it runs on.
+    """
+    found = Counter[tuple[str, str, str]]()
+    for one in itertools.chain.from_iterable(hlo.parse(text)[1].values()):
+        if one.collective not in _MOVES or "shard_map" in one.scope:
+            continue
+        axes = hlo.crossed(hlo.groups(one, mesh.size), mesh)
+        if {*axes} & {*SPATIAL, "channel"}:
+            sizes = [size for shape, size in hlo.arrays(one.shape) if shape[0] in "fcb"]
+            found[one.source, one.collective, ",".join(axes)] += sum(sizes)
+    for (source, kind, over), moved in found.items():
+        if moved > SMALL_BYTES:
+            log.warning(
+                "%s is between the layers: XLA moves %s KiB of it over %s on each device (%s); write it with "
+                "operators of shardtrain, or leave %s out of the mesh",
+                source,
+                f"{moved / 1024:,.1f}",
+                over,
+                kind,
+                over,
+            )
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -140,7 +183,12 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
                 f"nnx.Param or an nnx.Variable (if it is of a layer of nnx's own, leave that layer out)"
             )
         value = variable.get_value()
-        if hasattr(value, "shape") and 0 in value.shape:
+        if not hasattr(value, "shape"):
+            raise UserError(
+                f"{name(path)!r} is an nnx.{type(variable).__name__} of {type(value).__name__}; give it an "
+                f"array, such as jnp.asarray({value!r})"
+            )
+        if 0 in value.shape:
             raise UserError(
                 f"{name(path)!r} has the shape {value.shape}, no elements, and cannot be saved; leave it out"
             )
@@ -149,17 +197,78 @@ def refuse_model(model: nnx.Module, accumulate: int, statistics: str) -> None:
                 f"{name(path)!r} is an nnx.Param of {value.dtype}, which has no gradient; make it an "
                 f"nnx.Variable, or floating"
             )
-    if (masks := plain(model, nnx.Dropout)) and accumulate > 1:
-        raise UserError(
-            f"{masks[0]!r} is a plain nnx.Dropout, which would drop the same in each of the "
-            f"{accumulate} microbatches; use shardtrain.nn.Dropout with the same arguments"
-        )
     if (norms := plain(model, nnx.BatchNorm)) and accumulate > 1 and statistics == "batch":
         raise UserError(
             f"{norms[0]!r} is a plain nnx.BatchNorm, whose running statistics move with each of the "
             f"{accumulate} microbatches and not once, as statistics='batch' asks; use "
             f"shardtrain.nn.BatchNorm with the same arguments"
         )
+
+
+def refuse_no_model(model: Any) -> None:
+    """Refuses what is no model, such as the class in place of an instance.
+
+    Raises:
+        UserError: says what it is, and what to give.
+    """
+    if isinstance(model, nnx.Module):
+        return
+    if isinstance(model, type):
+        raise UserError(
+            f"the model is the class {model.__name__}; give an instance, such as "
+            f"{model.__name__}(rngs=nnx.Rngs(0))"
+        )
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    linen = any("flax.linen" in base.__module__ for base in type(model).__mro__)
+    if linen:
+        raise UserError(f"the model is {kind}, a Linen module; write it with flax.nnx")
+    raise UserError(f"the model is {kind}; give an instance of flax.nnx.Module")
+
+
+def refuse_item(item: Any) -> None:
+    """Refuses what is no batch `(inputs, targets)`.
+
+    Raises:
+        UserError: says what it is.
+    """
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return
+    if isinstance(item, tuple | list):
+        what = f"a {type(item).__name__} of {len(item)}"
+    elif isinstance(item, Mapping):
+        what = f"a dictionary of {', '.join(map(str, item))}"
+    else:
+        what = f"an array of shape {item.shape}" if hasattr(item, "shape") else type(item).__name__
+    raise UserError(
+        f"a batch is {what}, and must be (inputs, targets), where inputs and targets may be trees of several "
+        f"arrays; give an iterable of batches, such as [(inputs, targets)]"
+    )
+
+
+def refuse_steps(steps: Any, done: int) -> None:
+    """Refuses numbers of steps that are none, and says when there is nothing left to do.
+
+    Raises:
+        UserError: says what was given.
+    """
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 0:
+        raise UserError(f"fit(steps={steps!r}): give a whole number, the updates in all")
+    if done >= steps:
+        log.warning("steps=%d counts all updates, and %d are done: there is nothing to do", steps, done)
+
+
+def refuse_values(arrays: Sequence[np.ndarray]) -> None:
+    """Refuses arrays in a batch that are no numbers.
+
+    Raises:
+        UserError: names the dtype.
+    """
+    for x in arrays:
+        if x.dtype.kind in "OSUMm":
+            raise UserError(
+                f"a batch has an array of {x.dtype} and shape {x.shape}, which no device takes; leave "
+                f"it out, or make numbers of it"
+            )
 
 
 def refuse_empty(rows: int) -> None:
@@ -185,6 +294,25 @@ def refuse_ragged(rows: int, norms: Sequence[str]) -> None:
         )
 
 
+def refuse_other_rank(inputs: Any, sample: Any) -> None:
+    """Refuses inputs with a dimension less than the trainer has seen, as one example without a batch has.
+
+    Args:
+        inputs: a host batch.
+        sample: `(inputs, targets)` of one row, None where no batch was seen.
+
+    Raises:
+        UserError: says how to make a batch of it.
+    """
+    before = [] if sample is None else jax.tree.leaves(sample[0])
+    for x, seen in zip(jax.tree.leaves(inputs), before, strict=False):
+        if np.ndim(x) == np.ndim(seen) - 1:
+            raise UserError(
+                f"predict: the inputs have shape {np.shape(x)}, and those before (rows, "
+                f"{', '.join(map(str, np.shape(seen)[1:]))}); give a batch, for one example inputs[None]"
+            )
+
+
 def refuse_rowless(outputs: Sequence[Any], rows: int) -> None:
     """Refuses to predict outputs, given as shapes, that do not have one row for each example.
 
@@ -192,9 +320,9 @@ def refuse_rowless(outputs: Sequence[Any], rows: int) -> None:
         UserError: names the shape.
     """
     for y in outputs:
-        if y.shape[:1] != (rows,):
+        if np.shape(y)[:1] != (rows,):
             raise UserError(
-                f"predict: an output of shape {y.shape} for {rows} examples has no row for each of them; "
+                f"predict: an output of shape {np.shape(y)} for {rows} examples has no row for each of them; "
                 f"return such outputs in training mode only"
             )
 

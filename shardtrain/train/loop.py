@@ -18,6 +18,7 @@ from shardtrain.guard.profile import peak_memory
 from shardtrain.interrupts import Interrupts, uninterrupted
 from shardtrain.train.batch import Batch
 from shardtrain.train.callbacks.base import Callback, Run
+from shardtrain.train.check import refuse_item
 from shardtrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Loop(Run):
     def __init__(
         self,
         trainer: Trains,
-        batches: Iterable[tuple[Any, Any]],
+        batches: Iterable[Any],
         steps: int,
         callbacks: Sequence[Callback],
         checkpoints: Checkpoints | None,
@@ -100,7 +101,7 @@ class Loop(Run):
         self._reason: str | None = None
         self._told = False
         self._last = steps
-        self._clock = time.perf_counter()
+        self._clock = time.monotonic()
 
     def run(self) -> list[Row]:
         """Trains, under the guard.
@@ -197,8 +198,9 @@ class Loop(Run):
             self._step(item)
         self._conclude()
 
-    def _step(self, item: tuple[Any, Any]) -> None:
+    def _step(self, item: Any) -> None:
         """Starts a step, and reads the one before it."""
+        refuse_item(item)
         guard, trainer, number = self.guard, self.trainer, self.done + 1
         if number == self.begun + 1:
             guard.progress.at("compiling")  # which may take longer than to wait for data may
@@ -211,8 +213,7 @@ class Loop(Run):
             jax.block_until_ready(trainer.state)
             guard.profile()
         if not self.rows and not self._unread:
-            self._clock = time.perf_counter()  # compiling is no step
-            guard.progress.take()
+            self._clock, _ = guard.progress.take()  # compiling is no step
         guard.progress.at("compute")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             self._advance(batch)
@@ -283,9 +284,8 @@ class Loop(Run):
 
     def _times(self, examples: int) -> dict[str, float]:
         """How long the step took, and what the host waited for meanwhile."""
-        now = time.perf_counter()
+        now, spent = self.guard.progress.take()
         seconds, self._clock = now - self._clock, now
-        spent = self.guard.progress.take()
         row = {f"{self.unit}_per_second": examples / seconds, "seconds": seconds}
         row |= {f"{what}_seconds": spent.get(what, 0.0) for what in ("data", "compute", "checkpoint")}
         if (peak := peak_memory()) is not None:

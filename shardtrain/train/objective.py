@@ -1,7 +1,7 @@
 """What training minimizes: a loss and metrics of each example, as a function of the model and the batch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -51,15 +51,19 @@ class Measured:
     Attributes:
         loss: one value per example.
         metrics: by name, metrics or functions that return one value per example.
+        sizes: the last extents of the outputs, of each call that was traced; the numbers of classes where the
+            targets are labels.
     """
 
     loss: PerExample
     metrics: Mapping[str, Metric | PerExample]
+    sizes: list[int] = field(default_factory=list, compare=False)
 
     def __call__(self, model: Any, batch: tuple[Any, Any], context: Context) -> tuple[Array, dict[str, Any]]:
         inputs, targets = batch
         outputs = jax.tree.map(widened, model(inputs))
         losses.refuse_labels(self.loss, outputs, targets)
+        self.sizes.extend(y.shape[-1] for y in jax.tree.leaves(outputs)[:1] if y.ndim)
         found: dict[str, Any] = {}
         for name, metric in self.metrics.items():
             if not isinstance(metric, Metric):
@@ -68,6 +72,21 @@ class Measured:
             elif metric.every_step or not context.train:
                 found[name] = metric.sums(outputs, targets, context.weights)
         return self.loss(outputs, targets), found
+
+
+def refuse_classes(objective: Any, targets: Any) -> None:
+    """Refuses targets of a host batch that are labels of classes that the model does not have.
+
+    Args:
+        objective: one that knows nothing of classes, or has not been traced, refuses nothing.
+        targets: of the batch.
+
+    Raises:
+        UserError: names such a label.
+    """
+    labels = np.asarray(targets) if isinstance(targets, np.ndarray | jax.Array) else None
+    if isinstance(objective, Measured) and objective.sizes and labels is not None:
+        losses.refuse_classes(objective.loss, labels, objective.sizes[-1])
 
 
 def widened(y: Array) -> Array:

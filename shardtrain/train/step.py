@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from shardtrain.layout import Layout, active_mesh
-from shardtrain.mesh import PIPE, size
+from shardtrain.mesh import PIPE, SPATIAL, size
 from shardtrain.metrics import Metric, finished
+from shardtrain.nn.draws import Part
 from shardtrain.nn.examples import examples
 from shardtrain.nn.transitions import resharded
 from shardtrain.nn.variables import Variables
@@ -111,10 +112,15 @@ class Program:
         self, params: dict, model_state: dict, inputs: Any, targets: Any, real: Array | None, index: Array
     ) -> tuple[Array, tuple[dict[str, Any], dict[str, Array]]]:
         """The summed loss of one (micro)batch, all sums, and the model's state after it."""
-        model = self.variables.model(self._cast(params), model_state, train=True)
-        context = Context(True, index.shape[0], index, real)
+        rows, parts = index.shape[0], self.accumulate
+        part = None if parts == 1 else Part(rows, parts, index[0] % parts)
+        model = self.variables.model(self._cast(params), model_state, train=True, part=part)
+        context = Context(True, rows, index, real)
         sums = self._sums(model, self._cast(inputs), targets, context, summing=self.deferred is not None)
-        return sums["loss"], (sums, Variables.state_of(model))
+        after = self.variables.state_of(model)
+        if part is not None:
+            after |= {name: model_state[name] for name in self.variables.key_names()}
+        return sums["loss"], (sums, after)
 
     def _gradients(self, params: dict, *args: Any) -> Any:
         """Returns the gradient of the summed loss, the sums, and the model's state after one (micro)batch."""
@@ -277,4 +283,6 @@ def compiled(
         program = traced.lower().compile()
     if staged:
         refuse_divergent(program.as_text(), mesh, [PIPE])
+    elif updates and any(size(mesh, axis) > 1 for axis in (*SPATIAL, "channel")):
+        check.warn_of_foreign_collectives(program.as_text(), mesh)
     return program

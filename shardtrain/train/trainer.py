@@ -47,7 +47,7 @@ from shardtrain.train.callbacks.terminal import Terminal
 from shardtrain.train.extra import POSITION, copies, on_devices, refuse_extra, with_copies, with_position
 from shardtrain.train.initial import initial_state, state_specs
 from shardtrain.train.loop import Loop
-from shardtrain.train.objective import Measured, Objective, refuse_names
+from shardtrain.train.objective import Measured, Objective, refuse_classes, refuse_names
 from shardtrain.train.optimizer import Optimizer
 from shardtrain.train.pipelined.plan import Pipeline, PipelinePlan
 from shardtrain.train.pipelined.step import Pipelined
@@ -67,7 +67,7 @@ class Trainer:
             shapes alone, from `nnx.eval_shape`, compiles for any mesh and does not train.
         optimizer: any optax transformation but line searches, which evaluate the loss at points of their own.
             The loss is passed on to those that take `value`.
-        mesh: from `make_mesh`; all devices data parallel by default.
+        mesh: from `make_mesh`, or its text; all devices data parallel by default.
         loss: `(outputs, targets) -> one value per example`, `losses.cross_entropy` by default. The mean over
             the real examples is taken by the trainer.
         objective: in place of `loss`, a function `(model, (inputs, targets), context) -> (loss, metrics)`
@@ -120,7 +120,7 @@ class Trainer:
         model: nnx.Module,
         optimizer: optax.GradientTransformation,
         *,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         loss: PerExample | None = None,
         objective: Objective | None = None,
         metrics: Mapping[str, Metric | PerExample] | None = None,
@@ -139,7 +139,8 @@ class Trainer:
     ) -> None:
         check.refuse_arguments(remat, accumulate, clip_norm, dtype, statistics)
         check.refuse_two_objectives(loss, objective)
-        self.mesh = make_mesh(data=-1) if mesh is None else mesh
+        check.refuse_no_model(model)
+        self.mesh = mesh if isinstance(mesh, Mesh) else make_mesh("data=-1" if mesh is None else mesh)
         within = without(without(self.mesh, PIPE), REPLICA)
         self.layout = partition.assign(model, within, Layout(parameters=parameters), layout or {})
         check.refuse_replicas_alone(self.mesh)
@@ -287,6 +288,7 @@ class Trainer:
         """
         rows = rows_of(inputs)
         check.refuse_empty(rows)
+        refuse_classes(self._program.objective, targets)
         whole = self._batch_size or self._divisible(rows)
         batch = self._placed(inputs, targets, whole)
         if rows < len(self.rows(whole)):
@@ -449,7 +451,7 @@ class Trainer:
             [2, 2, 2]
         """
         with noticed() as interrupts:
-            self._arrays()
+            check.refuse_steps(steps, int(self._arrays().step))
             refuse_callbacks(callbacks)
             shown = [Terminal()] if progress and jax.process_index() == 0 else []
             return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard, interrupts).run()
@@ -488,9 +490,12 @@ class Trainer:
         """
         totals: Any = None
         whole: int | None = None
-        for inputs, targets in batches:
+        for item in batches:
+            check.refuse_item(item)
+            inputs, targets = item
             whole = whole or global_batch_size(rows_of(inputs), self.mesh, self._rows)
             _, sums = self._evaluated("evaluate", self._placed(inputs, targets, whole))
+            refuse_classes(self._program.objective, targets)
             totals = accumulate(totals, sums)
         if totals is None or not totals["examples"]:
             raise UserError("evaluate: there are no examples in the batches")
@@ -509,7 +514,9 @@ class Trainer:
         """
         rows = rows_of(inputs)
         whole = global_batch_size(rows, self.mesh, self._rows)
+        check.refuse_other_rank(inputs, self._sample)
         outputs, _ = self._evaluated("predict", self._placed(inputs, None, whole))
+        check.refuse_rowless(jax.tree.leaves(outputs), whole)
         return fetch(outputs, rows, whole, self.mesh, self._rows)
 
     def _evaluated(self, kind: Mode, batch: Batch) -> tuple[Any, dict[str, Any]]:

@@ -264,7 +264,7 @@ def test_progress_counts_what_the_time_went_to():
     progress.at("data", step=7)
     time.sleep(0.02)
     progress.at("compute")
-    taken = progress.take()
+    _, taken = progress.take()
     assert (progress.step, progress.what) == (7, "compute")
     assert 0.02 <= taken["data"] < 0.2
-    assert "data" not in progress.take()
+    assert "data" not in progress.take()[1]

@@ -1,9 +1,13 @@
 """Objectives: what a user's own function minimizes, on every mesh as on one device."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from pipelined_models import Deep, batches, close, trainer
 from unchecked import made
 
@@ -275,3 +279,55 @@ def test_metrics_that_do_not_fit_their_sums_are_refused():
 def test_a_unit_is_a_word(unit):
     with pytest.raises(UserError, match="rows name it"):
         made(st.Trainer, Deep(), optax.sgd(0.1), unit=unit)
+
+
+class Pixels(nnx.Module):
+    def __init__(self):
+        self.conv = st.nn.Conv(3, 4, (3, 3), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "data=2,height=3"])
+def test_pixels_that_are_ignored_have_no_part_in_loss_and_gradient(mesh):
+    """The reference is the loss of the other pixels alone, written out."""
+    r = np.random.default_rng(0)
+    x, y = r.normal(size=(8, 6, 5, 3)), r.integers(0, 4, (8, 6, 5))
+    y[:, :3], y[5] = 255, 255
+    model = Pixels()
+
+    def loss(kernel, bias):
+        z = st.ops.conv(jnp.asarray(x), kernel, bias, padding="SAME")
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(z), np.where(y == 255, 0, y)[..., None], -1)[..., 0]
+        counts = y != 255
+        return (jnp.where(counts, nll, 0).sum((1, 2)) / np.maximum(counts.sum((1, 2)), 1)).mean()
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(model.conv.kernel[...], model.conv.bias[...])
+    ignoring = functools.partial(st.losses.pixel_cross_entropy, ignore_label=255)
+    dice = functools.partial(st.losses.dice, ignore_label=255)
+    options = {"accumulate": 1}
+    ours = trainer(mesh, optax.sgd(1.0), model, loss=ignoring, metrics={"dice": dice}, **options)
+    (row,) = ours.fit([(x, y)], steps=1, progress=False)
+    assert row["loss"] == pytest.approx(float(value), rel=1e-10)
+    new = ours._named().params
+    close(np.asarray(new["conv.kernel"]), np.asarray(model.conv.kernel[...] - grads[0]))
+    close(np.asarray(new["conv.bias"]), np.asarray(model.conv.bias[...] - grads[1]))
+    with pytest.raises(UserError, match=r"label 255, and .* 4 classes, from 0 to 3.*ignore_label=255"):
+        trainer(mesh, model=Pixels(), loss=st.losses.pixel_cross_entropy, **options).fit(
+            [(x, y)], steps=1, progress=False
+        )
+
+
+@pytest.mark.parametrize("label", [-1, 5, 255])
+def test_labels_that_are_no_classes_are_refused_or_not_a_number(label):
+    x, y = DATA[0][0], np.where(np.arange(16) == 3, label, DATA[0][1])
+    for call in ("fit", "evaluate"):
+        ours = trainer("data=2", model=Deep(), accumulate=1)
+        given = {"steps": 1, "progress": False} if call == "fit" else {}
+        with pytest.raises(UserError, match=f"the label {label}, and the model's outputs are for 5 classes"):
+            getattr(ours, call)([(x, y)], **given)
+    logits, labels = jnp.zeros((2, 5)), jnp.array([1, label])
+    assert jnp.isnan(st.losses.cross_entropy(logits, labels)).tolist() == [False, True]
+    maps = jnp.zeros((2, 1, 1, 5)), labels.reshape(2, 1, 1)
+    assert jnp.isnan(st.losses.pixel_cross_entropy(*maps)).tolist() == [False, True]

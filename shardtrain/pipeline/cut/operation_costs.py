@@ -91,11 +91,11 @@ def flops(equation: Any) -> float:
         return math.prod(out) * each
     bodies = [sum(map(flops, body.eqns)) for body in jaxprs.inner_jaxprs(equation)]
     if name == "cond":
-        return max(bodies)
+        return float(max(bodies))
     if name.startswith("scatter"):
         return float(math.prod(equation.invars[2].aval.shape))
     if bodies and not name.startswith("reduce"):
-        return _runs(equation) * sum(bodies)
+        return float(_runs(equation) * sum(bodies))
     if name in _MOVES:
         return 0.0
     numbers = sum(math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))

@@ -21,7 +21,7 @@ QUICK = [
 ]
 LONG = {
     QUICK[0]: ("interleaved", "v"),
-    QUICK[1]: ("interleaved", "v"),
+    QUICK[1]: tuple(GROUPS),
     QUICK[2]: ("interleaved", "one stage a rank"),
 }
 SLOW = [
