@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.random import define_prng_impl
 
-OF_AN_EXAMPLE = 2**32 - 1
+OF_AN_EXAMPLE = np.uint32(2**32 - 1)
 """In place of the number of a microbatch, in a key that belongs to one example already."""
 
 

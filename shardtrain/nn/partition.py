@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 from flax import nnx
@@ -173,9 +173,20 @@ def _log_whole(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
         log.warning("whole on each of the channel=%d devices: %s", size(mesh, "channel"), ", ".join(whole))
 
 
+def has_any_pixels(modules: Iterable[nnx.Module]) -> bool:
+    """Whether the partitioned layers, of which there are some, all take any number of spatial dimensions."""
+    partitioned = [module for module in modules if isinstance(module, Partitioned)]
+    return bool(partitioned) and all(module.spatial() is None for module in partitioned)
+
+
 def _check_axes_used(found: Mapping[str, nnx.Module], layouts: Mapping[str, Layout], mesh: AnyMesh) -> None:
-    """Refuses mesh axes that cut nothing in this model."""
-    used = set()
+    """Refuses mesh axes that cut nothing in this model.
+
+    Where no layer says which pixels it takes, the first batch says what is cut (`check.refuse_idle`).
+    """
+    used = set[str]()
+    if has_any_pixels(found.values()):
+        used |= {*SPATIAL}
     for path, module in found.items():
         layout = layouts[path]
         used |= set(axes_of(layout.batch))

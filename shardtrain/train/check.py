@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from shardtrain import hlo, jaxprs
 from shardtrain.errors import UserError
+from shardtrain.layout import axes_of, spatial_names
 from shardtrain.mesh import SPATIAL, size, text
 from shardtrain.nn.base import Partitioned, name
 
@@ -53,6 +54,8 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> N
     cut = [axis for axis in (*SPATIAL, "channel") if size(mesh, axis) > 1]
     for equation in _equations(jaxpr):
         name = equation.primitive.name
+        if name == "sort" and not staged:
+            _refuse_uneven_sort(equation, mesh)
         if name not in _WINDOWED:
             continue
         what, instead = _WINDOWED[name]
@@ -67,6 +70,24 @@ def refuse_outside_islands(jaxpr: Any, mesh: Mesh, *, staged: bool = False) -> N
             f"the model has a {what} outside shardtrain's operators ({jaxprs.where(equation)}), {reason}; "
             f"use {instead}"
         )
+
+
+def _refuse_uneven_sort(equation: Any, mesh: Mesh) -> None:
+    """Refuses to sort arrays whose pixels do not divide by the axes that cut them: XLA aborts the process.
+
+    Raises:
+        UserError: says where, and which dimension does not divide.
+    """
+    shape = equation.invars[0].aval.shape
+    if not 2 < len(shape) < 6:  # no pixels
+        return
+    for axis, extent in zip(spatial_names(len(shape) - 2), shape[1:-1], strict=True):
+        if extent % size(mesh, axis):
+            raise UserError(
+                f"the model sorts an array of shape {shape} ({jaxprs.where(equation)}), as jnp.sort and "
+                f"jnp.median do, and its {axis} of {extent} does not divide by {axis}={size(mesh, axis)}, "
+                f"which XLA cannot compile; pad the array to a multiple, or use another mesh"
+            )
 
 
 def warn_of_foreign_collectives(text: str, mesh: Mesh) -> None:
@@ -92,11 +113,29 @@ def warn_of_foreign_collectives(text: str, mesh: Mesh) -> None:
             log.warning(
                 "%s is between the layers: XLA moves %s KiB of it over %s on each device (%s); write it with "
                 "operators of shardtrain, or leave %s out of the mesh",
-                source,
+                source or "an operation",
                 f"{moved / 1024:,.1f}",
                 over,
                 kind,
                 over,
+            )
+
+
+def refuse_idle(inputs: Any, mesh: Mesh) -> None:
+    """Refuses a batch of which a spatial axis of the mesh cuts nothing, where layers take any pixels.
+
+    Raises:
+        UserError: names the axis, and the dimensions that the inputs have.
+    """
+    leaves = jax.tree.leaves(inputs)
+    cut = {axis for x in leaves for entry in x.sharding.spec for axis in axes_of(entry)}
+    for axis in SPATIAL:
+        if size(mesh, axis) > 1 and axis not in cut:
+            shapes = ", ".join(str(x.shape) for x in leaves)
+            raise UserError(
+                f"the mesh axis {axis}={size(mesh, axis)} cuts nothing in this model with inputs of shape "
+                f"{shapes}, so all of it would be repeated; leave {axis} out of the mesh, or name it in "
+                f"dimensions="
             )
 
 

@@ -176,6 +176,7 @@ class Trainer:
         self.pipeline: Pipelined | None = None
         self._plain_norms = check.plain(model, nnx.BatchNorm)
         partitioned = any(isinstance(m, Partitioned) for _, m in nnx.iter_modules(model))
+        self._any_pixels = partition.has_any_pixels(m for _, m in nnx.iter_modules(model))
         self._dimensions = InputDimensions.parse(dimensions, pixels=partitioned)
         self._batch_size: int | None = None
         self._sample: Any = None
@@ -324,7 +325,7 @@ class Trainer:
 
     def _placed(self, inputs: Any, targets: Any, batch_size: int) -> Batch:
         if rows_of(inputs):
-            self._sample = jax.tree.map(lambda x: np.asarray(x)[:1], (inputs, targets))
+            self._sample = jax.tree.map(lambda x: np.array(np.asarray(x)[:1]), (inputs, targets))
         where = self.mesh, self._rows, self._dimensions
         return place_batch(inputs, targets, batch_size, *where, self._sample)
 
@@ -360,6 +361,8 @@ class Trainer:
             whole = self._divisible(rows_of(inputs))
             batch = self._placed(inputs, targets, whole)
             batch = with_limit(batch, np.inf, self.mesh) if self.skips_bad else batch
+        if self._any_pixels:
+            check.refuse_idle(batch.inputs, self.mesh)
         if self._plan is not None and self.pipeline is None:
             self._cut(batch)
         program = self.compiled_step(batch)

@@ -21,7 +21,7 @@ class Noisy(nnx.Module):
     """
 
     def __init__(self, impl):
-        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        kinds = {"param_dtype": jnp.result_type(float), "rngs": nnx.Rngs(0)}
         self.first, self.second = st.nn.Linear(4, 4, **kinds), st.nn.Linear(4, 4, **kinds)
         self.by_key = impl == "threefry2x32"
         self.rngs = nnx.Rngs(noise=jax.random.key(1, impl=impl))
@@ -55,6 +55,13 @@ def test_noise_in_microbatches_is_that_of_the_batch(impl):
     np.testing.assert_allclose(fitted("data=1", impl, PARTS), expected, rtol=1e-12)
     if impl == "threefry2x32":  # the bits of the others depend on the device
         np.testing.assert_allclose(fitted("data=2", impl, PARTS), expected, rtol=1e-12)
+
+
+def test_noise_where_numbers_have_32_bits():
+    """As users have it; a number of a microbatch beyond an int32 would overflow there."""
+    with jax.enable_x64(False):
+        expected = fitted("data=1", "threefry2x32", 1)
+        np.testing.assert_allclose(fitted("data=1", "threefry2x32", PARTS), expected, rtol=1e-5)
 
 
 def test_noise_in_stages_is_that_of_the_batch():

@@ -162,3 +162,56 @@ def test_what_xla_gathers_between_layers_is_said(options, caplog):
         said[own] = [text for text in caplog.messages if "between the layers" in text]
     assert said[False] == []
     assert any("fft" in text and "KiB of it over" in text and "height" in text for text in said[True])
+
+
+class Sorts(nnx.Module):
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.conv, self.head = st.nn.Conv(1, 4, (3, 3), **kinds), st.nn.Linear(4, 5, **kinds)
+
+    def __call__(self, x):
+        x = jnp.sort(self.conv(x), axis=2)
+        return self.head(st.ops.global_avg_pool(jnp.tanh(x) * jnp.arange(x.shape[2])[:, None]))
+
+
+def rows(extent):
+    return np.random.default_rng(0).normal(size=(8, extent, 10, 1)), np.arange(8) % 5
+
+
+def test_a_sort_that_xla_cannot_compile_is_refused_and_others_are_right():
+    """13 rows on eight devices would abort the process, without an exception."""
+    with pytest.raises(
+        UserError, match=r"sorts an array of shape \(8, 13, 10, 4\).*height of 13 does not divide"
+    ):
+        st.Trainer(Sorts(), optax.sgd(0.1), mesh="height=8").fit([rows(13)], steps=1, progress=False)
+    found = [
+        st.Trainer(Sorts(), optax.sgd(0.1), mesh=mesh).fit([rows(8)], steps=1, progress=False)[0]["loss"]
+        for mesh in ("data=1", "height=4", "height=2,width=2")
+    ]
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-10)
+
+
+class AnyPixels(nnx.Module):
+    """Pixels are cut by operators and by layers that take any number of them."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        self.one, self.pool, self.head = (
+            st.nn.Linear(1, 4, **kinds),
+            st.nn.MaxPool(3, 1),
+            st.nn.Linear(4, 5, **kinds),
+        )
+
+    def __call__(self, x):
+        x = st.ops.conv(self.one(x), jnp.ones((3, 3, 4, 4)) / 36)
+        return self.head(st.ops.global_avg_pool(self.pool(x)))
+
+
+def test_layers_of_any_pixels_are_cut_where_the_inputs_have_pixels():
+    found = [
+        st.Trainer(AnyPixels(), optax.sgd(0.1), mesh=mesh).fit([rows(8)], steps=1, progress=False)[0]["loss"]
+        for mesh in ("data=1", "height=2", "height=2,width=2")
+    ]
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-10)
+    with pytest.raises(UserError, match="depth=2 cuts nothing in this model with inputs of shape"):
+        st.Trainer(AnyPixels(), optax.sgd(0.1), mesh="depth=2").fit([rows(8)], steps=1, progress=False)

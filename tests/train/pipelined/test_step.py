@@ -111,6 +111,18 @@ def test_an_optimizer_that_joins_large_arrays_of_several_stages_is_refused(monke
         fit(trainer("pipe=2", optax.flatten(optax.adam(0.01)), Deep()), batches())
 
 
+@pytest.mark.parametrize("skip_bad", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_clipping_by_the_norm_of_all_gradients_sends_numbers_alone(skip_bad, monkeypatch):
+    """Every rank knows the norm, and a gradient stays where it is divided by it: no limit is met."""
+    monkeypatch.setattr("shardtrain.pipeline.runtime.rankwise_update.LARGEST", 200)
+    options = {"clip_norm": 0.05, "skip_bad": skip_bad, "model": Deep()}
+    ours = trainer("pipe=2", **options)
+    same(ours, trainer("data=1", **options), batches())
+    sent = ours.pipeline._update.update.rounds.sent
+    assert sent
+    assert {v.aval.shape for v in sent} == {()}
+
+
 def test_many_stages_on_a_rank_and_sends_that_overlap():
     ours = trainer("pipe=2,data=2", model=wide(Small(norm=True)), schedule="zb-v", overlap=True)
     same(ours, trainer("data=1"), batches())
