@@ -12,6 +12,7 @@ from jaxtyping import Num
 
 from shardtrain.errors import UserError
 from shardtrain.nn.base import refuse, refuse_sharding
+from shardtrain.nn.draws import key_of_batch
 from shardtrain.nn.examples import current_examples
 from shardtrain.nn.linear import LinearGeneral
 from shardtrain.nn.norm import LayerNorm
@@ -92,6 +93,7 @@ def dot_product_attention(
 
 def _kept(shape: tuple[int, ...], key: Array, probability: float, broadcast: bool) -> Array:
     """Which weights are kept: the same of all examples and heads, or drawn by the index of the example."""
+    key = key_of_batch(key)
     if broadcast:
         return jax.random.bernoulli(key, probability, (1,) * (len(shape) - 2) + shape[-2:])
     index = current_examples(shape[0]).index

@@ -26,6 +26,10 @@ OF_AN_EXAMPLE = np.uint32(2**32 - 1)
 """In place of the number of a microbatch, in a key that belongs to one example already."""
 
 
+_BASES: dict[Any, Any] = {}
+"""By each of our generators the one from whose bits it takes its own."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A microbatch of a batch: the examples `number`, `number + parts`, and so on.
@@ -45,6 +49,16 @@ class Part:
         number = jnp.broadcast_to(jnp.asarray(self.number, words.dtype), (*words.shape[:-1], 1))
         words = jnp.concatenate([words, number], axis=-1)
         return jax.random.wrap_key_data(words, impl=_generator(base, self.rows, self.parts))
+
+
+def key_of_batch(key: Array) -> Array:
+    """The key without the microbatch, for layers that draw for each example by its number in the batch."""
+    base = (
+        _BASES.get(jax.random.key_impl(key))
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        else None
+    )
+    return key if base is None else jax.random.wrap_key_data(jax.random.key_data(key)[..., :-1], impl=base)
 
 
 @functools.lru_cache
@@ -77,7 +91,7 @@ def _generator(base: Hashable, rows: int, parts: int) -> Any:
         return jnp.where(words[-1] == OF_AN_EXAMPLE, other, mine)
 
     size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=base))).shape[-1]
-    return define_prng_impl(
+    made = define_prng_impl(
         key_shape=(size + 1,),
         seed=lambda seed: with_number(jax.random.key(seed, impl=base), jnp.zeros(1, jnp.uint32)),
         split=split,
@@ -86,3 +100,5 @@ def _generator(base: Hashable, rows: int, parts: int) -> Any:
         name=f"{base} of {rows} rows in {parts} microbatches",
         tag="microbatch",
     )
+    _BASES[made] = base
+    return made

@@ -12,6 +12,7 @@ from shardtrain import ops
 from shardtrain.errors import UserError
 from shardtrain.layout import active_mesh
 from shardtrain.nn.base import Partitioned, in_layout
+from shardtrain.nn.draws import key_of_batch
 from shardtrain.nn.examples import current_examples
 from shardtrain.ops.arguments import Padding, numbers_of, tuple_of
 from shardtrain.ops.resample import method_of
@@ -279,7 +280,7 @@ class Dropout(Partitioned, nnx.Dropout):
         if source is None:
             raise UserError("nn.Dropout: give rngs, to the constructor or to the call")
         source = source[self.rng_collection] if isinstance(source, nnx.Rngs) else source
-        key = source if isinstance(source, jax.Array) else source()
+        key = key_of_batch(source if isinstance(source, jax.Array) else source())
         broadcast = {d % inputs.ndim for d in self.broadcast_dims}
         shape = [1 if d in broadcast else n for d, n in enumerate(inputs.shape)]
         index = current_examples(inputs.shape[0]).index[: shape[0]]

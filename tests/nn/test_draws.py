@@ -90,3 +90,25 @@ def test_rows_of_a_draw_are_those_of_the_batch_and_others_are_as_ever(draw, shap
     else:
         expected = jnp.stack([draw(key, shape)] * 2)
     np.testing.assert_array_equal(jnp.asarray(found), expected)
+
+
+class Dropped(nnx.Module):
+    """As many features as a microbatch has rows, and so a mask of an example as long as a column of rows."""
+
+    def __init__(self):
+        kinds = {"param_dtype": jnp.result_type(float), "rngs": nnx.Rngs(0)}
+        self.linear, self.drop = st.nn.Linear(4, 4, **kinds), st.nn.Dropout(0.5, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.drop(self.linear(x))
+
+
+def test_masks_by_example_are_those_of_the_batch_whatever_the_number_of_rows():
+    found = [
+        st.Trainer(
+            Dropped(), optax.sgd(0.1), loss=st.losses.mean_squared_error, mesh="data=1", accumulate=parts
+        ).fit([(X, X)] * 2, steps=2, progress=False)
+        for parts in (1, PARTS)
+    ]
+    losses = [[row["loss"] for row in rows] for rows in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
