@@ -6,7 +6,7 @@ collector, in which Python reports it and goes on; and the end of the interprete
 compile crash. Therefore a program is left at once as long as it has nothing to put away, and always without
 the end of the interpreter.
 
-While a run trains, in a program or a notebook, `uninterrupted` and `noticed` see to it that an interrupt
+While a run trains, in a program or a notebook, `uninterrupted` and `resent` see to it that an interrupt
 neither tears the state of the run nor is lost.
 
 No jax.
@@ -48,18 +48,11 @@ def at_once() -> Iterator[None]:
 
     A handler that is not Python's own stays, and only the main thread has handlers.
     """
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not ours or threading.current_thread() is not threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    hook = sys.unraisablehook
-    signal.signal(signal.SIGINT, _leave)
-    sys.unraisablehook = _Again(hook)
-    try:
+    with _handling(_leave), resent():
         yield
-    finally:
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def as_exceptions() -> None:
@@ -103,6 +96,20 @@ class _Again:
 
 
 @contextmanager
+def resent() -> Iterator[None]:
+    """Within it an interrupt comes again that a callback of the garbage collector has swallowed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hook = sys.unraisablehook
+    sys.unraisablehook = _Again(hook)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
     """Within it SIGINT waits: its handler, which raises `KeyboardInterrupt`, is called at the end.
 
@@ -114,32 +121,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     if received and callable(before):
         before(*received[0])
-
-
-class Interrupts:
-    """Whether an interrupt came that nobody has seen."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def refuse_swallowed(self) -> None:
-        """Raises the `KeyboardInterrupt` that a callback of the garbage collector has swallowed."""
-        if self.came:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def noticed() -> Iterator[Interrupts]:
-    """Within it every SIGINT is noted before its handler is called."""
-    interrupts = Interrupts()
-
-    def note(*signalled: Any) -> None:
-        interrupts.came = True
-        if callable(before):
-            before(*signalled)
-
-    with _handling(note) as before:
-        yield interrupts
 
 
 @contextmanager

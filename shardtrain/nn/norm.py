@@ -1,11 +1,14 @@
 """Partitioned normalization layers for Flax NNX, with its arguments and parameter names."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from shardtrain import ops
@@ -24,6 +27,10 @@ class _Affine(Partitioned):
     num_features: int
     scale: nnx.Param[Array] | None
     bias: nnx.Param[Array] | None
+    dtype: DTypeLike | None
+    promote_dtype: Callable[..., Any]
+    epsilon: float
+    use_fast_variance: bool
 
     def parameter_specs(self, mesh: AnyMesh | None) -> dict[str, P]:
         names = [name for name in ("scale", "bias") if getattr(self, name, None) is not None]
@@ -36,6 +43,19 @@ class _Affine(Partitioned):
         """Scale and bias, each None if the layer has none."""
         scale, bias = self.scale, self.bias
         return None if scale is None else scale[...], None if bias is None else bias[...]
+
+    def by_example(self, operator: Callable[..., Array], x: Array, mask: Array | None) -> Array:
+        """An operator that normalizes each example by itself, with this layer's parameters and arguments."""
+        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
+        return operator(
+            x,
+            scale=scale,
+            bias=bias,
+            epsilon=self.epsilon,
+            mask=self.mask_of(x, mask),
+            use_fast_variance=self.use_fast_variance,
+            layout=self.layout,
+        )
 
     def refuse_named_axes(self) -> None:
         """Refuses the arguments by which `nnx` sums over devices."""
@@ -186,17 +206,7 @@ class GroupNorm(_Affine, nnx.GroupNorm):
         self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
-        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
-        return ops.group_norm(
-            x,
-            self.num_groups,
-            scale,
-            bias,
-            epsilon=self.epsilon,
-            mask=self.mask_of(x, mask),
-            use_fast_variance=self.use_fast_variance,
-            layout=self.layout,
-        )
+        return self.by_example(partial(ops.group_norm, groups=self.num_groups), x, mask)
 
 
 class LayerNorm(_Affine, nnx.LayerNorm):
@@ -228,16 +238,7 @@ class LayerNorm(_Affine, nnx.LayerNorm):
         self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
-        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
-        return ops.layer_norm(
-            x,
-            scale,
-            bias,
-            epsilon=self.epsilon,
-            mask=self.mask_of(x, mask),
-            use_fast_variance=self.use_fast_variance,
-            layout=self.layout,
-        )
+        return self.by_example(ops.layer_norm, x, mask)
 
 
 class InstanceNorm(_Affine, nnx.InstanceNorm):
@@ -267,16 +268,7 @@ class InstanceNorm(_Affine, nnx.InstanceNorm):
         self, x: Float[Array, "batch *spatial channels"], *, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "batch *spatial channels"]:
         """Normalizes inputs `(batch, *spatial, channels)`; `mask` says which values the statistics are of."""
-        x, scale, bias = self.promote_dtype((x, *self.affine()), dtype=self.dtype)
-        return ops.instance_norm(
-            x,
-            scale,
-            bias,
-            epsilon=self.epsilon,
-            mask=self.mask_of(x, mask),
-            use_fast_variance=self.use_fast_variance,
-            layout=self.layout,
-        )
+        return self.by_example(ops.instance_norm, x, mask)
 
 
 class RMSNorm(_Affine, nnx.RMSNorm):

@@ -15,7 +15,7 @@ from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
 from shardtrain.guard.profile import peak_memory
-from shardtrain.interrupts import Interrupts, uninterrupted
+from shardtrain.interrupts import uninterrupted
 from shardtrain.train.batch import Batch
 from shardtrain.train.callbacks.base import Callback, Run
 from shardtrain.train.check import refuse_item
@@ -75,7 +75,6 @@ class Loop(Run):
         callbacks: called in this order, those that need the state first.
         checkpoints: saved to as they are due, and at the end.
         guard: watches over the run.
-        interrupts: those that come during the run.
     """
 
     def __init__(
@@ -86,9 +85,7 @@ class Loop(Run):
         callbacks: Sequence[Callback],
         checkpoints: Checkpoints | None,
         guard: Guard | None,
-        interrupts: Interrupts,
     ) -> None:
-        self.interrupts = interrupts
         self.trainer, self.steps, self.unit, self.rows = trainer, steps, trainer.unit, []
         self.callbacks = sorted(callbacks, key=lambda callback: not callback.needs_state)
         self.checkpoints, self.watched = checkpoints, guard is not None
@@ -188,7 +185,6 @@ class Loop(Run):
 
     def _train(self) -> None:
         while self.done < self.steps and self._reason is None:
-            self.interrupts.refuse_swallowed()
             if self.guard.stops_before(self.done + 1):
                 self._told = True
                 break

@@ -104,6 +104,12 @@ BY_LABEL = (cross_entropy, pixel_cross_entropy, accuracy, dice)
 """The functions whose targets are whole numbers, the class of each example or pixel."""
 
 
+def _by_label(function: Any) -> Any:
+    """The function of `BY_LABEL` that a function is, or is a partial of; None for others."""
+    plain = getattr(function, "func", function)
+    return plain if plain in BY_LABEL else None
+
+
 def refuse_labels(function: Any, outputs: Any, labels: Any) -> None:
     """Refuses targets that are no labels for a function that takes labels.
 
@@ -114,10 +120,9 @@ def refuse_labels(function: Any, outputs: Any, labels: Any) -> None:
     Raises:
         UserError: says what the targets are, and how to make labels of them.
     """
-    function = getattr(function, "func", function)  # of a partial
-    if function not in BY_LABEL:
+    if (named := _by_label(function)) is None:
         return
-    name = function.__name__
+    name = named.__name__
     if not hasattr(labels, "dtype"):
         raise UserError(
             f"the targets are {type(labels).__name__}, and {name} takes an array of labels; give batches of "
@@ -152,7 +157,7 @@ def refuse_classes(function: Any, labels: Any, classes: int) -> None:
         UserError: names such a label.
     """
     ignored = getattr(function, "keywords", {}).get("ignore_label")
-    if getattr(function, "func", function) not in BY_LABEL or not labels.size:
+    if _by_label(function) is None or not labels.size:
         return
     if labels.min() >= 0 and labels.max() < classes:
         return

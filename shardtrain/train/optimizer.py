@@ -29,13 +29,20 @@ class Optimizer:
     template: Any
 
     @classmethod
-    def of(cls, optimizer: Any, params: Mapping[str, Any]) -> "Optimizer":
+    def of(cls, optimizer: Any, params: Mapping[str, Any], clip_norm: float | None = None) -> "Optimizer":
         """An optimizer for parameters, of which the shapes are enough.
+
+        Args:
+            optimizer: what a user gives.
+            params: the parameters by name.
+            clip_norm: the global norm to which gradients are clipped before.
 
         Raises:
             UserError: no optax transformation, or one that a training step cannot serve.
         """
         _refuse_others(optimizer)
+        if clip_norm is not None:
+            optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
         transformation = optax.with_extra_args_support(optimizer)
         shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(params)))
         try:

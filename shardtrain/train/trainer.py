@@ -20,7 +20,7 @@ from shardtrain.checkpoint.storage import Copies
 from shardtrain.errors import UserError
 from shardtrain.guard.guard import Guard
 from shardtrain.guard.health import Row
-from shardtrain.interrupts import noticed, uninterrupted
+from shardtrain.interrupts import resent, uninterrupted
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import PIPE, REPLICA, make_mesh, size, text, without
 from shardtrain.metrics import Metric, PerExample, accumulate, as_metric
@@ -155,9 +155,7 @@ class Trainer:
         check.refuse_model(model, accumulate, statistics)
         params, _ = self._variables.values()
         refuse_extra(self._extra, params, self.mesh)
-        own = Optimizer.of(optimizer, params)
-        if clip_norm is not None:
-            own = Optimizer.of(optax.chain(optax.clip_by_global_norm(clip_norm), optimizer), params)
+        own = Optimizer.of(optimizer, params, clip_norm)
         self._program = Program(
             variables=self._variables,
             optimizer=own,
@@ -453,11 +451,11 @@ class Trainer:
             >>> [round(row["loss"]) for row in rows]
             [2, 2, 2]
         """
-        with noticed() as interrupts:
+        with resent():
             check.refuse_steps(steps, int(self._arrays().step))
             refuse_callbacks(callbacks)
             shown = [Terminal()] if progress and jax.process_index() == 0 else []
-            return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard, interrupts).run()
+            return Loop(self, batches, steps, [*shown, *callbacks], checkpoints, guard).run()
 
     def advance(self, batch: Batch) -> dict[str, Any]:
         """Makes one update with a placed batch, all of whose rows count as examples.

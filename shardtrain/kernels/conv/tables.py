@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.kernels.conv.costs import Rates
 from shardtrain.kernels.conv.task import ALGORITHMS, PASSES, ConvTask, parse
 
@@ -76,7 +77,7 @@ def load(path: str | Path) -> None:
         >>> st.ops.load_conv_table(path)
     """
     try:
-        text = Path(path).expanduser().read_text()
+        text = expanded(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); tools/tune_conv.py writes one") from error
     table = read(text, str(path))

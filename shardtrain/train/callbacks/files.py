@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtrain.errors import UserError
+from shardtrain.files import expanded
 from shardtrain.guard.health import Row
 from shardtrain.train.callbacks.base import Callback, Run
 
@@ -68,7 +69,7 @@ class JsonLines(Callback):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self._file: Any = None
 
     def open(self, start: int) -> None:

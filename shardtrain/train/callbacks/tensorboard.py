@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardtrain.files import expanded
 from shardtrain.guard.health import Row
 from shardtrain.train.callbacks.base import Callback, Run
 from shardtrain.train.callbacks.files import close, numbers, writing
@@ -59,7 +60,7 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self._board: Board | None = None
 
     def open(self, start: int) -> None:
