@@ -263,6 +263,11 @@ def steps_done(out):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def saved(out):
+    """The steps of the checkpoints that are complete."""
+    return [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 def until(ready, job, limit=120):
     end = time.monotonic() + limit
     while not ready():
@@ -292,7 +297,7 @@ def reference(tmp_path, steps):
 def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_path):
     losses = reference(tmp_path, 30)
     job, out, log = begin(tmp_path, "--restarts", 2, "--elastic", steps=30)
-    until(lambda: steps_done(out) > 12, job)
+    until(lambda: saved(out) and steps_done(out) > 12, job)  # a save takes as long as the machine is busy
     os.kill(processes_of(job)[1], signal.SIGKILL)
     job.wait(240)
     text = log.read_text(errors="replace")
