@@ -96,6 +96,7 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path):
     assert "was made with --seed 0, not --seed 1" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_taken_up_elsewhere_knows_the_losses_before(tmp_path):
     """A spike is measured by the steps before it; none is one until there are 8 of them."""
     shape = (
@@ -132,6 +133,7 @@ def test_the_best_checkpoint_is_kept_too(tmp_path):
     assert "best by loss" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_kept(short, tmp_path):
     out = tmp_path / "run"
     flags = ("--steps", 2, "--batch-size", 8, "--mesh", "data=1", "--model", "lenet", "--out", out)
@@ -214,6 +216,7 @@ def test_bad_input_is_one_sentence_and_status_2(flags, message, tmp_path):
     assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_another_run_writes_is_left_alone(tmp_path):
     out = tmp_path / "run"
     flags = ("--mesh", "data=1", "--model", "lenet", "--batch-size", 32, "--steps", 2, "--out", out)

@@ -40,6 +40,7 @@ def check(done, message):
     assert message in errors[0]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_of_metrics(tmp_path):
     done = run("size=48k", tmp_path / "disk", [*RECIPE, "--steps", "400"])
     check(done, "run could not be written to (No space left on device); make room there")

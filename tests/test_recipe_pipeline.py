@@ -118,6 +118,7 @@ def test_none_is_the_same_run_without_stages_and_takes_up_the_pipelines_checkpoi
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_schedule_of_ones_own(tmp_path):
     csv = tmp_path / "mine.csv"
     csv.write_text(make("1f1b", 2, 4).to_csv())

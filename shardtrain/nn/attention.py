@@ -1,21 +1,21 @@
-"""Multi-head attention whose projections are partitioned and whose heads XLA divides."""
+"""Multi-head attention whose projections, tokens and heads are partitioned."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as promote_together
 from jax import Array, lax
 from jaxtyping import Num
 
-from shardtrain.errors import UserError
-from shardtrain.nn.base import refuse, refuse_sharding
+from shardtrain.layout import Layout
+from shardtrain.nn.base import Partitioned, refuse, refuse_sharding
 from shardtrain.nn.draws import key_of_batch
 from shardtrain.nn.examples import current_examples
 from shardtrain.nn.linear import LinearGeneral
 from shardtrain.nn.norm import LayerNorm
+from shardtrain.ops.attention import attention
 
 
 def dot_product_attention(
@@ -33,10 +33,13 @@ def dot_product_attention(
     module: nnx.Module | None = None,
     promote_dtype: Callable[..., Any] = promote_together,
     is_causal: bool = False,
+    *,
+    layout: Layout | None = None,
 ) -> Num[Array, "*batch queries heads values"]:
     """`nnx.dot_product_attention`, in the inputs' precision, with the same dropout on every mesh.
 
-    XLA divides it over the axes that cut the batch and the heads; where the keys are cut, they are gathered.
+    Batch, queries and heads stay where they are cut; keys and values are gathered, see
+    `shardtrain.ops.attention`.
 
     Args:
         query: the queries.
@@ -53,12 +56,13 @@ def dot_product_attention(
         module: which sows the weights, if given.
         promote_dtype: gives the inputs their common type.
         is_causal: whether a query sees only the keys up to its own place.
+        layout: which mesh axes cut what; by name by default.
 
     Returns:
         For each query the weighted mean of the values.
 
     Raises:
-        UserError: heads of queries that do not divide by those of keys.
+        UserError: shapes that do not agree, such as heads of queries that do not divide by those of keys.
 
     Example:
         >>> from shardtrain.nn.attention import dot_product_attention
@@ -70,25 +74,18 @@ def dot_product_attention(
         Vaswani et al., Attention Is All You Need, NeurIPS 2017.
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    heads, shared = query.shape[-2], key.shape[-2]
-    if heads % shared:
-        raise UserError(f"attention: {heads} heads of queries do not divide by {shared} heads of keys")
-    key, value = (jnp.repeat(x, heads // shared, axis=-2) if heads > shared else x for x in (key, value))
-    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    products = jnp.einsum("...qhd,...khd->...hqk", query, key, precision=precision)
-    products = products if bias is None else products + bias
-    if is_causal:
-        causal = jnp.tril(jnp.ones(products.shape[-2:], bool))
-        mask = causal if mask is None else mask.astype(bool) & causal
-    if mask is not None:
-        products = jnp.where(mask, products, jnp.finfo(products.dtype).min)
-    weights = jax.nn.softmax(products)
-    if module is not None:
-        module.sow(nnx.Intermediate, "attention_weights", weights)
+    kept = None
     if dropout_rng is not None and not deterministic and dropout_rate > 0:
-        kept = _kept(weights.shape, dropout_rng, 1 - dropout_rate, broadcast_dropout)
-        weights = weights * kept.astype(weights.dtype) / jnp.asarray(1 - dropout_rate, weights.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
+        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+        kept = _kept(shape, dropout_rng, 1 - dropout_rate, broadcast_dropout) / (1 - dropout_rate)
+    scores = (bias, None if mask is None else mask.astype(bool), kept)
+    inputs: tuple[Any, ...] = (query, key, value, *scores)
+    if alone := query.ndim == 3:  # one example, without a dimension of the batch
+        inputs = tuple(None if x is None else x[None] for x in inputs)
+    y, weights = attention(*inputs, is_causal=is_causal, layout=layout, precision=precision)
+    if module is not None:
+        module.sow(nnx.Intermediate, "attention_weights", weights[0] if alone else weights)
+    return y[0] if alone else y
 
 
 def _kept(shape: tuple[int, ...], key: Array, probability: float, broadcast: bool) -> Array:
@@ -108,8 +105,22 @@ def _partitioned(kind: type, plain: nnx.Module) -> nnx.Module:
     return layer
 
 
+class DotProductAttention(Partitioned, nnx.Module):
+    """`dot_product_attention` as a layer without parameters, which has a layout."""
+
+    def __call__(
+        self, query: Num[Array, "*batch queries heads features"], *args: Any, **kwargs: Any
+    ) -> Num[Array, "*batch queries heads values"]:
+        """Attends as `dot_product_attention`, with its arguments."""
+        with jax.named_scope(self.path or type(self).__name__):
+            return dot_product_attention(query, *args, layout=self.layout, **kwargs)
+
+
 class MultiHeadAttention(nnx.MultiHeadAttention):
-    """`nnx.MultiHeadAttention` with projections that are cut by heads over the axes that cut channels.
+    """`nnx.MultiHeadAttention` whose projections and heads are cut by the axes that cut channels.
+
+    Axes that cut the tokens, as they cut the pixels of a signal, cut the queries; keys and values are
+    gathered over them, see `shardtrain.ops.attention`.
 
     Args:
         args: positional arguments of `nnx.MultiHeadAttention`.
@@ -130,7 +141,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **({"attention_fn": dot_product_attention} | kwargs))
+        super().__init__(*args, **({"attention_fn": DotProductAttention()} | kwargs))
         for name in ("qkv_dot_general", "out_dot_general", "qkv_dot_general_cls", "out_dot_general_cls"):
             refuse(self, name, (None, lax.dot_general), "the layer brings its own")
         for name in ("query", "key", "value", "out"):

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
@@ -33,6 +34,12 @@ _NAMESAKES: dict[type, type] = {
     nnx.LayerNorm: norm.LayerNorm,
     nnx.Dropout: pool.Dropout,
 }
+
+WHOLE_BYTES = 2**20
+"""A parameter of a module of the user's own may be whole on every device up to this size."""
+
+WHOLE_SHARE = 100
+"""It may also be as large as the model's parameters together, divided by this."""
 
 _CUT_BY_CHANNEL = (nnx.LinearGeneral, nnx.Einsum)
 """Plain layers that XLA gets right, and that have a namesake here which does not stay whole or says so."""
@@ -78,6 +85,7 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
     """
     found = leaves(model)
     layouts = resolve(default, table, ["", *found])
+    limit = max(WHOLE_BYTES, sum(map(_bytes, jax.tree.leaves(nnx.state(model, nnx.Param)))) // WHOLE_SHARE)
     for path, module in found.items():
         if isinstance(module, Partitioned):
             module.layout, module.path = layouts[path], path
@@ -88,7 +96,7 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
                 f"use the layer of the same name from shardtrain.nn"
             )
         else:
-            _check_plain(path, module, mesh)
+            _check_plain(path, module, mesh, limit)
     _check_axes_used(found, layouts, mesh)
     _log_undivided(found, mesh)
     _log_whole(found, mesh)
@@ -136,8 +144,8 @@ def _check_asked(path: str, module: Partitioned, default: Layout, mesh: AnyMesh)
                 )
 
 
-def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
-    """Refuses `nnx` layers that XLA would compute wrongly or replicate on this mesh."""
+def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh, limit: int) -> None:
+    """Refuses `nnx` layers that XLA would compute wrongly or replicate on this mesh, and large parameters."""
     cut = [axis for axis in (*SPATIAL, "channel") if size(mesh, axis) > 1]
     for plain, ours in _NAMESAKES.items():
         if cut and isinstance(module, plain):
@@ -146,14 +154,34 @@ def _check_plain(path: str, module: nnx.Module, mesh: AnyMesh) -> None:
                 f"layer {path!r} is a plain {name}, which XLA gets wrong or keeps whole on a mesh with "
                 f"{cut[0]}={size(mesh, cut[0])}; use shardtrain.nn.{ours.__name__} with the same arguments"
             )
-    large = [value for value in _parameters(module).values() if sum(n > 1 for n in value.shape) > 1]
-    if size(mesh, "channel") > 1 and large:
-        kind = type(module).__name__
+    if size(mesh, "channel") > 1:
+        _refuse_whole(path, module, f"channel={size(mesh, 'channel')}", limit)
+
+
+def _refuse_whole(path: str, module: nnx.Module, cut: str, limit: int) -> None:
+    """Refuses what each device would keep whole: layers of nnx, and parameters of more than `limit` bytes."""
+    kind = type(module).__name__
+    parameters = {
+        key: value for key, value in _parameters(module).items() if sum(n > 1 for n in value.shape) > 1
+    }
+    if parameters and type(module).__module__.startswith("flax.nnx.nn."):
         instead = f"shardtrain.nn.{kind}" if type(module) in _CUT_BY_CHANNEL else "layers of shardtrain.nn"
         raise UserError(
-            f"layer {path!r}, a plain {kind}, would be kept whole on each of the "
-            f"channel={size(mesh, 'channel')} devices; use {instead}, or a mesh without channel"
+            f"layer {path!r}, a plain {kind}, would be kept whole on each of the {cut} devices; "
+            f"use {instead}, or a mesh without channel"
         )
+    for key, value in parameters.items():
+        if (held := _bytes(value)) > limit:
+            raise UserError(
+                f"the parameter {f'{path}.{key}'.lstrip('.')!r} of shape {tuple(value.shape)}, "
+                f"{held / 2**20:,.1f} MiB, would be kept whole on each of the {cut} devices, which only "
+                f"parameters of at most {limit / 2**20:,.1f} MiB are; let a layer of shardtrain.nn hold it, "
+                f"such as Embed, Einsum or LinearGeneral, or use a mesh without channel"
+            )
+
+
+def _bytes(value: Any) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def _parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -162,13 +190,13 @@ def _parameters(module: nnx.Module) -> dict[str, nnx.Param]:
 
 
 def _log_whole(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
-    """Logs the vectors of plain modules, which XLA keeps whole on a mesh that cuts channels."""
-    whole = [
-        f"{path}.{name}".lstrip(".")
+    """Logs the parameters of plain modules, which XLA keeps whole on a mesh that cuts channels."""
+    whole = sorted(
+        f"{path}.{key}".lstrip(".") + f" ({_bytes(value):,} bytes)"
         for path, module in found.items()
         if not isinstance(module, Partitioned)
-        for name in _parameters(module)
-    ]
+        for key, value in _parameters(module).items()
+    )
     if whole and size(mesh, "channel") > 1:
         log.warning("whole on each of the channel=%d devices: %s", size(mesh, "channel"), ", ".join(whole))
 

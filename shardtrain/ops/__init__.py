@@ -4,6 +4,7 @@ Each operator takes global arrays, channels last, and works eagerly and under `j
 mesh, and partitioned inside `with jax.set_mesh(mesh):`.
 """
 
+from shardtrain.ops.attention import attention
 from shardtrain.ops.channels import ChannelPlan, channel_plan
 from shardtrain.ops.conv import conv
 from shardtrain.ops.embed import embed
@@ -24,6 +25,7 @@ __all__ = [
     "Explanation",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "attention",
     "avg_pool",
     "batch_norm",
     "channel_plan",

@@ -43,6 +43,7 @@ class Collective:
         bytes: bytes that one device sends in all runs by the ring algorithm, rounded up. In a permute without
             wrap-around the last device sends nothing; this is the number of the others.
         source: the last three parts of the operation's name, or `file:line`, or `""`.
+        scope: the whole of the operation's name, or `""`.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Collective:
     payload: int
     bytes: int
     source: str
+    scope: str = ""
 
 
 def census(compiled: jax.stages.Compiled | str, mesh: Mesh | AbstractMesh | None = None) -> list[Collective]:
@@ -144,9 +146,8 @@ def _rows(
     axes = None if mesh is None else hlo.crossed(groups, mesh)
     for array, size in arrays:
         payload = {"all-gather": size // n, "reduce-scatter": size * n}.get(kind, size)
-        yield Collective(
-            kind, array, n, axes, times, payload, ring(kind, n, payload * times), instruction.source
-        )
+        sent = ring(kind, n, payload * times)
+        yield Collective(kind, array, n, axes, times, payload, sent, instruction.source, instruction.scope)
 
 
 def ring(kind: str, n: int, payload: int) -> int:

@@ -23,12 +23,12 @@ def compiled_step(
 ) -> jax.stages.Compiled:
     """Compiles a step of plain gradient descent for a mesh, without running it.
 
-    The loss is half the sum of the squares of the outputs. The step is thus a training step without targets,
+    The loss is half the sum of the squares of all outputs. The step is thus a training step without targets,
     metrics and optimizer state. No array is created, so the model may come from `nnx.eval_shape`, and it may
     be larger than the memory of the devices here.
 
     Args:
-        model: an NNX model with one output.
+        model: any NNX model with one input.
         mesh: a mesh from `make_mesh`.
         inputs: shape and dtype of the batch, `(batch, *spatial, channels)`.
         layout, parameters: as for `Trainer`.
@@ -63,7 +63,7 @@ def compiled_step(
         def half_of_squares(params: Any) -> Array:
             merged: Any = nnx.merge(graph, params, rest, copy=True)
             with transitions.resharded(merged, default, x):
-                return (merged(x) ** 2).sum() / 2
+                return sum((y**2).sum() / 2 for y in jax.tree.leaves(merged(x)))
 
         return jax.tree.map(jnp.subtract, params, jax.grad(half_of_squares)(params))
 

@@ -1,4 +1,4 @@
-"""Summarizes a model on a mesh, layer by layer, before anything is compiled or placed."""
+"""Summarizes a model on a mesh, layer by layer, before anything is placed."""
 
 import math
 from collections import Counter, defaultdict
@@ -20,7 +20,9 @@ from shardtrain.mesh import size, text
 from shardtrain.nn import partition, transitions
 from shardtrain.nn.base import layer_of, name
 from shardtrain.ops.reshard import SCOPE
-from shardtrain.plan.trace import Sent, sent
+from shardtrain.plan.census import census
+from shardtrain.plan.program import compiled_step
+from shardtrain.plan.trace import Sent, left_to_xla, sent
 
 PURPOSES = {
     "collective-permute": "halos",
@@ -37,7 +39,7 @@ class Line:
     """One layer of a model on a mesh.
 
     Attributes:
-        path: path of the layer in the model; `""` for everything outside the layers of this package.
+        path: path of the layer in the model; `""` for everything outside of layers.
         kind: class of the layer.
         shape: shape of its output in its last call; None if it is not called or if no inputs were given.
         cut: for every dimension of the output, the mesh axes that it is sharded over.
@@ -69,7 +71,10 @@ def lines(
     """Returns the layers of a model on a mesh, with shapes, shardings, parameters and collectives.
 
     A step is the forward pass and the gradients of all parameters. The loss, the metrics and the norms of the
-    optimizer would add a few numbers. The model is only traced: nothing is compiled, and no array is created.
+    optimizer would add a few numbers. A model of operators of this package, and of operations on each element
+    between them, is only traced. Where XLA may have to move something for what the model computes between
+    them, such as a mean over pixels or a Fourier transform, the step is compiled, and what it sends is read
+    from the program. No array is created.
 
     Args:
         model: any NNX model.
@@ -101,7 +106,7 @@ def lines(
     shapes: dict[str, tuple[int, ...]] = {}
     if inputs is not None:
         batch = _batch(inputs)
-        for row in sent(_step(model, mesh, default, batch), mesh):
+        for row in _sent(model, mesh, default, batch, layout):
             moved[layer_of(row.scope, paths)].append(row)
         calls = transitions.trace(model, batch)
         shapes = {call.path: call.shape_out for call in calls if call.path}
@@ -115,7 +120,8 @@ def lines(
         return Line(path, kind, shape, cut, parameter_bytes.get(path, 0), tuple(moved.get(path, ())))
 
     found_lines = [line(path, type(found[path]).__name__) for path in paths]
-    return found_lines + ([line("", "")] if moved.get("") or parameter_bytes.get("") else [])
+    outside = "" not in found and (moved.get("") or parameter_bytes.get(""))
+    return [*found_lines, line("", "")] if outside else found_lines
 
 
 def summary(
@@ -209,6 +215,21 @@ def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
             raise UserError(f"summary: inputs={inputs!r}; give the batch's shape, such as (64, 28, 28, 1)")
         return jax.ShapeDtypeStruct(tuple(inputs), jnp.float32)
     return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
+
+
+def _sent(
+    model: nnx.Module,
+    mesh: Mesh,
+    default: Layout,
+    batch: jax.ShapeDtypeStruct,
+    layout: partition.LayoutTable | None,
+) -> list[Sent]:
+    """Returns the collectives of a step from its trace, or from its program where the trace has not all."""
+    jaxpr = _step(model, mesh, default, batch)
+    if mesh.size == 1 or not left_to_xla(jaxpr):
+        return sent(jaxpr, mesh)
+    program = compiled_step(model, mesh, batch, layout=layout, parameters=default.parameters)
+    return [Sent(c.kind, c.axes or (), c.payload, c.bytes, c.scope) for c in census(program, mesh)]
 
 
 def _step(model: nnx.Module, mesh: Mesh, default: Layout, batch: jax.ShapeDtypeStruct) -> Any:

@@ -2,7 +2,8 @@
 
 The operators of this package write their communication out, so a trace already has every collective with its
 shape. Tracing needs neither devices nor compilation. Tests compare the two: the census of the compiled
-program must have the same bytes.
+program must have the same bytes. What a model computes between the operators, XLA partitions; where it may
+have to move something for that, `left_to_xla` says so.
 """
 
 import math
@@ -26,6 +27,47 @@ _KINDS = {
     "ppermute": "collective-permute",
     "all_to_all": "all-to-all",
 }
+
+
+_MOVERS = frozenset(
+    {
+        "argmax",
+        "argmin",
+        "cholesky",
+        "cumlogsumexp",
+        "cummax",
+        "cummin",
+        "cumprod",
+        "cumsum",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "eigh",
+        "fft",
+        "gather",
+        "qr",
+        "rev",
+        "scatter",
+        "scatter-add",
+        "scatter_add",
+        "scatter_max",
+        "scatter_min",
+        "scatter_mul",
+        "sort",
+        "svd",
+        "top_k",
+        "transpose",
+        "triangular_solve",
+    }
+)
+"""Operations whose result may have the shape of an operand, and that need values of other places."""
+
+_MAKERS = frozenset(
+    {"iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split"}
+)
+"""Operations that make arrays, each device its own part."""
+
+_STEPS = frozenset({"pad", "slice"})
+"""Operations by which uneven arrays enter and leave an operator of this package; they move nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +133,46 @@ def _rows(kind: str, equation: Any, mesh: Mesh | AbstractMesh, scope: str, times
     for operand in equation.invars:
         payload = math.prod(operand.aval.shape) * operand.aval.dtype.itemsize
         yield Sent(kind, axes, payload, ring(kind, n, payload * times), scope)
+
+
+def left_to_xla(jaxpr: Any) -> bool:
+    """Whether XLA may have to move something for what a jaxpr computes outside of `shard_map`.
+
+    It moves nothing for an operation on each element by itself, however arrays are cut. For sums over a
+    dimension, products of matrices, changes of the shape and the like it may, which a jaxpr does not show.
+
+    Args:
+        jaxpr: the jaxpr, without its constants.
+
+    Example:
+        >>> from shardtrain.plan.trace import left_to_xla
+        >>> x = jnp.ones((8, 4, 4, 3))
+        >>> left_to_xla(jax.make_jaxpr(nnx.relu)(x).jaxpr), left_to_xla(jax.make_jaxpr(jnp.fft.fft)(x).jaxpr)
+        (False, True)
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "shard_map":
+            continue
+        inner = list(jaxprs.inner_jaxprs(equation))
+        if any(map(left_to_xla, inner)) or not (inner or _stays_in_place(equation)):
+            return True
+    return False
+
+
+def _stays_in_place(equation: Any) -> bool:
+    name = equation.primitive.name
+    if name in _MAKERS | _STEPS:
+        return True
+    if name in _MOVERS:
+        return False
+    shapes = {
+        _long(atom.aval.shape)
+        for atom in (*equation.invars, *equation.outvars)
+        if hasattr(atom.aval, "shape")
+    }
+    return name == "broadcast_in_dim" or len(shapes - {()}) <= 1
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the dimensions of extent 1, which are never cut."""
+    return tuple(extent for extent in shape if extent > 1)

@@ -133,6 +133,7 @@ def test_a_ragged_batch_counts_the_rows_that_there_are(tmp_path):
         assert "trained to example 61" in job.out(0)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
     """The trace begins on one rank between the bad step and the next one."""
     wishes = {
@@ -174,6 +175,7 @@ def test_a_stopped_rank_is_named(rank, tmp_path):
         assert "in run" in stderr
 
 
+@pytest.mark.slow
 def test_a_rank_lost_while_the_run_is_told_to_stop_is_no_fault(tmp_path):
     """A preempted host may be gone before the others have saved."""
     with Job(tmp_path, watchdog=5) as job:
@@ -216,6 +218,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_message(rank, tmp_path):
         assert first["rank"] == rank
 
 
+@pytest.mark.slow
 def test_the_launcher_names_rank_0_though_it_ends_last(tmp_path):
     """Rank 0 stays until the others have read of its failure."""
     wishes = {"fault": "user error", "rank": 0, "at": 4}
@@ -249,6 +252,7 @@ def test_a_rank_that_exits_by_itself_ends_all_with_its_status(tmp_path):
         assert "watchdog" not in job.err(0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_while_others_compute_is_named(tmp_path):
     with Job(tmp_path, watchdog=5, fault="exit", rank=1, at=4, status=0) as job:
         assert job.codes() == [76, 76]
@@ -292,6 +296,7 @@ print("hangs in the end of jax")
 """
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_gone_at_the_end_is_a_way_out(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LAST],

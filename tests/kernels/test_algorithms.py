@@ -79,6 +79,7 @@ def seldom(count):
 
 @seldom(12)
 @given(problems())
+@pytest.mark.slow
 def test_any_convolution_by_any_algorithm(drawn):
     algorithm, x, kernel, static = drawn
     compare(algorithm, numbers(*x), numbers(*kernel), **static)
@@ -96,7 +97,7 @@ def test_many_convolutions_by_any_algorithm(drawn):
 PLAIN = {"strides": (1, 1), "dilation": (1, 1), "padding": ((1, 1), (1, 1))}
 
 
-@pytest.mark.parametrize("window", [(3, 3), (9, 9), (15, 31)])
+@pytest.mark.parametrize("window", [(3, 3), (9, 9), pytest.param((15, 31), marks=pytest.mark.slow)])
 def test_images_larger_than_a_tile_of_the_transform(window):
     static = PLAIN | {"padding": tuple((k // 2, k // 2) for k in window)}
     compare("fft", numbers(1, 100, 150, 2), numbers(*window, 2, 3), **static)

@@ -205,6 +205,7 @@ def test_gradients(implementation, dtype):
     assert not compat.mosaic_races()
 
 
+@pytest.mark.slow
 def test_gradients_of_the_mosaic_kernels_of_one_line():
     x, kernel = numbers(1, 9, 3), numbers(3, 3, 4)
     gradients(
@@ -337,6 +338,7 @@ def problems(draw: Any) -> tuple[tuple[int, ...], int, tuple[int, ...], tuple[in
 
 @settings(deadline=None, max_examples=8, database=None, derandomize=True)
 @given(problem=problems())
+@pytest.mark.slow
 def test_any_shape(problem):
     """Padding, images side by side, chunks and crops, with gradients."""
     shape, filters, window, outputs, fused = problem
@@ -528,7 +530,7 @@ def a_product_left_out(patch):
     patch.setattr(matmul_mosaic, "matmul", wrong)
 
 
-@pytest.mark.parametrize("implementation", BOTH)
+@pytest.mark.parametrize("implementation", [pytest.param("mosaic", marks=pytest.mark.slow), "triton"])
 @pytest.mark.parametrize("mutant", [wrong_points, transposed_output, tile_off_by_one])
 def test_wrong_kernels_are_noticed(monkeypatch, implementation, mutant):
     mutant(monkeypatch)
@@ -543,6 +545,7 @@ def test_a_product_of_parts_left_out_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("room", [mosaic], ids=["transforms"])
+@pytest.mark.slow
 def test_a_missing_barrier_is_a_race(monkeypatch, room):
     """The interpreter may compute the right numbers all the same."""
     monkeypatch.setattr(room.plgpu, "barrier_wait", lambda *_: None)

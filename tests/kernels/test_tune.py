@@ -21,6 +21,7 @@ def tune(*flags):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_a_layer_of_ones_own(tmp_path):
     file = tmp_path / "mine.json"
     strided = "2x10x10x4->6,window=3x3,strides=2x2,dtype=bfloat16"

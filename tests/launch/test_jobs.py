@@ -294,6 +294,7 @@ def reference(tmp_path, steps):
     return result(tmp_path / "one")["losses"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_left_out_and_the_run_ends_as_if_undisturbed(tmp_path):
     losses = reference(tmp_path, 30)
     job, out, log = begin(tmp_path, "--restarts", 2, "--elastic", steps=30)

@@ -318,13 +318,35 @@ def test_what_stays_whole_is_said(caplog):
         def __init__(self):
             self.conv = nn.Conv(8, 8, (3, 3), rngs=rngs)
             self.gamma = nnx.Param(jnp.ones(8))
+            self.tables = nnx.List([nnx.Param(jnp.ones((1, 512, 512), jnp.float32))])  # 1 MiB
             self.einsum = nn.Einsum("nhwa,ab->nhwb", (8, 8), rngs=rngs)
 
     nn.assign(Block(), mesh, Layout(), {})
-    assert "whole on each of the channel=2 devices: gamma" in caplog.text
+    assert (
+        "whole on each of the channel=2 devices: gamma (64 bytes), tables.0 (1,048,576 bytes)" in caplog.text
+    )
     assert "the kernel of 'einsum', an Einsum, is not cut by channel=2" in caplog.text
     with pytest.raises(UserError, match=r"a plain LinearGeneral, .* use shardtrain.nn.LinearGeneral"):
         nn.assign(nnx.Sequential(nnx.LinearGeneral(8, 8, rngs=rngs)), mesh, Layout(), {})
+
+
+def test_a_large_parameter_is_refused_by_its_own_name():
+    mesh = make_mesh("data=4,channel=2")
+
+    class Tokens(nnx.Module):
+        def __init__(self, width, rows):
+            self.conv = nn.Conv(3, width, (16, 16), rngs=nnx.Rngs(0))
+            self.positions = nnx.Param(jnp.ones((1, rows, 512), jnp.float32))
+
+    blocks = nnx.eval_shape(lambda: nnx.Sequential(Tokens(8, 513)))
+    with pytest.raises(
+        UserError,
+        match=r"the parameter 'layers.0.positions' of shape \(1, 513, 512\), 1.0 MiB, .* on each of the "
+        r"channel=2 devices, which only parameters of at most 1.0 MiB are; let a layer of shardtrain.nn hold it",
+    ):
+        nn.assign(blocks, mesh, Layout(), {})
+    large = nnx.eval_shape(lambda: Tokens(1024 * 64, 513))  # a hundredth of 192 MiB
+    nn.assign(large, mesh, Layout(), {})
 
 
 def test_rows_must_be_a_multiple_of_the_examples():

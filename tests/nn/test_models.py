@@ -56,7 +56,7 @@ def test_classics_have_the_published_sizes(make, count):
     assert parameters(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))) == count
 
 
-OFTEN = ("local", "unet of images", "unet of volumes")
+OFTEN = ("local", "unet of images")
 
 OTHERS = {
     "alexnet": (models.AlexNet, {"hidden": 16}, (2, 67, 63, 3), "data=2,height=2,channel=2"),
@@ -108,6 +108,7 @@ def test_models_are_the_same_on_a_mesh(make, options, shape, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), found, expected)
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1), jnp.float64)
 

@@ -107,6 +107,7 @@ SMALL = ["--model=resnet8", "--image=32", "--classes=4", "--batch=8", "--microba
 MESH = "--mesh=pipe=2,data=2,height=2"
 
 
+@pytest.mark.slow
 def test_compiled_for_cards_that_are_not_here(tmp_path):
     if not (Path(sys.prefix) / "gpu-compiler").is_dir():
         pytest.skip("jax's CUDA plugin is not installed; run `make gpu-compiler`")

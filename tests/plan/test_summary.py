@@ -127,7 +127,7 @@ def by_kind_and_axes(rows):
     return total
 
 
-SELDOM = ("unet, its lowest layers cut otherwise, odd extents",)
+SELDOM = ("unet, its lowest layers cut otherwise, odd extents", "resnet, spread", "unet")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,7 @@ def test_a_change_of_layout_moves_the_closed_form():
     assert found["pool2"].cut == (("data", "height"), (), (), ())
 
 
+@pytest.mark.slow
 def test_the_table_fits_a_terminal():
     mesh = make_mesh("data=2,height=2,channel=2")
     model = models.ResNet(18, classes=10, rngs=nnx.Rngs(0))
@@ -210,3 +211,39 @@ def test_a_wrong_trace_is_noticed(monkeypatch):
     monkeypatch.setattr(summary, "sent", lambda *args: right(*args)[1:])
     with pytest.raises(AssertionError):
         test_the_trace_foretells_every_byte(CASES["lenet"])
+
+
+class Spectral(nnx.Module):
+    """An operation between the layers for which XLA moves something, and a parameter of no layer."""
+
+    def __init__(self, *, param_dtype, rngs):
+        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        self.enter, self.head = nn.Conv(1, 4, (3, 3), **kinds), nn.Conv(4, 4, (3, 3), **kinds)
+        self.scale = nnx.Param(jnp.ones(4, param_dtype))
+
+    def __call__(self, x):
+        x = jnp.fft.fft2(self.enter(x), axes=(1, 2)).real * self.scale[...]
+        return self.head(x)
+
+
+def test_what_xla_moves_between_the_layers_is_counted():
+    """By the program: whole images for a transform and for its gradient, a sum for a parameter of no layer."""
+    shape, mesh = (8, 8, 8, 1), make_mesh("data=2,height=2")
+    model = float64(Spectral)
+    found = lines(model, mesh, jax.ShapeDtypeStruct(shape, jnp.float64))
+    program = census.census(compiled_step(model, mesh, shape, {}, ()), mesh)
+    assert by_kind_and_axes(s for line in found for s in line.sent) == by_kind_and_axes(program)
+    outside = found[-1]
+    assert (outside.path, outside.kind) == ("", "Spectral")
+    images = 4 * 4 * 8 * 4 * 8  # half of the batch and of the rows, 8 columns and 4 channels of 8 bytes
+    assert sum(s.bytes for s in outside.sent) >= 2 * images
+    assert any(s.kind == "all-reduce" and s.payload == 4 * 8 for s in outside.sent)
+
+
+def test_a_trace_is_enough_where_xla_has_nothing_to_move(monkeypatch):
+    monkeypatch.setattr(summary, "compiled_step", None)
+    model = float64(models.ResNet, depth=8, classes=10, channels=1)
+    assert lines(model, make_mesh("data=2,height=2,channel=2"), (8, 16, 16, 1))
+    assert lines(float64(Spectral), make_mesh("data=1"), (8, 8, 8, 1))
+    with pytest.raises(TypeError):
+        lines(float64(Spectral), make_mesh("data=2"), (8, 8, 8, 1))

@@ -64,7 +64,9 @@ def expected():
     return averages(5, optimizer=optax.adam(0.01))
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2,height=2,channel=2", "pipe=2,data=2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=1", marks=pytest.mark.slow), "data=2,height=2,channel=2", "pipe=2,data=2"]
+)
 def test_averaged_weights_are_the_average_of_the_weights(mesh, expected):
     ours = averaged(mesh, optimizer=optax.adam(0.01))
     ours.fit(feed(5), steps=5, progress=False)

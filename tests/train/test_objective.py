@@ -14,7 +14,8 @@ from unchecked import made
 import shardtrain as st
 from shardtrain import UserError
 
-MESHES = ["data=2,channel=2", "channel=4", "pipe=2,data=2", "pipe=2,channel=2"]
+MESHES = ["channel=4", "pipe=2,data=2"]
+MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=2,channel=2", "pipe=2,channel=2")]
 DATA = batches()
 
 

@@ -69,7 +69,7 @@ def arguments(given):
 
 
 MAKERS = makers()
-QUICK = ["adam", "noisy_sgd", "polyak_sgd", "clip_by_global_norm", "add_noise", "reduce_on_plateau"]
+QUICK = ["adam", "polyak_sgd", "clip_by_global_norm", "add_noise", "reduce_on_plateau"]
 TAKEN = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in MAKERS

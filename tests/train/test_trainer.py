@@ -259,6 +259,7 @@ def test_remat_changes_no_number(remat, reference):
     np.testing.assert_allclose(curve(small_trainer(remat=remat)), reference[0], rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     def temporary(remat):
         model = models.ResNet(8, 10, 1, width=8, rngs=nnx.Rngs(0))
@@ -291,7 +292,10 @@ def test_the_users_model_keeps_its_own_arrays():
     np.testing.assert_array_equal(model.conv.kernel[...], before)
 
 
-@pytest.mark.parametrize("other", ["data=1", "height=4,width=2", "data=4,channel=2"])
+@pytest.mark.parametrize(
+    "other",
+    [*(pytest.param(m, marks=pytest.mark.slow) for m in ("data=1", "height=4,width=2")), "data=4,channel=2"],
+)
 def test_a_restored_run_goes_on_as_if_never_stopped(other, reference, tmp_path):
     first = small_trainer()
     curve(first, steps=3)

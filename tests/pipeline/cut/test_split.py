@@ -203,6 +203,7 @@ def test_the_stages_one_after_the_other_are_the_model(case):
     assert_same(graph, cuts)
 
 
+@pytest.mark.slow
 def test_every_position_of_a_small_resnet_is_right():
     graph = graph_of(Sin(resnet8(width=2, **F64)), (2, 8, 8, 1))
     places = allowed_starts(graph)

@@ -47,6 +47,7 @@ def kept(pipeline):
     return max(sum(s.size * s.dtype.itemsize for s in row) for row in rows)
 
 
+@pytest.mark.slow
 def test_1f1b_needs_no_more_for_more_microbatches_and_gpipe_does():
     need = {m: memory(compiled("1f1b", m)[0]).temporary for m in (8, 32)}
     assert need[32] < 1.01 * need[8]

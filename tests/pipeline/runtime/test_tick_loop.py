@@ -22,7 +22,7 @@ PLACEMENTS = {
 }
 
 
-QUICK = ["messages that skip ranks", "messages on their way for two ticks"]
+QUICK = ["messages that skip ranks"]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def test_chunks_differ_in_letters_and_colour():
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "microbatches"), [("1f1b", 4, 8), ("zb-v", 3, 24), ("gpipe", 1, 1)]
+    ("name", "ranks", "microbatches"),
+    [("1f1b", 4, 8), pytest.param("zb-v", 3, 24, marks=pytest.mark.slow), ("gpipe", 1, 1)],
 )
 def test_the_picture_has_the_colours_of_the_bars(name, ranks, microbatches, tmp_path):
     one = make(name, ranks, microbatches)

@@ -81,6 +81,7 @@ def fitted(make_model, mesh="pipe=4", **kwargs):
     return one, [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_complex_activations_have_gradients():
     assert fitted(Waves)[1] == pytest.approx(fitted(Waves, "data=1")[1], rel=1e-10)
 

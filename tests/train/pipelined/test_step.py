@@ -46,9 +46,13 @@ OPTIMIZERS = {
 }
 
 
+def some(cases, quick):
+    """All cases, of which those that are not `quick` are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 QUICK = [
     "adamw with a mask by name",
-    "lamb",
     "adafactor, factored",
     "by groups of names",
     "skipping what is not finite",
@@ -72,7 +76,7 @@ def alone():
 
 
 @pytest.mark.parametrize("mesh", ["pipe=2,data=2", pytest.param("pipe=4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("schedule", st.pipeline.NAMES)
+@pytest.mark.parametrize("schedule", some(st.pipeline.NAMES, ["1f1b", "zb-v"]))
 def test_every_schedule_trains_as_one_device(alone, schedule, mesh):
     one = trainer(mesh, schedule=schedule)
     close(fit(one, batches()), alone[0])
@@ -84,11 +88,6 @@ def test_microbatches_are_the_big_batch():
     """Where nothing is normalized by a microbatch: masks of dropout are those of the batch, too."""
     ours = trainer("pipe=2,data=2", model=Small(norm=False))
     same(ours, trainer("data=1", model=Small(norm=False), accumulate=1), batches())
-
-
-def some(cases, quick):
-    """All cases, of which those that are not `quick` are slow."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize("optimizer", some(OPTIMIZERS, QUICK))
@@ -123,6 +122,7 @@ def test_clipping_by_the_norm_of_all_gradients_sends_numbers_alone(skip_bad, mon
     assert {v.aval.shape for v in sent} == {()}
 
 
+@pytest.mark.slow
 def test_many_stages_on_a_rank_and_sends_that_overlap():
     ours = trainer("pipe=2,data=2", model=wide(Small(norm=True)), schedule="zb-v", overlap=True)
     same(ours, trainer("data=1"), batches())
@@ -155,6 +155,7 @@ def test_statistics_of_the_batch_are_those_without_microbatches():
         assert np.abs(value - whole[key]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_running_statistics_move_in_the_order_of_the_schedules_forwards():
     """Microbatches done last first are those of a batch whose rows are so arranged, in order."""
     forth = st.pipeline.make("gpipe", 2, MICROBATCHES)
@@ -179,6 +180,7 @@ def test_running_statistics_move_in_the_order_of_the_schedules_forwards():
     assert np.abs(ours - running("data=1")).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_low_precision_is_sent_as_such():
     ours, theirs = (
         trainer(mesh, dtype="bfloat16", model=wide(Small(rate=0.0))) for mesh in ("pipe=2", "data=1")
@@ -196,6 +198,7 @@ def kept(one):
     return sum(s.size * s.dtype.itemsize for p in one.pipeline.programs for s in (*p.saved, *p.lasting))
 
 
+@pytest.mark.slow
 def test_stages_that_keep_their_inputs_alone():
     none, every, first, second = (trainer("pipe=2", remat=remat) for remat in (None, "nothing", (0,), [1]))
     for one in (every, first):
@@ -223,6 +226,7 @@ def test_parameters_spread_inside_stages():
     assert ours.parameter_bytes < 0.7 * max(whole)
 
 
+@pytest.mark.slow
 def test_layers_of_a_stage_that_are_cut_otherwise():
     """Channels cut in the first layers, examples in the last ones."""
     layout = {name: {"batch": ("data", "channel"), "channels": ()} for name in ("deep", "head")}
@@ -262,6 +266,7 @@ class Pixels(nnx.Module):
         return self.head(nnx.tanh(self.second(nnx.tanh(self.first(x)))))
 
 
+@pytest.mark.slow
 def test_predictions_for_pixels_that_blocks_do_not_divide():
     """Nothing that fills up blocks is in them, in one microbatch and in several."""
     r = np.random.default_rng(0)
@@ -278,7 +283,13 @@ def test_predictions_for_pixels_that_blocks_do_not_divide():
         close(ours.predict(data[0][0][:rows]), theirs.predict(data[0][0][:rows]))
 
 
-@pytest.mark.parametrize("head", [{"batch": ("data", "channel"), "channels": ()}, {"batch": ()}], ids=str)
+HEADS = [
+    {"batch": ("data", "channel"), "channels": ()},
+    pytest.param({"batch": ()}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
 def test_predictions_of_a_head_that_is_cut_otherwise(head):
     """Rows come back as the batch lies, which is by `data` alone."""
     ours = trainer("pipe=2,channel=2,data=2", model=Deep(), layout={"second": head, "head": head})
@@ -303,6 +314,7 @@ class Pooled(nnx.Module):
         return self.head(nnx.tanh(self.second(x)).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_batches_of_another_shape_in_between():
     x, y = images(48)
     large = np.random.default_rng(1).standard_normal((16, 7, 6, 2))
@@ -367,6 +379,7 @@ class Two(nnx.Module):
         return {"mean": self.head(x), "size": (x**2).sum(-1)}
 
 
+@pytest.mark.slow
 def test_trees_of_inputs_and_outputs():
     r = np.random.default_rng(0)
 
