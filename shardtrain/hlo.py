@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,6 +94,12 @@ class Instruction:
         return name[1][1:-1] if name else ""
 
     @property
+    def frame(self) -> str:
+        """The number of the stack frame that it was written in, see `places`, or `""`."""
+        found = re.search(r"stack_frame_id=(\d+)", self.line)
+        return found[1] if found else ""
+
+    @property
     def source(self) -> str:
         """The last three parts of the op's name, or `file:line`, or `""`."""
         if self.scope:
@@ -128,6 +134,51 @@ def parse(text: str) -> tuple[str, Computations]:
     for body in computations.values():
         body[:] = [replace(i, at_most_once=True) if _runs_at_most_once(i, computations) else i for i in body]
     return entry, computations
+
+
+def places(text: str, skip: Callable[[str], bool]) -> dict[str, str]:
+    """Returns where the operations of a program were written, as `"model.py:12 (Net.__call__)"`.
+
+    Args:
+        text: of the program.
+        skip: whether a file, by its path, is not one to name, such as a library's.
+
+    Returns:
+        By the number of the stack frame that an instruction has: the innermost place in a file that is not
+        skipped. Instructions whose whole stack is skipped have none.
+    """
+    tables = _frames(text)
+    found: dict[str, str] = {}
+    for frame in tables["StackFrames"]:
+        seen, here = set[str](), frame
+        while here in tables["StackFrames"] and here not in seen:
+            seen.add(here)
+            location, here = _FRAME.findall(tables["StackFrames"][here])
+            file, function, line = _FRAME.findall(tables["FileLocations"][location])[:3]
+            path = tables["FileNames"][file].strip('"')
+            if not skip(path):
+                name = tables["FunctionNames"][function].strip('"')
+                found[frame] = f"{path.rpartition('/')[2]}:{line} ({name})"
+                break
+    return found
+
+
+_FRAME = re.compile(r"=(\d+)")
+
+
+def _frames(text: str) -> dict[str, dict[str, str]]:
+    """The tables of stack frames at the head of a program, each by its numbers."""
+    tables: dict[str, dict[str, str]] = {
+        name: {} for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+    }
+    current: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            break
+        current = tables.get(line, current)
+        if row := re.match(r"(\d+) (.*)", line):
+            current[row[1]] = row[2]
+    return tables
 
 
 def _runs_at_most_once(loop: Instruction, computations: Computations) -> bool:

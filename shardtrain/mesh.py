@@ -142,8 +142,16 @@ def _with_the_rest(text: str, sizes: dict[str, int], available: int) -> dict[str
     if fixed > available:
         raise UserError(
             f"mesh {text!r} needs {fixed} devices, there are {available}; {_fit(sizes, available)} would fit"
+            f"{_simulated(fixed)}"
         )
     return sizes | dict.fromkeys(free, available // fixed)
+
+
+def _simulated(devices: int) -> str:
+    """How devices are simulated, on a machine that has no others and simulates none yet."""
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return ""
+    return f"; to simulate {devices} devices on CPUs, set JAX_NUM_CPU_DEVICES={devices} before jax starts"
 
 
 def _check_idle(text: str, sizes: dict[str, int], used: Sequence[Any], pool: Sequence[Any]) -> None:

@@ -1,8 +1,11 @@
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import pytest
+from recipe_process import environment
 from rich.console import Console
 
 from shardtrain.errors import UserError
@@ -111,3 +114,22 @@ def test_describe_shows_every_device_once():
     text = console.export_text()
     assert all(f"{jax.devices()[0].platform}:{i}" in text for i in range(8))
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_laptop_is_told_how_devices_are_simulated():
+    """Where the variable is set already, or devices are simulated, it is not named."""
+    code = """
+import shardtrain as st
+try:
+    st.make_mesh("data=2,height=2,channel=2")
+except st.UserError as error:
+    print(error)
+"""
+    hint = "to simulate 8 devices on CPUs, set JAX_NUM_CPU_DEVICES=8 before jax starts"
+    for devices, said in ((None, True), ("4", False)):
+        env = environment() | ({} if devices is None else {"JAX_NUM_CPU_DEVICES": devices})
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        assert f"needs 8 devices, there are {devices or 1}; " in done.stdout
+        assert (hint in done.stdout) == said

@@ -16,13 +16,12 @@ from shardtrain.train import Trainer
 
 log = logging.getLogger(__name__)
 
-DEFINING_FLAGS = ("seed", "batch_size", "optimizer", "x64")
+DEFINING_FLAGS = ("seed", "batch_size", "optimizer", "lr_schedule", "x64")
 """Flags of every recipe that define a run: with another value it is another run."""
 
 CHANGEABLE_FLAGS = (
     "data",
     "lr",
-    "lr_schedule",
     "weight_decay",
     "clip_norm",
     "accumulate",

@@ -13,7 +13,7 @@ from shardtrain.errors import FAULT, REQUEUE, UserError, first_line
 from shardtrain.files import expanded
 from shardtrain.guard import protocol
 from shardtrain.guard.events import Events
-from shardtrain.guard.health import Health, OnNan, Row
+from shardtrain.guard.health import Health, OnNan, Row, not_finite
 from shardtrain.guard.peers import MissingError, Peers
 from shardtrain.guard.profile import Profiler, Progress
 from shardtrain.guard.stop import Stop
@@ -179,13 +179,14 @@ class Guard:
         """Whether the run was told to stop before this step."""
         return self._stop.before(step)
 
-    def good(self, step: int, row: Row, examples: range) -> bool:
+    def good(self, step: int, row: Row, examples: range, batch: Any = None) -> bool:
         """Judges a step by its metrics, and adds an entry to `row` if the step is bad.
 
         Args:
             step: number of the update.
             row: metrics of the step.
             examples: the examples of the step, counted from the first of the run.
+            batch: what the step was given, a tree of arrays; it is looked at if the step is bad.
 
         Returns:
             False if the run must restore its last checkpoint, otherwise True.
@@ -200,24 +201,27 @@ class Guard:
             self._bad_in_a_row = 0
             return True
         self._bad_in_a_row += 1
+        data = not_finite(batch)
         where = f"examples {_span(examples)}: {reason}"
+        seen = f"; {data}" if data else ""
+        instead = "mend the data" if data else "try a lower learning rate or clipped gradients"
         facts = {"first_example": examples[0], "last_example": examples[-1]}
         if self.on_nan == "stop":
-            self.say("nan", step, f"{where}; stopping", **facts)
+            self.say("nan", step, f"{where}; stopping{seen}", **facts)
             raise UserError(
-                f"step {step}, {where}; leave such steps out (on-nan skip), go back to a checkpoint (on-nan "
-                f"rollback), or try a lower learning rate or clipped gradients"
+                f"step {step}, {where}{seen}; leave such steps out (--on-nan skip), go back to a checkpoint "
+                f"(--on-nan rollback), or {instead}"
             )
         row["skipped" if self.on_nan == "skip" else "rolled_back"] = 1.0
         if self.on_nan == "rollback":
-            self.say("nan", step, f"{where}; going back to the last checkpoint", **facts)
+            self.say("nan", step, f"{where}; going back to the last checkpoint{seen}", **facts)
             return False
         self.counts["skipped"] += 1
-        self.say("nan", step, f"{where}; its update is left out", **facts)
+        self.say("nan", step, f"{where}; its update is left out{seen}", **facts)
         if self._bad_in_a_row == MOST_SKIPPED:
             raise UserError(
-                f"step {step}, {where}; so are all of the last {MOST_SKIPPED} steps: it is not the "
-                f"batches; try a lower learning rate or clipped gradients"
+                f"step {step}, {where}; so are all of the last {MOST_SKIPPED} steps"
+                f"{seen or ': it is not the batches'}; {instead}"
             )
         return True
 

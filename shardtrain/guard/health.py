@@ -4,8 +4,9 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Float64
 
@@ -83,3 +84,27 @@ class Health:
                 f"last {len(self._losses)} steps"
             )
         return None
+
+
+def not_finite(batch: Any) -> str | None:
+    """Describes the values of a host batch that are not finite: how many, and the first row that has one.
+
+    Args:
+        batch: a tree of arrays; those that are not numpy arrays of floats are left out.
+
+    Returns:
+        None where all values are finite.
+
+    Example:
+        >>> from shardtrain.guard.health import not_finite
+        >>> not_finite((np.array([[1.0, 2.0], [np.inf, np.nan]]), np.arange(2)))
+        'the batch has 2 values that are not finite, first in row 1'
+    """
+    arrays = [x for x in jax.tree.leaves(batch) if isinstance(x, np.ndarray) and x.ndim]
+    bad = [~np.isfinite(x) for x in arrays if np.issubdtype(x.dtype, np.inexact)]
+    rows = [int(np.argwhere(where)[0][0]) for where in bad if where.any()]
+    if not rows:
+        return None
+    count = sum(int(where.sum()) for where in bad)
+    values = "1 value that is" if count == 1 else f"{count:,} values that are"
+    return f"the batch has {values} not finite, first in row {min(rows)}"

@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,11 @@ SMALL_BYTES = 1024
 """Collectives outside of islands that send less are labels, keys and the like."""
 
 REMAT = ("contractions", "nothing")
+
+_SHOWN = 5
+"""A warning names this many operations, those that move most."""
+
+_HERE = str(Path(__file__).parents[1])
 
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
 
@@ -101,24 +107,29 @@ def warn_of_foreign_collectives(text: str, mesh: Mesh) -> None:
         mesh: that it runs on.
     """
     found = Counter[tuple[str, str, str]]()
+    places = hlo.places(text, lambda path: "/flax/" in path or path.startswith(_HERE))
     for one in itertools.chain.from_iterable(hlo.parse(text)[1].values()):
         if one.collective not in _MOVES or "shard_map" in one.scope:
             continue
         axes = hlo.crossed(hlo.groups(one, mesh.size), mesh)
         if {*axes} & {*SPATIAL, "channel"}:
+            place = places.get(one.frame)
+            what = (one.scope.rpartition("/")[2] or "an operation") + (f" at {place}" if place else "")
             sizes = [size for shape, size in hlo.arrays(one.shape) if shape[0] in "fcb"]
-            found[one.source, one.collective, ",".join(axes)] += sum(sizes)
-    for (source, kind, over), moved in found.items():
-        if moved > SMALL_BYTES:
-            log.warning(
-                "%s is between the layers: XLA moves %s KiB of it over %s on each device (%s); write it with "
-                "operators of shardtrain, or leave %s out of the mesh",
-                source or "an operation",
-                f"{moved / 1024:,.1f}",
-                over,
-                kind,
-                over,
-            )
+            found[what, one.collective, ",".join(axes)] += sum(sizes)
+    large = [(what, moved) for what, moved in found.most_common() if moved > SMALL_BYTES]
+    if large:
+        shown = [
+            f"{what}, {moved / 1024:,.1f} KiB of it over {over} ({kind})"
+            for (what, kind, over), moved in large[:_SHOWN]
+        ]
+        more = [f"{len(large) - _SHOWN} more"] if len(large) > _SHOWN else []
+        log.warning(
+            "XLA moves %s KiB on each device for operations between the layers: %s; write them with "
+            "operators of shardtrain, or use a mesh that does not cut what they need whole",
+            f"{sum(moved for _, moved in large) / 1024:,.1f}",
+            "; ".join(shown + more),
+        )
 
 
 def refuse_idle(inputs: Any, mesh: Mesh) -> None:

@@ -49,12 +49,14 @@ class Trains(Protocol):
 class Started(NamedTuple):
     """A step that was started and whose sums have not been read.
 
-    Its rows, those that fill up a ragged batch included, count as examples until the sums are read.
+    Its rows, those that fill up a ragged batch included, count as examples until the sums are read. Its host
+    batch is looked at only where the step turns out to be bad.
     """
 
     step: int
     rows: int
     sums: dict[str, Any]
+    item: Any
 
 
 class Loop(Run):
@@ -212,21 +214,21 @@ class Loop(Run):
             self._clock, _ = guard.progress.take()  # compiling is no step
         guard.progress.at("compute")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self._advance(batch)
+            self._advance(batch, item)
         if len(self._unread) > 1 and not self._read():
             self._roll_back()
-            self._advance(batch)
+            self._advance(batch, item)
         if self.checkpoints is not None and self.checkpoints.due(number):
             self._save()
         elif any(c.needs_state and c.due(number, self._last) for c in self.callbacks):
             self._settle()
 
-    def _advance(self, batch: Batch) -> None:
+    def _advance(self, batch: Batch, item: Any) -> None:
         """Starts an update and counts it."""
         with uninterrupted():
             sums = self.trainer.advance(batch)
             self.done += 1
-            self._unread.append(Started(self.done, batch.rows, sums))
+            self._unread.append(Started(self.done, batch.rows, sums, item))
 
     def _read(self) -> bool:
         """Reads the first step that was not read, and calls the callbacks.
@@ -234,7 +236,7 @@ class Loop(Run):
         Returns:
             False where its update is to be undone.
         """
-        step, size, sums = self._unread[0]
+        step, size, sums, item = self._unread[0]
         values = jax.device_get(sums)
         examples = int(values["examples"])
         row = self.trainer.row(values) | self._times(examples)
@@ -244,7 +246,7 @@ class Loop(Run):
             self.step = step
             self.rows.append(row)
         end = self.trainer.examples - sum(later.rows for later in self._unread)
-        good = self.guard.good(step, row, range(end - examples, end))
+        good = self.guard.good(step, row, range(end - examples, end), item)
         due = [callback for callback in self.callbacks if callback.due(step, self._last)]
         for callback in due if good else [c for c in due if not c.needs_state]:
             callback.on_step(self, row)
@@ -257,7 +259,7 @@ class Loop(Run):
         several processes nothing is read: another one may be gone, and the devices wait for it.
         """
         while self._unread and jax.process_count() == 1:
-            step, size, sums = self._unread[0]
+            step, size, sums, _ = self._unread[0]
             try:
                 if interrupted:
                     self._read()

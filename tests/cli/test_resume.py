@@ -33,6 +33,7 @@ def compared(**changed):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"lr_schedule": "constant"}, r"made with --lr-schedule cosine, not --lr-schedule constant; give"),
         ({"seed": 1}, r"the run in there was made with --seed 0, not --seed 1; give the flags"),
         ({"batch_size": 64}, "--batch-size 128, not --batch-size 64"),
         ({"optimizer": "adam"}, "--optimizer sgd, not --optimizer adam"),
