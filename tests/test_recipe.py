@@ -261,6 +261,7 @@ def test_help_names_every_flag():
     assert all(f"--{name}" in done.stdout for name in names)
 
 
+@pytest.mark.slow
 def test_the_readme_example_runs():
     """The README's own lines, word for word, on this process's devices."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -27,6 +27,7 @@ from shardtrain.nn.pool import (
 )
 from shardtrain.nn.rounds import Rounds
 from shardtrain.nn.transitions import resharded
+from shardtrain.nn.weight_norm import WeightNorm
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -57,6 +58,7 @@ __all__ = [
     "RMSNorm",
     "Rounds",
     "Upsample",
+    "WeightNorm",
     "assign",
     "examples",
     "partition_table",

@@ -581,7 +581,7 @@ def arrays(folder):
 @pytest.mark.parametrize(
     "two",
     [
-        ["data=2,height=2"],
+        pytest.param(["data=2,height=2"], marks=pytest.mark.slow),
         pytest.param(["pipe=2,data=2"], marks=pytest.mark.slow),
         pytest.param(["pipe=2,data=2", "data=4", "data=2,pipe=2"], marks=pytest.mark.slow),
     ],

@@ -272,9 +272,7 @@ def test_progress_counts_what_the_time_went_to():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_batch_that_is_not_finite_is_blamed_and_not_the_learning_rate(value, caplog):
-    said = (
-        r"step 2, examples 16 to 31: .*; the batch has 1 value that is not finite, first in row 5; leave "
-    )
+    said = r"step 2, examples 16 to 31: .*; the batch has 1 value that is not finite, first in row 5; leave "
     with pytest.raises(UserError, match=said + r"such steps out \(--on-nan skip\), .*, or mend the data$"):
         run(deep("data=2"), poisoned(2, value)[:3], unwatched(on_nan="stop"))
     with pytest.raises(UserError, match=r"or try a lower learning rate or clipped gradients\Z"):

@@ -152,6 +152,7 @@ def test_ranks_that_are_traced_or_not_roll_back_together(tmp_path):
 
 
 @pytest.mark.parametrize("at", [pytest.param("looking", marks=pytest.mark.slow), "writing"])
+@pytest.mark.slow
 def test_a_rank_that_dies_in_a_save_is_not_a_full_disk(at, tmp_path):
     """The other rank names it and exits with 76; the checkpoint before it is intact."""
     with Job(tmp_path, fault="killed in a save", rank=1, at=at, every=1, watchdog=8) as job:

@@ -102,8 +102,7 @@ KINDS = {
 
 OFTEN = {
     ("vit", "data=2,height=2,channel=2"),
-    ("diffusion", "height=4,width=2"),
-    ("vae", "pipe=2,data=2,height=2"),
+    ("table", "pipe=2,data=2,channel=2"),
     ("whisper", "width=8"),
 }
 

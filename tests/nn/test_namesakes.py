@@ -344,7 +344,7 @@ def alike(a, b):
 
 def test_all_namesakes_have_a_table():
     layers = {name for name in nn.__all__ if isinstance(getattr(nn, name), type) and hasattr(nnx, name)}
-    assert layers == set(NAMESAKES)
+    assert layers == {*NAMESAKES, "WeightNorm"}  # which has tests of its own
     assert all(issubclass(getattr(nn, name), getattr(nnx, name)) for name in layers)
 
 

@@ -100,6 +100,7 @@ def test_an_order_of_evaluation_that_stages_do_not_have_is_refused():
         one.evaluate([batch()])
 
 
+@pytest.mark.slow
 def test_outputs_that_are_no_numbers_or_have_no_rows():
     def loss(outputs, targets):
         return st.losses.cross_entropy(outputs["y"], targets) + outputs.get("size", 0)
