@@ -145,25 +145,32 @@ def places(text: str, skip: Callable[[str], bool]) -> dict[str, str]:
 
     Returns:
         By the number of the stack frame that an instruction has: the innermost place in a file that is not
-        skipped. Instructions whose whole stack is skipped have none.
+        skipped. Instructions whose whole stack is skipped have none, nor have those of a program without
+        tables of frames.
     """
     tables = _frames(text)
     found: dict[str, str] = {}
     for frame in tables["StackFrames"]:
-        seen, here = set[str](), frame
-        while here in tables["StackFrames"] and here not in seen:
-            seen.add(here)
-            location, here = _FRAME.findall(tables["StackFrames"][here])
-            file, function, line = _FRAME.findall(tables["FileLocations"][location])[:3]
-            path = tables["FileNames"][file].strip('"')
+        for path, line, function in _stack(frame, tables):
             if not skip(path):
-                name = tables["FunctionNames"][function].strip('"')
-                found[frame] = f"{path.rpartition('/')[2]}:{line} ({name})"
+                found[frame] = f"{path.rpartition('/')[2]}:{line} ({function})"
                 break
     return found
 
 
-_FRAME = re.compile(r"=(\d+)")
+_FRAME = re.compile(r"file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
+_LOCATION = re.compile(r"file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+
+
+def _stack(frame: str, tables: dict[str, dict[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """File, line and function of a frame and of those around it; the outermost may name itself as its own."""
+    seen = set[str]()
+    while frame not in seen and (where := _FRAME.search(tables["StackFrames"].get(frame, ""))):
+        seen.add(frame)
+        location, frame = where[1], where[2] or ""
+        if place := _LOCATION.search(tables["FileLocations"].get(location, "")):
+            path, function = tables["FileNames"].get(place[1], ""), tables["FunctionNames"].get(place[2], "")
+            yield path.strip('"'), place[3], function.strip('"')
 
 
 def _frames(text: str) -> dict[str, dict[str, str]]:
