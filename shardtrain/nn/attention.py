@@ -9,6 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype as promote_together
 from jax import Array, lax
 from jaxtyping import Num
 
+from shardtrain.errors import UserError
 from shardtrain.layout import Layout
 from shardtrain.nn.base import Partitioned, refuse, refuse_sharding
 from shardtrain.nn.draws import key_of_batch
@@ -155,4 +156,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     ) -> Num[Array, "*batch queries features_out"]:
         """Attends as `nnx.MultiHeadAttention`, with its arguments."""
         refuse_sharding(self, **{name: kwargs.get(name) for name in ("out_sharding", "qkv_sharding")})
+        positions = kwargs.get("input_positions")
+        if positions is not None and isinstance(self.attention_fn, DotProductAttention):
+            raise UserError(
+                f"nn.MultiHeadAttention: input_positions={positions!r}, which dot-product attention does not "
+                f"take; leave input_positions out, or give an attention_fn that takes them"
+            )
         return super().__call__(inputs_q, *args, **kwargs)

@@ -153,6 +153,13 @@ ATTENTION = {
     "key_ln_scale_metadata": Honoured(tag, {"normalize_qk": True}),
 } | {name: row for name, row in WEIGHTS.items() if name not in ("promote_dtype", "preferred_element_type")}
 
+# Newer versions of flax have it, for attention functions with rotary embeddings.
+POSITIONS = (
+    {"input_positions": Refused(jnp.arange(4))}
+    if "input_positions" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters
+    else {}
+)
+
 NAMESAKES = {
     "BatchNorm": Namesake(
         {"num_features": 4},
@@ -269,7 +276,8 @@ NAMESAKES = {
             "is_causal": Honoured(True),
             "out_sharding": Refused(P()),
             "qkv_sharding": Refused(P()),
-        },
+        }
+        | POSITIONS,
         (X,),
     ),
     "PReLU": Namesake(

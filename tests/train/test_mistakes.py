@@ -4,6 +4,7 @@ import inspect
 import logging
 
 import flax.linen
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -143,7 +144,14 @@ class Spectral(nnx.Module):
         return self.last(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "remat": "nothing"}, {"parameters": "height"}])
+# XLA on CPUs stops at a layout of a transform that it has chosen itself.
+MICROBATCHES = pytest.param(
+    {"accumulate": 2, "remat": "nothing"},
+    marks=pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="XLA's own fft of jax 0.12 fails"),
+)
+
+
+@pytest.mark.parametrize("options", [{}, MICROBATCHES, {"parameters": "height"}])
 def test_what_xla_gathers_between_layers_is_said(options, caplog):
     """586 KiB in silence, once; layers of ours alone are no reason for a word."""
     x = np.random.default_rng(0).normal(size=(4, 32, 32, 1))
@@ -161,7 +169,7 @@ def test_what_xla_gathers_between_layers_is_said(options, caplog):
             one.fit([(x, x)], steps=1, progress=False)
         said[own] = [text for text in caplog.messages if "between the layers" in text]
     assert said[False] == []
-    assert any("fft" in text and "KiB of it over" in text and "height" in text for text in said[True])
+    assert any("(Spectral.__call__)" in text and "KiB of it over height" in text for text in said[True])
 
 
 class Sorts(nnx.Module):
