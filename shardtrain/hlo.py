@@ -1,5 +1,6 @@
 """Reads the text of a compiled program (optimized HLO) as computations that call each other."""
 
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -179,7 +180,7 @@ def _frames(text: str) -> dict[str, dict[str, str]]:
         name: {} for name in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
     }
     current: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in map(str.rstrip, io.StringIO(text)):
         if line.startswith(("%", "ENTRY")):
             break
         current = tables.get(line, current)

@@ -27,7 +27,9 @@ def _has_shapes(*hints):
 
 
 def _with_checked_fields(kind):
-    if set(vars(kind).get("__dataclass_fields__", "none")) <= set(vars(kind).get("__annotations__", ())):
+    """A class whose constructor is checked by beartype, if it is a dataclass with fields of its own alone."""
+    fields = vars(kind).get("__dataclass_fields__", {})
+    if fields and fields.keys() <= vars(kind).get("__annotations__", {}).keys():
         kind.__init__ = beartype(kind.__init__)
     return kind
 

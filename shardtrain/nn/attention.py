@@ -113,6 +113,7 @@ class DotProductAttention(Partitioned, nnx.Module):
         self, query: Num[Array, "*batch queries heads features"], *args: Any, **kwargs: Any
     ) -> Num[Array, "*batch queries heads values"]:
         """Attends as `dot_product_attention`, with its arguments."""
+        # Not `in_layout`, which would redistribute a mask as if it were an activation.
         with jax.named_scope(self.path or type(self).__name__):
             return dot_product_attention(query, *args, layout=self.layout, **kwargs)
 

@@ -1,6 +1,7 @@
 """The base class of partitioned layers, and the redistribution of activations where layouts change."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,6 +98,11 @@ def refuse_sharding(layer: Any, **shardings: Any) -> None:
 def name(path: tuple) -> str:
     """A path in a model as a string: `("blocks", 0, "kernel")` as `"blocks.0.kernel"`."""
     return ".".join(map(str, path))
+
+
+def byte_count(value: Any) -> int:
+    """The bytes of an array, of which shape and type are enough."""
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def layer_of(scope: str, paths: Collection[str]) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -15,7 +14,7 @@ from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, axes_of, resolve
 from shardtrain.mesh import SPATIAL, size
 from shardtrain.nn import conv, linear, norm, pool
-from shardtrain.nn.base import Partitioned, name
+from shardtrain.nn.base import Partitioned, byte_count, name
 from shardtrain.nn.contraction import Contraction
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,9 @@ def assign(model: nnx.Module, mesh: AnyMesh, default: Layout, table: LayoutTable
     """
     found = leaves(model)
     layouts = resolve(default, table, ["", *found])
-    limit = max(WHOLE_BYTES, sum(map(_bytes, jax.tree.leaves(nnx.state(model, nnx.Param)))) // WHOLE_SHARE)
+    limit = max(
+        WHOLE_BYTES, sum(map(byte_count, jax.tree.leaves(nnx.state(model, nnx.Param)))) // WHOLE_SHARE
+    )
     for path, module in found.items():
         if isinstance(module, Partitioned):
             module.layout, module.path = layouts[path], path
@@ -171,17 +172,13 @@ def _refuse_whole(path: str, module: nnx.Module, cut: str, limit: int) -> None:
             f"use {instead}, or a mesh without channel"
         )
     for key, value in parameters.items():
-        if (held := _bytes(value)) > limit:
+        if (held := byte_count(value)) > limit:
             raise UserError(
                 f"the parameter {f'{path}.{key}'.lstrip('.')!r} of shape {tuple(value.shape)}, "
                 f"{held / 2**20:,.1f} MiB, would be kept whole on each of the {cut} devices, which only "
                 f"parameters of at most {limit / 2**20:,.1f} MiB are; let a layer of shardtrain.nn hold it, "
                 f"such as Embed, Einsum or LinearGeneral, or use a mesh without channel"
             )
-
-
-def _bytes(value: Any) -> int:
-    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def _parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -192,7 +189,7 @@ def _parameters(module: nnx.Module) -> dict[str, nnx.Param]:
 def _log_whole(found: Mapping[str, nnx.Module], mesh: AnyMesh) -> None:
     """Logs the parameters of plain modules, which XLA keeps whole on a mesh that cuts channels."""
     whole = sorted(
-        f"{path}.{key}".lstrip(".") + f" ({_bytes(value):,} bytes)"
+        f"{path}.{key}".lstrip(".") + f" ({byte_count(value):,} bytes)"
         for path, module in found.items()
         if not isinstance(module, Partitioned)
         for key, value in _parameters(module).items()

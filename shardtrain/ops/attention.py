@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from shardtrain.errors import UserError
 from shardtrain.layout import AnyMesh, Axes, Layout, active_mesh, chosen, spatial_names, spec
 from shardtrain.ops import island
-from shardtrain.ops.norm import mask_cuts
+from shardtrain.ops.norm import mask_cuts, with_all_dimensions
 
 
 def attention(
@@ -86,13 +86,13 @@ def _check(query: Array, key: Array, value: Array) -> None:
 
 def _aligned(name: str, given: Array, shape: tuple[int, ...]) -> Array:
     """What broadcasts against the weights, with as many dimensions as they have."""
-    fits = zip(reversed(given.shape), reversed(shape), strict=False)
-    if given.ndim > len(shape) or any(have not in (1, extent) for have, extent in fits):
+    aligned = with_all_dimensions(given, shape)
+    if aligned is None:
         raise UserError(
             f"attention: a {name} of shape {given.shape} does not broadcast against the weights, which are "
             f"(batch, heads, queries, keys) = {shape}"
         )
-    return given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
+    return aligned
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,22 @@ def checked_mask(what: str, x: Array, mask: Array | None) -> Array | None:
     """
     if mask is None:
         return None
-    fits = zip(reversed(mask.shape), reversed(x.shape), strict=False)
-    if mask.dtype != bool or mask.ndim > x.ndim or any(m not in (1, n) for m, n in fits):
+    aligned = with_all_dimensions(mask, x.shape)
+    if mask.dtype != bool or aligned is None:
         raise UserError(
             f"{what}: a mask of {mask.dtype} and shape {mask.shape} for an input of shape {x.shape}; give "
             f"truth values that broadcast against the input: one for each example as "
             f"mask.reshape({', '.join(['-1', *['1'] * (x.ndim - 1)])})"
         )
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    return aligned
+
+
+def with_all_dimensions(given: Array, shape: tuple[int, ...]) -> Array | None:
+    """What broadcasts against `shape`, with dimensions that are whole or of extent 1; None for others."""
+    fits = zip(reversed(given.shape), reversed(shape), strict=False)
+    if given.ndim > len(shape) or any(have not in (1, extent) for have, extent in fits):
+        return None
+    return given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
 
 
 def mask_cuts(mask: Array, cuts: Sequence[Axes]) -> list[Axes]:

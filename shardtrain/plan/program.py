@@ -48,6 +48,20 @@ def compiled_step(
     """
     model = nnx.clone(model)  # the layouts of the caller's model stay as they are
     default = partition.assign(model, mesh, Layout(parameters=parameters), layout or {})
+    return compiled_assigned(model, mesh, default, inputs)
+
+
+def compiled_assigned(
+    model: nnx.Module, mesh: Mesh, default: Layout, inputs: jax.ShapeDtypeStruct
+) -> jax.stages.Compiled:
+    """Compiles the step of `compiled_step` for a model whose layers have their layouts already.
+
+    Args:
+        model: after `partition.assign`, which returns the layout of the input.
+        mesh: the mesh that it was called with.
+        default: the layout of the input.
+        inputs: shape and dtype of the batch.
+    """
     specs = partition.parameter_spec(model, mesh, default)
     graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
 

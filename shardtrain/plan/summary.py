@@ -18,10 +18,10 @@ from shardtrain.errors import UserError
 from shardtrain.layout import Axes, Layout, axes_of
 from shardtrain.mesh import size, text
 from shardtrain.nn import partition, transitions
-from shardtrain.nn.base import layer_of, name
+from shardtrain.nn.base import byte_count, layer_of, name
 from shardtrain.ops.reshard import SCOPE
 from shardtrain.plan.census import census
-from shardtrain.plan.program import compiled_step
+from shardtrain.plan.program import compiled_assigned
 from shardtrain.plan.trace import Sent, left_to_xla, sent
 
 PURPOSES = {
@@ -106,7 +106,7 @@ def lines(
     shapes: dict[str, tuple[int, ...]] = {}
     if inputs is not None:
         batch = _batch(inputs)
-        for row in _sent(model, mesh, default, batch, layout):
+        for row in _sent(model, mesh, default, batch):
             moved[layer_of(row.scope, paths)].append(row)
         calls = transitions.trace(model, batch)
         shapes = {call.path: call.shape_out for call in calls if call.path}
@@ -205,7 +205,7 @@ def _parameter_bytes(model: nnx.Module, mesh: Mesh, default: Layout) -> Counter[
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         shards = math.prod(size(mesh, axes_of(entry)) for entry in specs[path])
         value = variable.get_value()
-        found[name(path[:-1])] += math.prod(value.shape) * value.dtype.itemsize // shards
+        found[name(path[:-1])] += byte_count(value) // shards
     return found
 
 
@@ -217,18 +217,12 @@ def _batch(inputs: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
 
 
-def _sent(
-    model: nnx.Module,
-    mesh: Mesh,
-    default: Layout,
-    batch: jax.ShapeDtypeStruct,
-    layout: partition.LayoutTable | None,
-) -> list[Sent]:
+def _sent(model: nnx.Module, mesh: Mesh, default: Layout, batch: jax.ShapeDtypeStruct) -> list[Sent]:
     """Returns the collectives of a step from its trace, or from its program where the trace has not all."""
     jaxpr = _step(model, mesh, default, batch)
     if mesh.size == 1 or not left_to_xla(jaxpr):
         return sent(jaxpr, mesh)
-    program = compiled_step(model, mesh, batch, layout=layout, parameters=default.parameters)
+    program = compiled_assigned(model, mesh, default, batch)
     return [Sent(c.kind, c.axes or (), c.payload, c.bytes, c.scope) for c in census(program, mesh)]
 
 

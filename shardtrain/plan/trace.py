@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from shardtrain import jaxprs
 from shardtrain.mesh import size
+from shardtrain.pipeline.localize.rules import elementwise
 from shardtrain.plan.census import ring
 
 _KINDS = {
@@ -29,45 +30,13 @@ _KINDS = {
 }
 
 
-_MOVERS = frozenset(
-    {
-        "argmax",
-        "argmin",
-        "cholesky",
-        "cumlogsumexp",
-        "cummax",
-        "cummin",
-        "cumprod",
-        "cumsum",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "eigh",
-        "fft",
-        "gather",
-        "qr",
-        "rev",
-        "scatter",
-        "scatter-add",
-        "scatter_add",
-        "scatter_max",
-        "scatter_min",
-        "scatter_mul",
-        "sort",
-        "svd",
-        "top_k",
-        "transpose",
-        "triangular_solve",
-    }
+_IN_PLACE = frozenset(
+    {*elementwise.RULES, "broadcast_in_dim", "copy", "iota", "name", "optimization_barrier", "pad", "slice"}
 )
-"""Operations whose result may have the shape of an operand, and that need values of other places."""
+"""Operations that move nothing; by the last two uneven arrays enter and leave an operator of this package."""
 
-_MAKERS = frozenset(
-    {"iota", "random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split"}
-)
-"""Operations that make arrays, each device its own part."""
-
-_STEPS = frozenset({"pad", "slice"})
-"""Operations by which uneven arrays enter and leave an operator of this package; they move nothing."""
+_FOLDS = frozenset({"expand_dims", "reduce_sum", "reshape", "squeeze"})
+"""Operations that move nothing where they change dimensions of extent 1 alone."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +130,9 @@ def left_to_xla(jaxpr: Any) -> bool:
 
 def _stays_in_place(equation: Any) -> bool:
     name = equation.primitive.name
-    if name in _MAKERS | _STEPS:
-        return True
-    if name in _MOVERS:
-        return False
-    shapes = {
-        _long(atom.aval.shape)
-        for atom in (*equation.invars, *equation.outvars)
-        if hasattr(atom.aval, "shape")
-    }
-    return name == "broadcast_in_dim" or len(shapes - {()}) <= 1
+    if name not in _FOLDS:
+        return name in _IN_PLACE
+    return _long(equation.invars[0].aval.shape) == _long(equation.outvars[0].aval.shape)
 
 
 def _long(shape: tuple[int, ...]) -> tuple[int, ...]:

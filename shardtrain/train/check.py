@@ -106,17 +106,19 @@ def warn_of_foreign_collectives(text: str, mesh: Mesh) -> None:
         text: of the compiled program.
         mesh: that it runs on.
     """
+    instructions = itertools.chain.from_iterable(hlo.parse(text)[1].values())
+    foreign = [i for i in instructions if i.collective in _MOVES and "shard_map" not in i.scope]
+    if not foreign:
+        return
     found = Counter[tuple[str, str, str]]()
     places = hlo.places(text, lambda path: "/flax/" in path or path.startswith(_HERE))
-    for one in itertools.chain.from_iterable(hlo.parse(text)[1].values()):
-        if one.collective not in _MOVES or "shard_map" in one.scope:
-            continue
+    for one in foreign:
         axes = hlo.crossed(hlo.groups(one, mesh.size), mesh)
         if {*axes} & {*SPATIAL, "channel"}:
             place = places.get(one.frame)
             what = (one.scope.rpartition("/")[2] or "an operation") + (f" at {place}" if place else "")
             sizes = [size for shape, size in hlo.arrays(one.shape) if shape[0] in "fcb"]
-            found[what, one.collective, ",".join(axes)] += sum(sizes)
+            found[what, str(one.collective), ",".join(axes)] += sum(sizes)
     large = [(what, moved) for what, moved in found.most_common() if moved > SMALL_BYTES]
     if large:
         shown = [

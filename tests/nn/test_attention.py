@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ops.parity import reference_attention
 
 from shardtrain import Layout, make_mesh, nn
 from shardtrain.errors import UserError
@@ -17,13 +18,7 @@ MASK = jnp.tril(jnp.ones((6, 6), bool))[None, None]
 
 def plain_attention(query, key, value, mask=None, is_causal=False, **_):
     """The formula; nnx's own function has digits of float32 only."""
-    shared = query.shape[-2] // key.shape[-2]
-    key, value = (jnp.repeat(x, shared, axis=-2) for x in (key, value))
-    products = jnp.einsum("nqhd,nkhd->nhqk", query, key) / np.sqrt(query.shape[-1])
-    if is_causal:
-        mask = jnp.tril(jnp.ones(products.shape[-2:], bool))
-    products = products if mask is None else jnp.where(mask, products, -jnp.inf)
-    return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(products), value)
+    return reference_attention(query, key, value, mask=mask, is_causal=is_causal)[0]
 
 
 def outcome(layer, inputs, call):

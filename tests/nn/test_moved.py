@@ -61,9 +61,11 @@ class Kind:
 
     def batch(self):
         random = np.random.default_rng(0)
-        draw = lambda shape: random.normal(size=(BATCH, *shape))  # noqa: E731
-        if self.top:
-            draw = lambda shape: random.integers(0, self.top, (BATCH, *shape))  # noqa: E731
+
+        def draw(shape):
+            shape = (BATCH, *shape)
+            return random.integers(0, self.top, shape) if self.top else random.normal(size=shape)
+
         inputs = draw(self.inputs) if isinstance(self.inputs, tuple) else [draw(s) for s in self.inputs]
         targets = (
             np.arange(BATCH) % 10 if self.targets is None else random.normal(size=(BATCH, *self.targets))

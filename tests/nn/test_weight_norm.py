@@ -59,10 +59,9 @@ def test_arguments_that_nnx_leaves_out():
 class Net(nnx.Module):
     def __init__(self, norm, layers):
         kinds = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        normed = lambda layer: norm(layer, **kinds)  # noqa: E731
-        self.conv = normed(layers.Conv(3, 8, (3, 3), **kinds))
-        self.deep = normed(layers.Conv(8, 8, (3, 3), **kinds))
-        self.head = normed(layers.Linear(8, 5, **kinds))
+        self.conv = norm(layers.Conv(3, 8, (3, 3), **kinds), **kinds)
+        self.deep = norm(layers.Conv(8, 8, (3, 3), **kinds), **kinds)
+        self.head = norm(layers.Linear(8, 5, **kinds), **kinds)
 
     def __call__(self, x):
         return self.head(nnx.relu(self.deep(nnx.relu(self.conv(x)))).mean((1, 2)))

@@ -165,6 +165,27 @@ def reference_conv(
     return conv
 
 
+def reference_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    kept: Any = None,
+    *,
+    is_causal: bool = False,
+) -> tuple[Any, Any]:
+    """Scaled dot-product attention on one device as its formula says, and its weights."""
+    key, value = (jnp.repeat(x, query.shape[-2] // key.shape[-2], axis=-2) for x in (key, value))
+    products = jnp.einsum("...qhd,...khd->...hqk", query, key) / np.sqrt(query.shape[-1])
+    products = products if bias is None else products + bias
+    if is_causal:
+        products = jnp.where(jnp.tri(*products.shape[-2:], dtype=bool), products, -jnp.inf)
+    products = products if mask is None else jnp.where(mask, products, -jnp.inf)
+    weights = jax.nn.softmax(products)
+    return jnp.einsum("...hqk,...khd->...qhd", weights if kept is None else weights * kept, value), weights
+
+
 def place(value: Any, mesh: Mesh, spec: P) -> jax.Array:
     """`value` on `mesh`, whole in the dimensions that do not divide."""
     fits = [

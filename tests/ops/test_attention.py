@@ -6,7 +6,6 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,20 +17,18 @@ from shardtrain.errors import UserError
 from shardtrain.ops import island
 from shardtrain.ops.attention import _Plan
 
-from .parity import ALL_MESHES, LAYOUTS, MESHES, examples, named, numbers, on_stages, parity
+from .parity import (
+    ALL_MESHES,
+    LAYOUTS,
+    MESHES,
+    examples,
+    named,
+    numbers,
+    on_stages,
+    parity,
+    reference_attention,
+)
 from .test_census import WORD, facts, sent
-
-
-def formula(query, key, value, bias=None, mask=None, kept=None, *, is_causal=False):
-    """Equation 1 of the paper, and its weights."""
-    key, value = (jnp.repeat(x, query.shape[-2] // key.shape[-2], axis=-2) for x in (key, value))
-    products = jnp.einsum("...qhd,...khd->...hqk", query, key) / np.sqrt(query.shape[-1])
-    products = products if bias is None else products + bias
-    if is_causal:
-        products = jnp.where(jnp.tri(*products.shape[-2:], dtype=bool), products, -jnp.inf)
-    products = products if mask is None else jnp.where(mask, products, -jnp.inf)
-    weights = jax.nn.softmax(products)
-    return jnp.einsum("...hqk,...khd->...qhd", weights if kept is None else weights * kept, value), weights
 
 
 def attention_parity(mesh, rows, tokens, heads, extra=(), causal=False, layout=None):
@@ -57,10 +54,8 @@ def attention_parity(mesh, rows, tokens, heads, extra=(), causal=False, layout=N
         return f(query, key, value, **masks | given, is_causal=causal)
 
     op = functools.partial(ops.attention, layout=layout)
-    parity(functools.partial(call, op), functools.partial(call, formula), args, mesh)
+    parity(functools.partial(call, op), functools.partial(call, reference_attention), args, mesh)
 
-
-ALL, PER_KEY = (True,) * 5, (True, False, False, False, True)
 
 CASES = {
     "rows": st.sampled_from(((2,), (3,), (4, 3))),
@@ -85,17 +80,13 @@ def test_many_attentions_on_every_mesh(mesh, rows, tokens, heads, causal, layout
     attention_parity(mesh, rows, tokens, heads, causal=causal, layout=layout)
 
 
-def scores(*kinds):
-    return [(name, kept) for name, kept in kinds]
-
-
 OFTEN = {
     "17 tokens and a class token's mask": (
         "data=2,width=2,channel=2",
         (3,),
         (17, 17),
         (4, 4),
-        scores(("mask", (True, False, False, True)), ("bias", (False, True, True, True))),
+        [("mask", (True, False, False, True)), ("bias", (False, True, True, True))],
     ),
     "3 tokens on 8 devices, heads shared": ("width=8", (2,), (3, 11), (4, 2), (), False),
 }
@@ -106,14 +97,14 @@ SELDOM = {
         (2, 3),
         (5, 5),
         (4, 4),
-        scores(("mask", (True, True, False, False, True)), ("kept", (True, True, True, True, True))),
+        [("mask", (True, True, False, False, True)), ("kept", (True, True, True, True, True))],
     ),
     "tokens over two axes": (
         "height=2,width=2,channel=2",
         (2,),
         (9, 9),
         (2, 2),
-        scores(("kept", (False, True, True, True))),
+        [("kept", (False, True, True, True))],
         True,
         Layout(height=(), width=("height", "width")),
     ),
@@ -130,8 +121,12 @@ def test_notorious(case):
 
 def test_inside_a_stage():
     args = [numbers(2, 2, n, 4, 3) for n in (7, 5, 5)]
-    op = lambda *args: ops.attention(*args)[0]  # noqa: E731
-    parity(on_stages(op), jax.vmap(lambda *args: formula(*args)[0]), args, "pipe=2,data=2,width=2")
+    parity(
+        on_stages(lambda *args: ops.attention(*args)[0]),
+        jax.vmap(lambda *args: reference_attention(*args)[0]),
+        args,
+        "pipe=2,data=2,width=2",
+    )
 
 
 # --- what is sent -----------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_what_xla_moves_between_the_layers_is_counted():
 
 
 def test_a_trace_is_enough_where_xla_has_nothing_to_move(monkeypatch):
-    monkeypatch.setattr(summary, "compiled_step", None)
+    monkeypatch.setattr(summary, "compiled_assigned", None)
     model = float64(models.ResNet, depth=8, classes=10, channels=1)
     assert lines(model, make_mesh("data=2,height=2,channel=2"), (8, 16, 16, 1))
     assert lines(float64(Spectral), make_mesh("data=1"), (8, 8, 8, 1))

@@ -147,7 +147,11 @@ class Spectral(nnx.Module):
 # XLA on CPUs stops at a layout of a transform that it has chosen itself.
 MICROBATCHES = pytest.param(
     {"accumulate": 2, "remat": "nothing"},
-    marks=pytest.mark.xfail(jax.__version_info__ >= (0, 12), reason="XLA's own fft of jax 0.12 fails"),
+    marks=pytest.mark.xfail(
+        jax.__version_info__ >= (0, 12),
+        reason="XLA's own fft of jax 0.12 fails",
+        raises=jax.errors.JaxRuntimeError,
+    ),
 )
 
 
